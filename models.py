@@ -1,0 +1,640 @@
+"""Backbones of Castling-ViT, each with `attention=`: the published softmax model, the paper's castling model, rivals.
+
+    build_model("levit128")                         the paper's model: linear-angular attention + auxiliary branch
+    build_model("levit128", attention="softmax")    LeViT as published, official weights and logits
+    build_model("deit_tiny", attention="cosine")    a row of Table 5: another kernel in the castling architecture
+
+DeiT   Touvron et al., arXiv:2012.12877;  github.com/facebookresearch/deit @ main, models.py
+LeViT  Graham et al., arXiv:2104.01136;   github.com/facebookresearch/LeViT @ 3772b8e, levit.py
+Castling variants: arXiv:2211.10526v4, section 4 and the counts of its Tables 1 and 2, which fix what the text leaves out
+(D7: a depthwise convolution inside the MLPs, 3x3 depthwise pooling of q, k, v, queries added to the output).
+
+Parameter names are timm's for both families, plus `attn.dconv`, `attn.pool_{q,k,v}`, `mlp.dwconv` and `skip`.
+Shapes: B images, N tokens, C channels, H heads, D channels per head; `grid` is the token grid (y, x), row-major.
+"""
+
+import inspect
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from attention import KERNELS, AttentionCore, look_up
+
+ATTENTIONS = {  # name: options of AttentionCore
+    "castling": dict(kernel="linear_angular", auxiliary=True),
+    **{kernel: dict(kernel=kernel) for kernel in KERNELS},
+}
+
+DEIT = {  # arXiv:2012.12877, Table 1; drop path as released
+    "deit_tiny": dict(dim=192, heads=3, depth=12),
+    "deit_small": dict(dim=384, heads=6, depth=12),
+    "deit_base": dict(dim=768, heads=12, depth=12),
+}
+
+LEVIT = {  # arXiv:2104.01136, Table 1 and released specification; key_dim is D, per head, of the stage blocks
+    "levit128": dict(dims=(128, 256, 384), heads=(4, 8, 12), key_dim=16),
+    "levit192": dict(dims=(192, 288, 384), heads=(3, 5, 6), key_dim=32),
+    "levit256": dict(dims=(256, 384, 512), heads=(4, 6, 8), key_dim=32),
+    "levit384": dict(dims=(384, 512, 768), heads=(6, 9, 12), key_dim=32, drop_path=0.1),
+}
+
+Grid = tuple[int, int]
+
+
+# ---- shared parts ----------------------------------------------------------------------------------------------------
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Image size as (height, width) in pixels."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"image size must be positive, got {size}")
+    return height, width
+
+
+def halved(grid: Grid) -> Grid:
+    """Token grid after a stride-2 step: 14 -> 7 -> 4."""
+    return (grid[0] - 1) // 2 + 1, (grid[1] - 1) // 2 + 1
+
+
+class MlpDWConv(nn.Conv2d):
+    """Depthwise convolution on the token grid, between the two layers of an MLP; starts as the identity.  D7
+
+    (B, P + N, C) -> same; the P prefix tokens pass by (D6). The paper says only "DWConv in the middle of MLP layers".
+    """
+
+    def __init__(self, channels: int, kernel: int):
+        super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
+        nn.init.dirac_(self.weight, groups=channels)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        prefix, patches = x.split([x.shape[1] - grid[0] * grid[1], grid[0] * grid[1]], dim=1)
+        patches = super().forward(rearrange(patches, "b (y x) c -> b c y x", y=grid[0]))
+        return torch.cat([prefix, rearrange(patches, "b c y x -> b (y x) c")], dim=1)
+
+
+class HeadPool(nn.Module):
+    """3x3 depthwise convolution on the token grid with weights shared over heads, then LayerNorm over D.
+
+    (B, H, N, D), grid -> (B, H, N', D), grid'. Source: MViTv2's pooling, arXiv:2112.01526, section 4.1.
+    """
+
+    def __init__(self, head_dim: int, stride: int = 1):
+        super().__init__()
+        self.conv = nn.Conv2d(head_dim, head_dim, 3, stride, padding=1, groups=head_dim, bias=False)
+        self.norm = nn.LayerNorm(head_dim, eps=1e-6)
+
+    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        heads = x.shape[1]
+        x = self.conv(rearrange(x, "b h (y x) d -> (b h) d y x", y=grid[0]))
+        grid = (x.shape[2], x.shape[3])
+        return self.norm(rearrange(x, "(b h) d y x -> b h (y x) d", h=heads)), grid
+
+
+class PooledAttention(AttentionCore):
+    """Attention on pooled q, k, v with the pooled query added to its output.
+
+    (B, H, N, D) each, grid -> (B, H, N', D), grid'. Source: MViTv2, arXiv:2112.01526, Eq. (5) to (7).
+    """
+
+    def __init__(self, heads: int, head_dim: int, stride_q: int = 1, stride_kv: int = 1, **core):
+        super().__init__(heads, **core)
+        self.pool_q = HeadPool(head_dim, stride_q)
+        self.pool_k = HeadPool(head_dim, stride_kv)
+        self.pool_v = HeadPool(head_dim, stride_kv)
+
+    def pooled(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, bias: Tensor | None = None) -> tuple[Tensor, Grid]:
+        (q, out_grid), (k, _), (v, _) = self.pool_q(q, grid), self.pool_k(k, grid), self.pool_v(v, grid)
+        return AttentionCore.forward(self, q, k, v, bias) + q, out_grid
+
+
+# ---- DeiT ------------------------------------------------------------------------------------------------------------
+
+
+def resize_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Position embeddings (1, y x, C) of grid `old`, resampled to grid `new` (bicubic)."""
+    if old == new:
+        return table
+    table = rearrange(table, "1 (y x) c -> 1 c y x", y=old[0])
+    table = F.interpolate(table.float(), size=new, mode="bicubic", align_corners=False).to(table.dtype)
+    return rearrange(table, "1 c y x -> 1 (y x) c")
+
+
+class SelfAttention(AttentionCore):
+    """(B, N, C) -> (B, N, C): one linear layer to q, k, v (biased, laid out (3, H, D)), the core, one linear layer."""
+
+    def __init__(self, dim: int, heads: int, **core):
+        super().__init__(heads, **core)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (s h d) -> s b h n d", s=3, h=self.heads)
+        return self.proj(rearrange(super().forward(q, k, v), "b h n d -> b n (h d)"))
+
+
+class Mlp(nn.Module):
+    """Linear, [DWConv,] GELU, linear on (B, N, C); `conv` is the DWConv's kernel size, 0 for none."""
+
+    def __init__(self, dim: int, hidden: int, conv: int = 0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dwconv = MlpDWConv(hidden, conv) if conv else None
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        x = self.fc1(x)
+        if self.dwconv is not None:
+            x = self.dwconv(x, grid)
+        return self.fc2(F.gelu(x))
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm transformer block on (B, N, C)."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: int, mlp_conv: int, drop_path: float, core: dict):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = SelfAttention(dim, heads, **core)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, mlp_ratio * dim, mlp_conv)
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x), grid))
+
+
+class DeiT(nn.Module):
+    """(B, 3, H, W) pixels -> (B, num_classes) logits; any H x W, the position embeddings are resampled to its grid.
+
+    Args:
+        dim, heads, depth: C, H and the number of blocks.
+        image_size: what the position embeddings are made for, pixels; images are padded to whole patches.
+        distilled: second class token and head; in training the logits are a pair (class, distillation), in eval their
+            mean.
+        drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
+        mlp_conv: kernel of the MLPs' DWConv, 0 for none; None means 5 for every kernel but the softmax baseline (D7).
+        core: options of AttentionCore.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        depth: int,
+        mlp_ratio: int = 4,
+        patch_size: int = 16,
+        image_size: int | tuple[int, int] = 224,
+        num_classes: int = 1000,
+        distilled: bool = False,
+        drop_path: float = 0.1,
+        mlp_conv: int | None = None,
+        core: Mapping = ATTENTIONS["castling"],
+    ):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim {dim} must be divisible by heads {heads}")
+        if mlp_conv is None:
+            mlp_conv = 0 if core["kernel"] == "softmax" else 5
+        self.patch_size = patch_size
+        self.grid = tuple(-(-side // patch_size) for side in pair(image_size))
+        self.prefix = 2 if distilled else 1
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if distilled else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid[0] * self.grid[1], dim))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(ViTBlock(dim, heads, mlp_ratio, mlp_conv, rate, core) for rate in rates)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes)
+        self.head_dist = nn.Linear(dim, num_classes) if distilled else None
+        self.apply(self.init_weights)
+        for token in (self.cls_token, self.dist_token, self.pos_embed):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=0.02)
+
+    @staticmethod
+    def init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"cls_token", "dist_token", "pos_embed"}
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = F.pad(x, (0, -x.shape[-1] % self.patch_size, 0, -x.shape[-2] % self.patch_size))
+        x = self.patch_embed(x)                                                      # (B, C, y, x)
+        grid = (x.shape[2], x.shape[3])
+        prefix_pos, patch_pos = self.pos_embed.split([self.prefix, self.grid[0] * self.grid[1]], dim=1)
+        x = rearrange(x, "b c y x -> b (y x) c") + resize_positions(patch_pos, self.grid, grid)
+        tokens = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
+        prefix = (torch.cat(tokens, dim=1) + prefix_pos).expand(x.shape[0], -1, -1)
+        x = torch.cat([prefix, x], dim=1)                                            # (B, P + N, C): cls[, dist], patches
+        for block in self.blocks:
+            x = block(x, grid)
+        x = self.norm(x)
+        if self.head_dist is None:
+            return self.head(x[:, 0])
+        logits = self.head(x[:, 0]), self.head_dist(x[:, 1])
+        return logits if self.training else (logits[0] + logits[1]) / 2
+
+
+# ---- LeViT -----------------------------------------------------------------------------------------------------------
+
+
+class ConvNorm(nn.Module):
+    """3x3 stride-2 convolution and BatchNorm."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.linear = nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.linear(x))
+
+
+class LinearNorm(nn.Module):
+    """Linear layer and BatchNorm over all tokens of the batch, (B, N, C) -> (B, N, C')."""
+
+    def __init__(self, dim: int, out_dim: int, bn_weight: float = 1.0):
+        super().__init__()
+        self.linear = nn.Linear(dim, out_dim, bias=False)
+        self.bn = nn.BatchNorm1d(out_dim)
+        nn.init.constant_(self.bn.weight, bn_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return self.bn(x.flatten(0, 1)).view_as(x)
+
+
+class NormLinear(nn.Module):
+    """BatchNorm and linear layer, (B, C) -> (B, classes)."""
+
+    def __init__(self, dim: int, num_classes: int):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(dim)
+        self.linear = nn.Linear(dim, num_classes)
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.bn(x))
+
+
+def activated_projection(dim: int, out_dim: int, bn_weight: float = 1.0) -> nn.Sequential:
+    """Hardswish before the output projection of every LeViT attention."""
+    return nn.Sequential(OrderedDict(act=nn.Hardswish(), ln=LinearNorm(dim, out_dim, bn_weight)))
+
+
+def subsample(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+    """Every second token of every second row, (B, N, C) -> (B, N', C). No averaging."""
+    x = rearrange(x, "b (y x) c -> b y x c", y=grid[0])[:, ::2, ::2]
+    return x.flatten(1, 2), (x.shape[1], x.shape[2])
+
+
+def offset_bias(table: Tensor, built: Grid, grid: Grid, stride: int) -> Tensor:
+    """LeViT's attention bias (H, N, M) from one entry per head and absolute offset, |dy| * x + |dx|.
+
+    Args:
+        table: (H, y x) learned for the key grid `built`; resampled where the image leads to another key grid, such
+            that the zero offset stays itself.
+        grid: key grid (y, x); stride: query (i, j) sits at key (stride i, stride j).
+    """
+    table = rearrange(table, "h (y x) -> h y x", y=built[0])
+    if built != grid:
+        table = F.interpolate(table[None].float(), size=grid, mode="bilinear", align_corners=True)[0].to(table.dtype)
+    y, x = (torch.arange(side, device=table.device) for side in grid)
+    dy, dx = (y[::stride, None] - y).abs(), (x[::stride, None] - x).abs()             # (queries, keys) along each axis
+    return table[:, dy[:, None, :, None], dx[None, :, None, :]].flatten(3, 4).flatten(1, 2)
+
+
+class LeViTAttention(AttentionCore):
+    """LeViT's softmax attention as published, with a bias per head and absolute offset.
+
+    (B, N, C), grid -> (B, N', C'), grid'. Values have twice (stride 2: four times) the channels D of queries and keys.
+    Stride 2 takes queries from every second token of every second row; its output has no residual.
+
+    Args:
+        key_dim: D; heads: H; value_ratio: channels of a value over D.
+        grid: key grid that the bias table is made for.
+    """
+
+    def __init__(
+        self, dim: int, out_dim: int, heads: int, key_dim: int, value_ratio: int, grid: Grid, stride: int, core: dict
+    ):
+        super().__init__(heads, **core)
+        self.stride, self.grid = stride, grid
+        self.attention_biases = nn.Parameter(torch.zeros(heads, grid[0] * grid[1]))
+        self.split = [key_dim, value_ratio * key_dim]
+        if stride == 1:
+            self.split = [key_dim] + self.split
+            self.qkv = LinearNorm(dim, heads * sum(self.split))
+        else:
+            self.kv = LinearNorm(dim, heads * sum(self.split))
+            self.q = nn.Sequential(OrderedDict(ln=LinearNorm(dim, heads * key_dim)))
+        self.proj = activated_projection(heads * self.split[-1], out_dim, bn_weight=0.0 if stride == 1 else 1.0)
+
+    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        def heads_first(y: Tensor) -> Tensor:  # channels are laid out (H, channels of one head)
+            return rearrange(y, "b n (h d) -> b h n d", h=self.heads)
+
+        out_grid = grid
+        if self.stride == 1:
+            q, k, v = heads_first(self.qkv(x)).split(self.split, dim=-1)
+        else:
+            k, v = heads_first(self.kv(x)).split(self.split, dim=-1)
+            x, out_grid = subsample(x, grid)
+            q = heads_first(self.q(x))
+        bias = offset_bias(self.attention_biases, self.grid, grid, self.stride)
+        y = super().forward(q, k, v, bias)
+        return self.proj(rearrange(y, "b h n d -> b n (h d)")), out_grid
+
+
+class CastlingLeViTAttention(PooledAttention):
+    """LeViT's attention in the castling architecture: no bottleneck, pooled q, k, v, residual query, any kernel.
+
+    (B, N, C), grid -> (B, N', C'), grid'. With `stride` 2 the queries are pooled, and so are the keys and values unless
+    the kernel is softmax, which then keeps LeViT's bias (D5).
+    """
+
+    def __init__(self, dim: int, out_dim: int, heads: int, head_dim: int, grid: Grid, stride: int, core: dict):
+        softmax = core["kernel"] == "softmax"
+        super().__init__(heads, head_dim, stride_q=stride, stride_kv=1 if softmax else stride, **core)
+        self.stride, self.grid = stride, grid
+        self.attention_biases = nn.Parameter(torch.zeros(heads, grid[0] * grid[1])) if softmax else None
+        self.qkv = LinearNorm(dim, 3 * heads * head_dim)
+        self.proj = activated_projection(heads * head_dim, out_dim, bn_weight=0.0 if stride == 1 else 1.0)
+
+    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        q, k, v = rearrange(self.qkv(x), "b n (h s d) -> s b h n d", s=3, h=self.heads)
+        bias = None
+        if self.attention_biases is not None:
+            bias = offset_bias(self.attention_biases, self.grid, grid, self.stride)
+        y, grid = self.pooled(q, k, v, grid, bias)
+        return self.proj(rearrange(y, "b h n d -> b n (h d)")), grid
+
+
+class LeViTMlp(nn.Module):
+    """Linear, [DWConv,] Hardswish, linear on (B, N, C), each linear with BatchNorm."""
+
+    def __init__(self, dim: int, hidden: int, conv: int = 0):
+        super().__init__()
+        self.ln1 = LinearNorm(dim, hidden)
+        self.dwconv = MlpDWConv(hidden, conv) if conv else None
+        self.ln2 = LinearNorm(hidden, dim, bn_weight=0.0)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        x = self.ln1(x)
+        if self.dwconv is not None:
+            x = self.dwconv(x, grid)
+        return self.ln2(F.hardswish(x))
+
+
+class LeViTBlock(nn.Module):
+    """Residual attention and MLP on (B, N, C)."""
+
+    def __init__(self, attn: nn.Module, mlp: nn.Module, drop_path: float):
+        super().__init__()
+        self.attn, self.mlp, self.drop_path = attn, mlp, StochasticDepth(drop_path, "row")
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        x = x + self.drop_path(self.attn(x, grid)[0])
+        return x + self.drop_path(self.mlp(x, grid))
+
+
+class LeViTDownsample(nn.Module):
+    """Attention onto every second token of every second row, then a residual MLP: (B, N, C) -> (B, N', C').
+
+    The published block has no way round its attention; the castling one has a linear `skip`, computed at full
+    resolution and then subsampled, as the MACs of Tables 1 and 2 require.
+    """
+
+    def __init__(self, attn: nn.Module, mlp: nn.Module, skip: nn.Module | None, drop_path: float):
+        super().__init__()
+        self.attn_downsample, self.mlp, self.skip = attn, mlp, skip
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        y, out_grid = self.attn_downsample(x, grid)
+        if self.skip is not None:
+            y = y + subsample(self.skip(x), grid)[0]
+        return y + self.drop_path(self.mlp(y, out_grid)), out_grid
+
+
+class LeViTStage(nn.Module):
+    """An optional down-sampling block, then `depth` blocks."""
+
+    def __init__(self, downsample: nn.Module | None, blocks: list[nn.Module]):
+        super().__init__()
+        self.downsample, self.blocks = downsample, nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        if self.downsample is not None:
+            x, grid = self.downsample(x, grid)
+        for block in self.blocks:
+            x = block(x, grid)
+        return x, grid
+
+
+class LeViT(nn.Module):
+    """(B, 3, H, W) pixels -> (B, num_classes) logits; any H x W.
+
+    With the softmax kernel, LeViT as published (attention-bias tables are made for `image_size` and resampled for other
+    images). With any other, the castling architecture, which has no bias tables.
+
+    Args:
+        dims, heads, depths: per stage; key_dim: D. Down-sampling blocks have dims[i] // D heads and 4 D channels each.
+        image_size: pixels.
+        distilled: second head; in training the logits are a pair (class, distillation), in eval their mean. None means
+            as published for the softmax kernel (two heads) and as counted by the paper for the others (one).
+        drop_path: stochastic depth, the same in all blocks.
+        castle_downsample: in the castling architecture, down-sampling blocks use `core` too, with keys and values
+            pooled onto the queries' grid (D5, "C2"); False keeps softmax there ("C1").
+        mlp_conv: kernel of the DWConv in the stage blocks' MLPs in the castling architecture, 0 for none (D7).
+        core: options of AttentionCore.
+    """
+
+    def __init__(
+        self,
+        dims: tuple[int, ...],
+        heads: tuple[int, ...],
+        key_dim: int,
+        depths: tuple[int, ...] = (4, 4, 4),
+        mlp_ratio: int = 2,
+        image_size: int | tuple[int, int] = 224,
+        num_classes: int = 1000,
+        distilled: bool | None = None,
+        drop_path: float = 0.0,
+        castle_downsample: bool = True,
+        mlp_conv: int = 5,
+        core: Mapping = ATTENTIONS["castling"],
+    ):
+        super().__init__()
+        published = core["kernel"] == "softmax"
+        widths = [3, dims[0] // 8, dims[0] // 4, dims[0] // 2, dims[0]]
+        grid = pair(image_size)
+        self.stem = nn.Sequential()
+        for i in range(4):
+            self.stem.add_module(f"conv{i + 1}", ConvNorm(widths[i], widths[i + 1]))
+            if i < 3:
+                self.stem.add_module(f"act{i + 1}", nn.Hardswish())
+            grid = halved(grid)
+
+        def down(dim: int, out_dim: int, grid: Grid) -> LeViTDownsample:
+            mlp = LeViTMlp(out_dim, mlp_ratio * out_dim)
+            if published:
+                attn = LeViTAttention(dim, out_dim, dim // key_dim, key_dim, 4, grid, 2, core)
+                return LeViTDownsample(attn, mlp, None, drop_path)
+            chosen = core if castle_downsample else ATTENTIONS["softmax"]
+            attn = CastlingLeViTAttention(dim, out_dim, dim // key_dim, 4 * key_dim, grid, 2, chosen)
+            return LeViTDownsample(attn, mlp, LinearNorm(dim, out_dim), drop_path)
+
+        def block(dim: int, heads: int, grid: Grid) -> LeViTBlock:
+            if published:
+                attn = LeViTAttention(dim, dim, heads, key_dim, 2, grid, 1, core)
+                return LeViTBlock(attn, LeViTMlp(dim, mlp_ratio * dim), drop_path)
+            attn = CastlingLeViTAttention(dim, dim, heads, 2 * key_dim, grid, 1, core)
+            return LeViTBlock(attn, LeViTMlp(dim, mlp_ratio * dim, mlp_conv), drop_path)
+
+        stages = []
+        for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+            downsample = None
+            if i > 0:
+                downsample, grid = down(dims[i - 1], dim, grid), halved(grid)
+            stages.append(LeViTStage(downsample, [block(dim, heads[i], grid) for _ in range(depth)]))
+        self.stages = nn.ModuleList(stages)
+        self.head = NormLinear(dims[-1], num_classes)
+        distilled = published if distilled is None else distilled
+        self.head_dist = NormLinear(dims[-1], num_classes) if distilled else None
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith("attention_biases")}
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.stem(x)                                                             # (B, C, y, x)
+        grid = (x.shape[2], x.shape[3])
+        x = rearrange(x, "b c y x -> b (y x) c")
+        for stage in self.stages:
+            x, grid = stage(x, grid)
+        x = x.mean(dim=1)
+        if self.head_dist is None:
+            return self.head(x)
+        logits = self.head(x), self.head_dist(x)
+        return logits if self.training else (logits[0] + logits[1]) / 2
+
+
+# ---- builders --------------------------------------------------------------------------------------------------------
+
+MODELS = {name: (DeiT, row) for name, row in DEIT.items()} | {name: (LeViT, row) for name, row in LEVIT.items()}
+
+
+def list_models() -> list[str]:
+    """Names that `build_model` takes."""
+    return list(MODELS)
+
+
+def build_model(
+    name: str,
+    attention: str = "castling",
+    num_classes: int = 1000,
+    image_size: int | tuple[int, int] = 224,
+    castle_downsample: bool = True,
+    **overrides,
+) -> nn.Module:
+    """A backbone by name, randomly initialised.
+
+    Args:
+        name: one of `list_models()`.
+        attention: "castling" (linear-angular with the auxiliary branch), "softmax" (the published architecture), or
+            another kernel of Table 5 in the castling architecture, without the branch unless `auxiliary=True`.
+        num_classes: length of the logits.
+        image_size: pixels, one number or (height, width); the model runs at other sizes too.
+        castle_downsample: see `LeViT`; no effect on families without down-sampling blocks.
+        overrides: further arguments of the model (dims, depth, drop_path, distilled, mlp_conv, ...) or of its
+            AttentionCore (auxiliary, epsilon, schedule, conv_kernel, dropout).
+    Raises: ValueError for an unknown name, attention or override, with what is known.
+    """
+    family, row = look_up(MODELS, name, "model")
+    core = dict(look_up(ATTENTIONS, attention, "attention"))
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    core_options = set(inspect.signature(AttentionCore).parameters) - {"heads", "kernel"}
+    core |= {key: overrides.pop(key) for key in core_options & set(overrides)}
+    known = set(inspect.signature(family).parameters)
+    for key in set(overrides) - known:
+        choices = sorted(core_options | known - {"core"})
+        raise ValueError(f"{name} has no option {key!r}: choose from {', '.join(choices)}")
+    options = dict(num_classes=num_classes, image_size=image_size, core=core) | row | overrides
+    if "castle_downsample" in known:
+        options["castle_downsample"] = castle_downsample
+    return family(**options)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The dictionary in a checkpoint file, on the CPU. Only tensors and plain data are ever unpickled.
+
+    Raises: ValueError that names the file if it is missing, damaged, needs arbitrary code to load, or is no dictionary.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no checkpoint file {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} holds more than tensors and plain data, or is damaged; not loaded: {reason}") from None
+    except (EOFError, KeyError, OSError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged or is no PyTorch checkpoint: {error}") from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dictionary")
+    return checkpoint
+
+
+def weights_in(checkpoint: dict) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint: the averaged weights where there are any, or the dictionary itself.
+
+    Prefixes that DistributedDataParallel and torch.compile put before names are removed.
+    """
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+            break
+    weights = {}
+    for name, value in checkpoint.items():
+        while name.startswith(("module.", "_orig_mod.")):
+            name = name.split(".", 1)[1]
+        weights[name] = value
+    return weights
+
+
+def load_pretrained(model: nn.Module, path: str | Path) -> None:
+    """Load the weights of a checkpoint written by this project, or with this model's own parameter names (timm's).
+
+    Raises: ValueError that names the file and every parameter that is missing, left over or of another shape.
+    """
+    weights, own = weights_in(read_checkpoint(path)), model.state_dict()
+    wrong = [f"missing {name}" for name in own if name not in weights]
+    wrong += [f"unknown {name}" for name in weights if name not in own]
+    for name in own.keys() & weights.keys():
+        found = getattr(weights[name], "shape", None)
+        if found != own[name].shape:
+            if name == "head.weight" or name == "head.linear.weight":
+                wrong.insert(0, f"{found[0]} classes in the file, {own[name].shape[0]} in the model")
+            wrong.append(f"{name} is {found and tuple(found)} in the file, {tuple(own[name].shape)} in the model")
+    if wrong:
+        more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
+        raise ValueError(f"{path} does not fit the model: {'; '.join(wrong[:8])}{more}")
+    model.load_state_dict(weights)
