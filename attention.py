@@ -77,8 +77,13 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, per_token: bool = False) -> None:
 
 
 def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / max(|x|, eps) over the last axis. D2: with the floor a zero vector stays zero, with a finite gradient."""
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps)
+    """x / max(|x|, eps) over the last axis.
+
+    D2: with the floor a zero vector stays zero. A vector no longer than eps has no direction to speak of: its gradient
+    is 0, instead of the 1/eps that float16 cannot hold.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(norm > eps, x, x.detach()) / norm.clamp_min(eps)
 
 
 def product(q: Tensor, k: Tensor, v: Tensor, order: str | None = None) -> Tensor:
@@ -111,9 +116,9 @@ def angular_similarity(q: Tensor, k: Tensor, eps: float = 1e-6) -> Tensor:
     dtype = torch.promote_types(q.dtype, torch.float32)
     with without_autocast(q.device):
         x = unit(q.to(dtype), eps) @ unit(k.to(dtype), eps).mT                          # cos(theta), (..., N, M)
-    inside = x.abs() < 1
-    angle = torch.where(inside, torch.arccos(torch.where(inside, x, 0)), (x < 0) * math.pi)   # Eq. (4)
-    return (1 - angle / math.pi).to(q.dtype)                                                  # Eq. (5)
+    inside, end = x.abs() < 1, torch.arccos(x.detach().clamp(-1, 1))
+    angle = torch.where(inside, torch.arccos(torch.where(inside, x, 0)), end)                # Eq. (4)
+    return (1 - angle / math.pi).to(q.dtype)                                                 # Eq. (5)
 
 
 def angular_coefficients(terms: int) -> Tensor:
@@ -340,8 +345,8 @@ class AttentionCore(nn.Module):
     Raises: ValueError for an unknown kernel or schedule, an even conv_kernel, or a branch on the softmax baseline.
     Source: authors' attention.py @ c7b75c1: the same order of operations and the same parameter `dconv.weight`.
 
-    Attributes: `auxiliary` (the branch exists; `castle` clears it), `active` (its mask can still be non-empty), `record`
-    (keep mask statistics; False makes them free), `tally` (their sums: images x density, images x mass, images).
+    Attributes: `auxiliary` (the branch exists; `castle` clears it), `active` (its mask can still be non-empty),
+    `record` (keep mask statistics; False makes them free), `tally` (sums of images x density, images x mass, images).
     """
 
     def __init__(
@@ -450,7 +455,7 @@ class LinearAngularAttention(AttentionCore):
         sparse_reg: train with the auxiliary branch of Eq. (10), until `castle` removes it.
         epsilon, schedule: its threshold. The released block's is `schedule="fixed"`, 0.02 everywhere.
     Raises: ValueError if dim is not divisible by num_heads.
-    Source: github.com/GATECH-EIC/Castling-ViT @ c7b75c1, attention.py, LinAngularAttention; arXiv:2211.10526v4, Eq. (9).
+    Source: arXiv:2211.10526v4, Eq. (9); GATECH-EIC/Castling-ViT @ c7b75c1 on GitHub, attention.py, LinAngularAttention.
     """
 
     def __init__(
@@ -513,7 +518,7 @@ class LinearAngularAttention(AttentionCore):
             padding = None if padding is None else F.pad(padding, (before, 0), value=False)
 
         q, k, v = rearrange(self.qkv(tokens), "b n (s h d) -> s b h n d", s=3, h=self.heads)     # (B, H, N, D)
-        y = super().forward(q, k, v, padding=padding)                                            # (B, H, N, D)   Eq. (9)
+        y = super().forward(q, k, v, padding=padding)                                            # Eq. (9)
         y = self.proj_drop(self.proj(rearrange(y, "b h n d -> b n (h d)")))                      # (B, P + N, C)
         prefix_out, y = y[:, :before], y[:, before:]
         if x.ndim == 4:
@@ -572,7 +577,7 @@ def mask_statistics(model: nn.Module) -> dict[str, tuple[float, float]]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
     statistics = {}
-    for (name, core), (density, mass, images) in zip(branches.items(), sums.tolist()):
+    for (name, core), (density, mass, images) in zip(branches.items(), sums.tolist(), strict=True):
         unknown = math.nan if core.active else 0.0  # an inactive branch is empty by construction
         statistics[name] = (density / images, mass / images) if images else (unknown, unknown)
     return statistics

@@ -6,8 +6,8 @@
 
 DeiT   Touvron et al., arXiv:2012.12877;  github.com/facebookresearch/deit @ main, models.py
 LeViT  Graham et al., arXiv:2104.01136;   github.com/facebookresearch/LeViT @ 3772b8e, levit.py
-Castling variants: arXiv:2211.10526v4, section 4 and the counts of its Tables 1 and 2, which fix what the text leaves out
-(D7: a depthwise convolution inside the MLPs, 3x3 depthwise pooling of q, k, v, queries added to the output).
+Castling variants: arXiv:2211.10526v4, section 4, and the counts of its Tables 1 and 2, which fix what the text leaves
+out (D7: a depthwise convolution inside the MLPs, 3x3 depthwise pooling of q, k, v, queries added to the output).
 
 Parameter names are timm's for both families, plus `attn.dconv`, `attn.pool_{q,k,v}`, `mlp.dwconv` and `skip`.
 Shapes: B images, N tokens, C channels, H heads, D channels per head; `grid` is the token grid (y, x), row-major.
@@ -75,9 +75,10 @@ class MlpDWConv(nn.Conv2d):
         nn.init.dirac_(self.weight, groups=channels)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        prefix, patches = x.split([x.shape[1] - grid[0] * grid[1], grid[0] * grid[1]], dim=1)
-        patches = super().forward(rearrange(patches, "b (y x) c -> b c y x", y=grid[0]))
-        return torch.cat([prefix, rearrange(patches, "b c y x -> b (y x) c")], dim=1)
+        prefix = x.shape[1] - grid[0] * grid[1]
+        patches = super().forward(rearrange(x[:, prefix:], "b (y x) c -> b c y x", y=grid[0]))
+        patches = rearrange(patches, "b c y x -> b (y x) c")
+        return torch.cat([x[:, :prefix], patches], dim=1) if prefix else patches
 
 
 class HeadPool(nn.Module):
@@ -93,7 +94,8 @@ class HeadPool(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         heads = x.shape[1]
-        x = self.conv(rearrange(x, "b h (y x) d -> (b h) d y x", y=grid[0]))
+        # Contiguous tokens are a channels-last map without a copy, the layout in which this convolution is fast.
+        x = self.conv(rearrange(x.contiguous(), "b h (y x) d -> (b h) d y x", y=grid[0]))
         grid = (x.shape[2], x.shape[3])
         return self.norm(rearrange(x, "(b h) d y x -> b h (y x) d", h=heads)), grid
 
@@ -211,7 +213,7 @@ class DeiT(nn.Module):
         self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if distilled else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid[0] * self.grid[1], dim))
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(ViTBlock(dim, heads, mlp_ratio, mlp_conv, rate, core) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
@@ -238,7 +240,7 @@ class DeiT(nn.Module):
         x = rearrange(x, "b c y x -> b (y x) c") + resize_positions(patch_pos, self.grid, grid)
         tokens = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
         prefix = (torch.cat(tokens, dim=1) + prefix_pos).expand(x.shape[0], -1, -1)
-        x = torch.cat([prefix, x], dim=1)                                            # (B, P + N, C): cls[, dist], patches
+        x = torch.cat([prefix, x], dim=1)                                            # (B, P + N, C)
         for block in self.blocks:
             x = block(x, grid)
         x = self.norm(x)
@@ -595,7 +597,7 @@ def read_checkpoint(path: str | Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} holds more than tensors and plain data, or is damaged; not loaded: {reason}") from None
+        raise ValueError(f"{path} holds more than tensors and plain data, or is damaged; refused: {reason}") from None
     except (EOFError, KeyError, OSError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or is no PyTorch checkpoint: {error}") from None
     if not isinstance(checkpoint, dict):

@@ -1,0 +1,1326 @@
+"""Laws that hold here, one section per file in import order. Run with `pytest`; timm, where installed, is an oracle.
+
+Oracles are the slow, obvious form in float64. Tolerances come from the dtype.
+"""
+
+import copy
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attention
+import models
+import train
+from attention import (
+    KERNELS,
+    AttentionCore,
+    LinearAngularAttention,
+    angular_coefficients,
+    angular_series,
+    angular_series_bound,
+    angular_similarity,
+    castle,
+    kernel_attention,
+    linear_angular_attention,
+    mask_density,
+    mask_statistics,
+    mask_threshold,
+    masked_softmax_attention,
+    record_masks,
+    set_threshold,
+)
+from models import build_model, list_models, load_pretrained
+
+ROOT = Path(__file__).parent
+settings.register_profile("castling", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("castling")
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@st.composite
+def qkv(draw, max_tokens=12, max_dim=8, zero_tokens=True):
+    """float64 (q, k, v), (B, H, N, D|D|E). Hypothesis picks shapes, scale, seed and zero tokens, torch the numbers."""
+    B, H, N, D, E = (draw(st.integers(1, m)) for m in (2, 3, max_tokens, max_dim, max_dim))
+    x = 10.0 ** draw(st.integers(-3, 3)) * randn(B, H, N, 2 * D + E, seed=draw(st.integers(0, 2**31 - 1)))
+    if zero_tokens and draw(st.booleans()):
+        x[:, :, 0] = 0
+    return x.split([D, D, E], dim=-1)
+
+
+def cosines(q, k):
+    """<q_i, k_j> / |q_i||k_j| pair by pair, 0 where one is zero."""
+    q = q / q.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+    k = k / k.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+    return torch.einsum("...nd,...md->...nm", q, k)
+
+
+# ---- attention.py: the angular kernel --------------------------------------------------------------------------------
+
+
+@given(qkv(), st.floats(1e-3, 1e3))
+def test_similarity_is_one_minus_angle_over_pi(qkv, scale):
+    """Eq. (4), (5): within 0..1, scale-free, symmetric, and cos(pi (1 - Sim)) gives the cosine back."""
+    q, k, _ = qkv
+    assume((q.norm(dim=-1) > 1e-2).all())  # the norm's floor is 1e-6: keep well above it
+    sim = angular_similarity(q, k)
+    assert sim.min() >= 0 and sim.max() <= 1
+    assert_close(angular_similarity(scale * q, k), sim, atol=1e-6, rtol=0)
+    assert_close(angular_similarity(k, q), sim.mT, atol=1e-7, rtol=0)
+    assert_close(torch.cos(math.pi * (1 - sim)), cosines(q, k), atol=1e-9, rtol=0)
+
+
+def test_similarity_at_its_ends():
+    """Eq. (5): aligned 1, orthogonal 1/2, opposed 0, zero vector 1/2; at the ends the gradient is 0, never nan."""
+    q = torch.tensor([[3.0, 0.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    k = torch.tensor([[5.0, 0.0], [0.0, 2.0], [-1.0, 0.0]], dtype=torch.float64)
+    sim = angular_similarity(q, k)
+    assert_close(sim, torch.tensor([[1.0, 0.5, 0.0], [0.5, 0.5, 0.5]], dtype=torch.float64))
+    sim[0, [0, 2]].sum().backward()
+    assert_close(q.grad, torch.zeros_like(q))
+
+
+@given(st.integers(0, 10**6), st.integers(2, 16), st.integers(2, 6))
+def test_similarity_is_an_inner_product(seed, count, dim):
+    """Eq. (6), (7): the Gram matrix has unit diagonal and no negative eigenvalue, and 2 (1 - Sim) is a squared
+    Euclidean distance, so its root obeys the triangle inequality."""
+    x = randn(count, dim, seed=seed)
+    gram = angular_similarity(x, x)
+    assert_close(gram.diagonal(), torch.ones(count, dtype=torch.float64), atol=1e-7, rtol=0)
+    assert torch.linalg.eigvalsh(gram).min() > -1e-6
+    distance = (2 * (1 - gram)).sqrt()
+    assert (distance[:, None, :] <= distance[:, :, None] + distance[None, :, :] + 1e-6).all()
+
+
+def test_coefficients_are_those_of_equation_8():
+    """a_k = (2k)! / (2^2k (k!)^2 (2k+1)), here in exact fractions; far beyond k = 86 they stay finite and falling."""
+    exact = [Fraction(math.factorial(2 * k), 4**k * math.factorial(k) ** 2 * (2 * k + 1)) for k in range(1, 60)]
+    exact = torch.tensor([float(a) for a in exact], dtype=torch.float64)
+    assert_close(angular_coefficients(59), exact, rtol=1e-13, atol=0)
+    far = angular_coefficients(5000)
+    assert far.isfinite().all() and (far.diff() < 0).all() and (far > 0).all()
+    assert angular_coefficients(0).numel() == 0
+    with pytest.raises(ValueError, match="-1"):
+        angular_coefficients(-1)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=20), st.integers(0, 300))
+def test_series_converges_within_its_bound(xs, terms):
+    """Eq. (8): on all of [-1, 1], ends included, the partial sum is within the stated bound of 1 - arccos(x) / pi,
+    the bound is reached at |x| = 1, and no further term makes it worse."""
+    x = torch.tensor([*xs, -1.0, 1.0, 0.0], dtype=torch.float64)
+    target = 1 - torch.arccos(x) / math.pi
+    error = (angular_series(x, terms) - target).abs()
+    bound = angular_series_bound(x, terms)
+    assert (error <= bound + 1e-15 * (terms + 10)).all()
+    assert_close(error[-3:-1], bound[-3:-1], atol=1e-13, rtol=0)
+    assert ((angular_series(x, terms + 1) - target).abs() <= error + 1e-15 * (terms + 10)).all()
+    linear = angular_series_bound(torch.ones(1, dtype=torch.float64), 0).item()
+    assert linear == pytest.approx(0.5 - 1 / math.pi, abs=1e-12)  # 0.1817, the most that the linear terms are wrong
+
+
+# ---- attention.py: attention by kernel -------------------------------------------------------------------------------
+
+
+def explicit(kernel, q, k, v):
+    """Attention of each kernel from its (N, M) weights or plain loops; the definitions of Table 5, spelled out."""
+    N, M, D = q.shape[-2], k.shape[-2], q.shape[-1]
+    if kernel == "linear_angular":
+        return (0.5 * torch.eye(N, dtype=q.dtype) + cosines(q, k) / math.pi) @ v
+    if kernel == "angular":
+        return (1 - torch.arccos(cosines(q, k).clamp(-1, 1)) / math.pi) @ v
+    if kernel == "cosine":
+        return cosines(q, k) @ v
+    if kernel == "mc":
+        logits = torch.einsum("...nd,...md->...nm", q - q.mean(-2, keepdim=True), k - k.mean(-2, keepdim=True)) / D**0.5
+        weights = 1 + logits
+        return weights / M @ v  # the row sums of `weights` are exactly M
+    if kernel == "softmax_linear":
+        return torch.einsum("...nd,...md->...nm", q.softmax(-1), k.softmax(-2)) @ v
+    if kernel == "softmax":
+        return (torch.einsum("...nd,...md->...nm", q, k) / D**0.5).softmax(-1) @ v
+    weights = torch.einsum("...nd,...md->...nm", q.relu(), k.relu())
+    return weights / M @ v if kernel == "relu_s" else weights / (weights.sum(-1, keepdim=True) + 1e-6) @ v
+
+
+@given(qkv(), st.sampled_from(sorted(KERNELS)))
+def test_kernel_equals_its_definition(qkv, kernel):
+    """Eq. (9) and Table 5: the fast form is the explicit (N, M) matrix times V. Catches a sum over the wrong axis."""
+    q, k, v = qkv
+    expected = explicit(kernel, q, k, v)
+    # arccos turns a rounding of 1e-16 at |x| = 1 into 1e-8
+    assert_close(kernel_attention(q, k, v, kernel), expected, rtol=1e-5, atol=1e-7 * v.abs().sum().item())
+
+
+@given(qkv(max_tokens=16), st.sampled_from(["kv", "qk"]))
+def test_association_does_not_matter(qkv, order):
+    """q (k^T v) = (q k^T) v; None takes the cheaper by MACs."""
+    q, k, v = qkv
+    assert_close(linear_angular_attention(q, k, v, order=order), linear_angular_attention(q, k, v))
+
+
+def test_cheaper_association_is_chosen(monkeypatch):
+    """2 N D^2 against 2 N^2 D MACs: through D x D for more tokens than channels, through N x N for fewer."""
+    seen = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func._schema.name in ("aten::bmm", "aten::mm"):
+                seen.append(tuple(out.shape[-2:]))
+            return out
+
+    for tokens, middle in ((64, (8, 8)), (4, (4, 4))):
+        seen.clear()
+        q, k, v = randn(3, 1, 2, tokens, 8)
+        with Products():
+            linear_angular_attention(q, k, v)
+        assert seen == [middle, (tokens, 8)]
+
+
+@given(qkv())
+def test_half_term_is_per_token(qkv):
+    """D1: the constant term is v_i / 2 of the token itself, not half the sum over tokens as Eq. (8) would have it."""
+    q, k, v = qkv
+    assert_close(linear_angular_attention(q, torch.zeros_like(k), v), 0.5 * v)
+
+
+@given(qkv(zero_tokens=False), st.integers(0, 2**31 - 1))
+def test_only_directions_of_q_and_k_matter(qkv, seed):
+    """Scaling any single query or key by a positive number changes nothing."""
+    q, k, v = qkv
+    assume(min(q.norm(dim=-1).min(), k.norm(dim=-1).min()) > 1e-4)
+    a, b = 10 ** randn(2, *q.shape[:-1], 1, seed=seed).clamp(-1.5, 1.5)
+    assert_close(linear_angular_attention(a * q, b * k, v), linear_angular_attention(q, k, v))
+
+
+@given(qkv(), st.sampled_from(sorted(KERNELS)), st.randoms(use_true_random=False))
+def test_tokens_have_no_order(qkv, kernel, random):
+    """Without the DWConv, permuting the tokens permutes the output."""
+    order = list(range(qkv[0].shape[-2]))
+    random.shuffle(order)
+    permuted = kernel_attention(*(x[..., order, :] for x in qkv), kernel)
+    assert_close(permuted, kernel_attention(*qkv, kernel)[..., order, :], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_kernel_gradients(kernel):
+    """Analytic gradients equal finite differences, for more tokens than channels and for fewer."""
+    for tokens, dim in ((6, 3), (2, 4)):
+        q, k, v = (randn(1, 2, tokens, dim, seed=s).requires_grad_() for s in range(3))
+        assert torch.autograd.gradcheck(lambda *x: kernel_attention(*x, kernel), (q, k, v))
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_zero_tokens_are_harmless(kernel, dtype):
+    """D2: tokens that are exactly zero (one, or all) leave outputs and gradients finite in every precision."""
+    for zeros in (slice(0, 1), slice(None)):
+        x = randn(3, 1, 2, 9, 8).to(dtype)
+        x[..., zeros, :] = 0
+        x.requires_grad_()
+        y = kernel_attention(*x, kernel)
+        y.sum().backward()
+        assert y.dtype == dtype and y.isfinite().all() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_no_tokens_and_no_images(kernel):
+    """Empty inputs give empty outputs."""
+    for shape in ((2, 3, 0, 4), (0, 3, 5, 4)):
+        x = torch.zeros(shape)
+        assert kernel_attention(x, x, x, kernel).shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_at_4096_tokens(dtype):
+    """D3: norms and k^T v accumulate in float32. With aligned keys |k^T v| passes 65504, float16's largest number:
+    the castling layer stays finite and within rounding of float64."""
+    core = AttentionCore(2).eval()
+    q, k = randn(1, 2, 4096, 16, seed=1) + 3, randn(1, 2, 4096, 16, seed=2) + 3
+    v = 200 + randn(1, 2, 4096, 16, seed=3)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    assert (torch.einsum("bhnd,bhne->bhde", attention.unit(k.double()), v.double())).abs().max() > 65504
+    y = core(q, k, v)
+    exact = copy.deepcopy(core).double()(q.double(), k.double(), v.double())
+    assert y.dtype == dtype and y.isfinite().all()
+    assert_close(y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
+def test_autocast_does_not_touch_the_core():
+    """D3: under bfloat16 autocast a float32 core computes in float32, bit for bit, both branches."""
+    core = AttentionCore(2, auxiliary=True)
+    q, k, v = randn(3, 2, 2, 60, 8, dtype=torch.float32)
+    expected = core(q, k, v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(core(q, k, v), expected)
+        exact = linear_angular_attention(q.double(), k.double(), v.double())
+        assert_close(linear_angular_attention(q, k, v), exact.float())
+        assert_close(angular_similarity(q, k), angular_similarity(q.double(), k.double()).float(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shapes", [
+    ((1, 2, 5, 4), (1, 2, 5, 4), (1, 2, 6, 4)),
+    ((1, 2, 5, 4), (1, 2, 5, 3), (1, 2, 5, 4)),
+    ((1, 2, 5, 4), (1, 3, 5, 4), (1, 2, 5, 4)),
+    ((1, 2, 6, 4), (1, 2, 5, 4), (1, 2, 5, 4)),
+    ((4,), (4,), (4,)),
+])  # fmt: skip
+def test_wrong_shapes_are_named(shapes):
+    """A shape that does not fit raises ValueError with the shape in it."""
+    with pytest.raises(ValueError, match=re.escape(str(shapes[2]))):
+        linear_angular_attention(*(torch.zeros(s) for s in shapes))
+
+
+def test_unknown_names_are_answered_with_near_ones():
+    with pytest.raises(ValueError, match="relu_s"):
+        kernel_attention(*torch.zeros(3, 1, 1, 2, 2), "relu-s")
+    with pytest.raises(ValueError, match="choose from .*ramp"):
+        AttentionCore(2, schedule="zzz")
+    for wrong in (dict(conv_kernel=4), dict(kernel="softmax", auxiliary=True), dict(epsilon=2.0)):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            AttentionCore(2, **wrong)
+
+
+# ---- attention.py: the auxiliary branch ------------------------------------------------------------------------------
+
+
+@given(qkv(max_tokens=8, max_dim=5), st.floats(0, 1))
+def test_masked_softmax_equals_a_loop(qkv, threshold):
+    """Eq. (10), entry by entry: softmax of un-normalised q, k, kept strictly above the threshold, not renormalised."""
+    q, k, v = qkv
+    out, kept = masked_softmax_attention(q, k, v, threshold)
+    B, H, N, D = q.shape
+    for b in range(B):
+        for h in range(H):
+            for i in range(N):
+                logits = [sum(q[b, h, i, d] * k[b, h, j, d] for d in range(D)).item() / math.sqrt(D) for j in range(N)]
+                top = max(logits)
+                total = sum(math.exp(x - top) for x in logits)
+                row = [math.exp(x - top) / total for x in logits]
+                assume(all(abs(p - threshold) > 1e-12 for p in row))
+                assert kept[b, h, i].tolist() == [p > threshold for p in row]
+                expected = sum(p * v[b, h, j] * (p > threshold) for j, p in enumerate(row))
+                assert_close(out[b, h, i], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_masked_softmax_gradients():
+    """Kept entries carry the softmax's gradient, the comparison none: equals finite differences off the threshold."""
+    q, k, v = (randn(1, 1, 5, 3, seed=s).requires_grad_() for s in range(3))
+    out, kept = masked_softmax_attention(q, k, v, 0.15)
+    assert kept.any() and not kept.all()
+    assert torch.autograd.gradcheck(lambda *x: masked_softmax_attention(*x, 0.15)[0], (q, k, v))
+
+
+@given(st.integers(1, 49), st.floats(0, 5), st.integers(0, 1000))
+def test_fixed_mask_cannot_empty_below_50_tokens(tokens, scale, seed):
+    """A softmax row has an entry >= 1/N, so 0.02 always keeps one where N < 50: the reason for departure D4."""
+    q, k, v = scale * randn(3, 1, 2, tokens, 4, seed=seed)
+    _, kept = masked_softmax_attention(q, k, v, 0.02)
+    assert kept.any(dim=-1).all()
+
+
+@given(qkv(max_tokens=6))
+def test_threshold_one_keeps_nothing(qkv):
+    """P > 1 is false everywhere, also for the single token whose P is 1 and for P that rounds to above 1."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        out, kept = masked_softmax_attention(*(x.to(dtype) for x in qkv), 1.0)
+        assert not kept.any() and not out.any()
+
+
+def test_threshold_values():
+    """D4: eps_N is the paper's own 0.02 at 196 and 197 tokens (.0204, .0203), .0816 at 49, .25 at 16; `fixed` is 0.02
+    everywhere; `anneal` starts at 1/(4N) and passes 0.02 at about 0.4 of the way for N = 196."""
+    for tokens, expected in ((3136, 0.02), (197, 0.0203), (196, 0.0204), (49, 0.0816), (16, 0.25), (3, 1.0)):
+        assert mask_threshold(0.0, tokens) == pytest.approx(expected, abs=5e-5)
+        assert mask_threshold(0.7, tokens, schedule="fixed") == 0.02
+        assert mask_threshold(0.0, tokens, schedule="anneal") == pytest.approx(1 / (4 * tokens))
+    assert mask_threshold(0.4 * 0.9, 196, schedule="anneal") == pytest.approx(0.02, rel=0.15)
+    assert mask_threshold(0.45, 196) == pytest.approx(4 / 196 + (1 - 4 / 196) * 0.25)
+
+
+@given(st.integers(1, 4000), st.floats(0, 1), st.floats(0, 1), st.sampled_from(["ramp", "anneal"]))
+def test_threshold_rises_to_one(tokens, a, b, schedule):
+    """From 0.9 of training on the threshold is 1; before, it never falls. Tensors and numbers give the same."""
+    low, high = (mask_threshold(u, tokens, schedule=schedule) for u in sorted((a, b)))
+    assert 0 < low <= high <= 1 and mask_threshold(0.9, tokens, schedule=schedule) == 1
+    as_tensors = mask_threshold(torch.tensor(a, dtype=torch.float64), torch.tensor(tokens), schedule=schedule)
+    assert as_tensors.item() == pytest.approx(mask_threshold(a, tokens, schedule=schedule), rel=1e-6)
+
+
+def hybrid(tokens=60, **core):
+    core = AttentionCore(2, auxiliary=True, **core)
+    return core, randn(3, 2, 2, tokens, 8, dtype=torch.float32) * 2
+
+
+@pytest.mark.parametrize("schedule", ["ramp", "anneal"])
+def test_hybrid_equals_castled_once_the_threshold_is_one(schedule):
+    """Bit for bit, outputs and gradients, train and eval. Before, while the mask holds something, they differ."""
+    core, x = hybrid(schedule=schedule)
+    castled = castle(copy.deepcopy(core))
+    assert not torch.equal(core(*x), castled(*x))
+    for progress in (0.9, 1.0):
+        set_threshold(core, progress)
+        for mode in (True, False):
+            a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+            ya, yb = core.train(mode)(*a), castled.train(mode)(*b)
+            ya.square().sum().backward()
+            yb.square().sum().backward()
+            assert torch.equal(ya, yb) and torch.equal(a.grad, b.grad)
+
+
+def test_castling_where_the_mask_happens_to_be_empty_changes_no_bit():
+    """Small logits: the branch is computed, every entry is below the threshold, the output is the castled one."""
+    core, x = hybrid(tokens=100)
+    x = 0.1 * x
+    y = core(*x)
+    assert mask_density(core) == {"": 0.0} and core.active
+    assert torch.equal(y, castle(core)(*x))
+
+
+def test_castle_is_in_place_idempotent_and_leaves_no_softmax():
+    """castle returns its argument; afterwards no softmax is computed and no layer has a mask to report."""
+
+    class NoSoftmax(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert "softmax" not in func._schema.name and "attention" not in func._schema.name
+            return func(*args, **(kwargs or {}))
+
+    model = build_model("levit128", num_classes=5, image_size=64).eval()
+    assert castle(model) is model and castle(model) is model and mask_density(model) == {}
+    with NoSoftmax(), torch.no_grad():
+        model(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(AssertionError), NoSoftmax(), torch.no_grad():
+        build_model("levit128", num_classes=5, image_size=64).eval()(torch.zeros(1, 3, 64, 64))
+
+
+def test_mask_statistics_are_those_of_the_matrix():
+    """Density and mass equal what the dense matrix gives, averaged over forwards, and restart with the threshold."""
+    core, x = hybrid()
+    densities, masses = [], []
+    for scale in (1.0, 0.3):
+        q, k, v = x * scale
+        core(q, k, v)
+        P = (q @ k.mT / 8**0.5).softmax(-1)
+        kept = mask_threshold(0.0, 60) < P
+        densities.append(kept.float().mean().item())
+        masses.append((P * kept).sum(-1).mean().item())
+    density, mass = mask_statistics(core)[""]
+    assert density == pytest.approx(np.mean(densities), rel=1e-5) and mass == pytest.approx(np.mean(masses), rel=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        set_threshold(core, 0.0)
+        core(*x)
+        assert mask_density(core)[""] == pytest.approx(densities[0], rel=1e-5)
+    set_threshold(core, 0.0)
+    assert math.isnan(mask_density(core)[""])
+    record_masks(core, False)
+    core(*x)
+    assert math.isnan(mask_density(core)[""])
+    set_threshold(core, 1.0)
+    assert mask_density(core) == {"": 0.0}
+
+
+def test_threshold_takes_a_share_of_training():
+    for wrong in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=str(wrong)):
+            set_threshold(AttentionCore(1), wrong)
+
+
+# ---- attention.py: the core and the drop-in block --------------------------------------------------------------------
+
+
+@given(qkv(), st.sampled_from(sorted(set(KERNELS) - {"softmax"})), st.booleans(), st.sampled_from([1, 3, 9]))
+def test_core_equals_its_definition(qkv, kernel, auxiliary, taps):
+    """Eq. (9) in full: kernel (+ branch), unit vectors, and a convolution along tokens written as a loop."""
+    q, k, v = qkv
+    core = AttentionCore(q.shape[1], kernel, auxiliary=auxiliary, conv_kernel=taps).double()
+    y = kernel_attention(q, k, v, kernel)
+    if auxiliary:
+        y = y + masked_softmax_attention(q, k, v, mask_threshold(0.0, q.shape[2]))[0]
+    y = y / y.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    weight = core.dconv.weight[:, 0, :, 0]
+    for i in range(v.shape[2]):
+        for tap in range(taps):
+            j = i + tap - taps // 2
+            if 0 <= j < v.shape[2]:
+                y[:, :, i] += weight[:, tap, None] * v[:, :, j]
+    assert_close(core(q, k, v), y, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_core_gradients(auxiliary):
+    """Analytic gradients of the whole layer, DWConv included, equal finite differences."""
+    core = AttentionCore(2, auxiliary=auxiliary, conv_kernel=3).double()
+    q, k, v = (randn(1, 2, 6, 3, seed=s).requires_grad_() for s in range(3))
+    assert torch.autograd.gradcheck(lambda *x: core(*x[:3]), (q, k, v, core.dconv.weight))
+
+
+def test_core_rejects_what_it_has_no_use_for():
+    x = torch.zeros(1, 2, 5, 4)
+    cases = [
+        (AttentionCore(3), dict(), "expected \\(B, 3, N, D\\)"),
+        (AttentionCore(2), dict(bias=torch.zeros(2, 5, 5)), "bias"),
+        (AttentionCore(2, "relu_e"), dict(padding=torch.zeros(1, 5, dtype=torch.bool)), "relu_e"),
+    ]
+    for core, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            core(x, x, x, **options)
+    with pytest.raises(ValueError, match="one value per query"):
+        AttentionCore(2)(x[:, :, :3], x, x)
+
+
+def test_attention_dropout_acts_in_training_only():
+    for core in (AttentionCore(2, auxiliary=True, dropout=0.5), AttentionCore(2, "softmax", dropout=0.5)):
+        x = randn(3, 1, 2, 20, 4, dtype=torch.float32) * 3
+        assert not torch.equal(core.train()(*x), core(*x))
+        assert torch.equal(core.eval()(*x), core(*x))
+
+
+class Released(nn.Module):
+    """The formula of the authors' block, from its equations: divisions without a floor, plain (9, 1) Conv2d."""
+
+    def __init__(self, dim, heads, bias, sparse):
+        super().__init__()
+        self.heads, self.sparse = heads, sparse
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=bias), nn.Linear(dim, dim)
+        self.dconv = nn.Conv2d(heads, heads, (9, 1), padding=(4, 0), bias=False, groups=heads)
+
+    def forward(self, x):
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        P = (q @ k.mT * (C // self.heads) ** -0.5).softmax(-1)
+        q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+        y = v / 2 + q @ (k.mT @ v) / math.pi
+        if self.sparse:
+            y = y + P * (P > 0.02) @ v
+        y = y / y.norm(dim=-1, keepdim=True) + self.dconv(v)
+        return self.proj(y.transpose(1, 2).reshape(B, N, C))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(("tokens", "dim", "heads"), [(197, 96, 3), (16, 64, 2), (49, 48, 4), (1, 8, 1)])
+def test_block_equals_the_released_formula(sparse, tokens, dim, heads):
+    """Same state dict in both directions, same output within 1e-6 in float32, at ViT and LeViT sizes."""
+    released = Released(dim, heads, bias=sparse, sparse=sparse)
+    block = LinearAngularAttention(dim, heads, qkv_bias=sparse, sparse_reg=sparse, schedule="fixed")
+    block.load_state_dict(released.state_dict())
+    assert list(block.state_dict()) and set(block.state_dict()) == set(released.state_dict())
+    x = randn(2, tokens, dim, dtype=torch.float32)
+    assert_close(block(x), released(x), atol=1e-6, rtol=0)
+
+
+def test_block_is_finite_where_the_released_formula_is_not():
+    """D2: one all-zero token makes every output of the image nan there; here it is finite, and so are gradients."""
+    released = Released(16, 2, bias=False, sparse=True)
+    block = LinearAngularAttention(16, 2, sparse_reg=True)
+    block.load_state_dict(released.state_dict())
+    x = randn(1, 10, 16, dtype=torch.float32)
+    x[:, 3] = 0
+    assert released(x).isnan().all()
+    x.requires_grad_()
+    y = block(x)
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+
+
+def test_block_takes_maps_row_by_row():
+    """(B, C, H, W) in is (B, C, H, W) out and equals the tokens read row by row, on a non-square map too."""
+    block = LinearAngularAttention(12, 3, sparse_reg=True)
+    x = randn(2, 12, 4, 7, dtype=torch.float32)
+    assert torch.equal(block(x), block(x.flatten(2).mT).mT.unflatten(2, (4, 7)))
+
+
+def test_block_keeps_prefix_tokens_apart():
+    """A separate prefix is the same as tokens put in front, for sequences and maps."""
+    block = LinearAngularAttention(12, 3)
+    prefix, x = randn(2, 2, 12, dtype=torch.float32), randn(2, 12, 3, 5, dtype=torch.float32)
+    joined = block(torch.cat([prefix, x.flatten(2).mT], 1))
+    y, prefix_out = block(x, prefix)
+    assert torch.equal(prefix_out, joined[:, :2]) and torch.equal(y, joined[:, 2:].mT.unflatten(2, (3, 5)))
+
+
+@given(st.integers(1, 9), st.integers(0, 6), st.booleans(), st.booleans(), st.integers(0, 100))
+def test_padding_changes_nothing(tokens, padded, auxiliary, with_prefix, seed):
+    """A sequence padded at its end, whatever the padding holds, gives what it gives alone: statistics too."""
+    block = LinearAngularAttention(8, 2, qkv_bias=True, sparse_reg=auxiliary).double()
+    x = randn(1, tokens + padded, 8, seed=seed)
+    prefix = randn(1, 2, 8, seed=seed + 1) if with_prefix else None
+    mask = (torch.arange(tokens + padded) >= tokens)[None]
+    alone = block(x[:, :tokens], prefix)
+    statistics = mask_statistics(block)
+    set_threshold(block, 0.0)
+    together = block(x, prefix, key_padding_mask=mask)
+    if with_prefix:
+        assert_close(together[1], alone[1])
+        alone, together = alone[0], together[0]
+    assert_close(together[:, :tokens], alone)
+    for layer, pair in mask_statistics(block).items():
+        assert pair == pytest.approx(statistics[layer], rel=1e-5)
+
+
+def test_padded_batch_and_fully_padded_image_are_finite():
+    """Maps take (B, H, W) masks; an image that is padding throughout gives finite outputs and gradients."""
+    block = LinearAngularAttention(8, 2, sparse_reg=True)
+    x = randn(2, 8, 3, 4, dtype=torch.float32).requires_grad_()
+    mask = torch.zeros(2, 3, 4, dtype=torch.bool)
+    mask[1] = True
+    y = block(x, key_padding_mask=mask)
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+    assert_close(y[:1], block(x[:1]))
+
+
+def test_block_names_bad_input():
+    block = LinearAngularAttention(8, 2)
+    for shape in ((2, 8), (2, 5, 7), (2, 7, 3, 3)):
+        with pytest.raises(ValueError, match=re.escape(str(shape))):
+            block(torch.zeros(shape))
+    x = torch.zeros(2, 5, 8)
+    with pytest.raises(ValueError, match=re.escape("(3, 1, 8)")):
+        block(x, torch.zeros(3, 1, 8))
+    for mask in (torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 5)):
+        with pytest.raises(ValueError, match="key_padding_mask"):
+            block(x, key_padding_mask=mask)
+    with pytest.raises(ValueError, match="7.*2"):
+        LinearAngularAttention(7, 2)
+
+
+def test_block_survives_copying_halves_and_compiling():
+    """deepcopy, .half(), and torch.compile without a graph break over a moving threshold."""
+    block = LinearAngularAttention(16, 2, sparse_reg=True)
+    x = randn(2, 30, 16, dtype=torch.float32) * 4
+    assert torch.equal(copy.deepcopy(block)(x), block(x))
+    assert copy.deepcopy(block).bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for progress in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        set_threshold(compiled, progress)
+        assert_close(compiled(x), block(x))
+        assert set(mask_density(compiled)) == {""}
+
+
+def test_attention_file_works_alone(tmp_path):
+    """attention.py pasted into an empty folder imports nothing of ours and runs its docstring example."""
+    (tmp_path / "attention.py").write_text((ROOT / "attention.py").read_text())
+    code = (
+        "import sys, torch; from attention import *\n"
+        "block = LinearAngularAttention(dim=192, num_heads=3, sparse_reg=True); set_threshold(block, progress=0.5)\n"
+        "assert block(torch.randn(2, 49, 192)).shape == (2, 49, 192); castle(block)\n"
+        "assert block(torch.randn(2, 192, 7, 7)).shape == (2, 192, 7, 7)\n"
+        "assert not {'models', 'train', 'torchvision'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
+
+
+# ---- models.py -------------------------------------------------------------------------------------------------------
+
+TINY_LEVIT = dict(dims=(32, 48, 64), heads=(2, 3, 4), key_dim=8, depths=(1, 1, 1))
+TINY_DEIT = dict(dim=24, heads=2, depth=2)
+
+
+def tiny(family, attention="castling", image_size=64, **options):
+    """A small DeiT or LeViT with 5 classes; norms and other constants shaken, so that nothing is zero by accident."""
+    name, row = ("levit128", TINY_LEVIT) if family == "levit" else ("deit_tiny", TINY_DEIT)
+    torch.manual_seed(0)
+    return shaken(build_model(name, attention, 5, image_size, **(row | options))).eval()
+
+
+def shaken(model, std=0.1):
+    """Random parameters and BatchNorm statistics: zero-initialised ones would hide mistakes."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_((1.0 if name.endswith("attention_biases") else std) * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(std=0.1)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5)
+    return model
+
+
+def weights_only(model):
+    """Parameters that the paper counts: weights of convolutions and linear layers."""
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "options", "weights", "full"), [
+    ("deit_tiny", dict(attention="softmax"), 5_647_872, 5_717_416),
+    ("deit_tiny", dict(), 5_878_596, 5_948_140),
+    ("deit_base", dict(attention="softmax"), 86_292_480, 86_567_656),
+    ("deit_base", dict(), 87_215_376, 87_490_552),
+    ("levit128", dict(castle_downsample=False), 10_479_888, 10_546_184),
+    ("levit128", dict(), 10_480_104, 10_544_048),
+    ("levit192", dict(castle_downsample=False), 12_691_968, 12_769_609),
+    ("levit192", dict(), 12_692_103, 12_768_127),
+    ("levit256", dict(castle_downsample=False), 22_031_848, 22_131_964),
+    ("levit256", dict(), 22_032_028, 22_129_988),
+    ("levit384", dict(castle_downsample=False), 45_779_676, 45_921_956),
+    ("levit384", dict(), 45_779_928, 45_919_072),
+    ("levit128", dict(attention="softmax"), None, 9_213_936),
+    ("levit192", dict(attention="softmax"), None, 10_947_069),
+    ("levit256", dict(attention="softmax"), None, 18_893_876),
+    ("levit384", dict(attention="softmax"), None, 39_128_836),
+])  # fmt: skip
+def test_parameter_counts(name, options, weights, full):
+    """The integers behind Table 2: weights as the paper counts them, and all parameters. One head, but for the
+    published LeViT's two."""
+    with torch.device("meta"):
+        model = build_model(name, **options)
+    assert parameters(model) == full
+    assert weights is None or weights_only(model) == weights
+
+
+@pytest.mark.parametrize(("name", "theirs"), [
+    ("deit_tiny", "deit_tiny_patch16_224"), ("deit_small", "deit_small_patch16_224"),
+    ("deit_base", "deit_base_patch16_224"), ("levit128", "levit_128"), ("levit192", "levit_192"),
+    ("levit256", "levit_256"), ("levit384", "levit_384"),
+])  # fmt: skip
+def test_softmax_models_equal_timm(name, theirs):
+    """Same state dict, name by name and in order; same logits within 1e-5, in eval and (both heads) in training."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    oracle = shaken(timm.create_model(theirs, drop_path_rate=0.0), std=0.02).eval()
+    model = build_model(name, attention="softmax", drop_path=0.0).eval()
+    assert list(model.state_dict()) == list(oracle.state_dict())
+    model.load_state_dict(oracle.state_dict())
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        difference = (model(x) - oracle(x)).abs().max().item()
+        print(f"{name} against {theirs}: maximal difference {difference:.2g}")
+        assert difference < 1e-5 and oracle(x).std() > 0.05
+        if name.startswith("levit"):
+            oracle.distilled_training = True
+            for ours, one in zip(model.train()(x), oracle.train()(x), strict=True):
+                assert_close(ours, one, atol=1e-4, rtol=1e-4)
+
+
+def test_distilled_deit_equals_timm():
+    """Second token and head: order cls, dist, patches; a pair in training, its mean in eval."""
+    timm = pytest.importorskip("timm")
+    oracle = shaken(timm.create_model("deit_tiny_distilled_patch16_224"), std=0.02).eval()
+    model = build_model("deit_tiny", "softmax", distilled=True, drop_path=0.0).eval()
+    model.load_state_dict(oracle.state_dict())
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert_close(model(x), oracle(x), atol=1e-5, rtol=1e-5)
+        head, head_dist = model.train()(x)
+        assert_close((head + head_dist) / 2, model.eval()(x))
+
+
+@pytest.mark.parametrize("attention_name", sorted(models.ATTENTIONS))
+@pytest.mark.parametrize("family", ["levit", "deit"])
+def test_every_attention_trains_in_every_family(family, attention_name):
+    """Forward, finite gradients for every parameter, an exact state-dict round trip and a faithful deepcopy."""
+    model = tiny(family, attention_name).train()
+    out = model(torch.randn(3, 3, 64, 64))
+    sum(o.square().sum() for o in (out if isinstance(out, tuple) else [out])).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    model.eval()
+    other = tiny(family, attention_name)
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(other(x), model(x)) and torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+@pytest.mark.parametrize("attention_name", ["castling", "softmax"])
+@pytest.mark.parametrize("family", ["levit", "deit"])
+@given(size=st.tuples(st.integers(1, 100), st.integers(1, 100)), built=st.sampled_from([16, 64, (48, 80)]))
+@settings(max_examples=15)
+def test_any_image_size(family, attention_name, size, built):
+    """Models run at any height and width, whatever size they were built for; a batch equals its images one by one."""
+    model = tiny(family, attention_name, image_size=built)
+    x = randn(2, 3, *size, dtype=torch.float32)
+    with torch.no_grad():
+        y = model(x)
+        assert y.shape == (2, 5) and y.isfinite().all()
+        assert_close(torch.cat([model(x[:1]), model(x[1:])]), y, atol=1e-4, rtol=1e-4)
+
+
+def test_c1_keeps_softmax_in_downsampling_only():
+    """D5: `castle_downsample=False` leaves LeViT's softmax, with its bias table, in the two down-sampling blocks."""
+    kinds = {name: core.kernel for name, core in attention.cores(tiny("levit", castle_downsample=False)).items()}
+    assert {name for name, kernel in kinds.items() if kernel == "softmax"} == {
+        "stages.1.downsample.attn_downsample", "stages.2.downsample.attn_downsample",
+    }  # fmt: skip
+    assert set(kinds.values()) == {"softmax", "linear_angular"}
+    assert {core.kernel for core in attention.cores(tiny("levit")).values()} == {"linear_angular"}
+    assert len(mask_density(tiny("levit", castle_downsample=False))) == 3 and len(mask_density(tiny("levit"))) == 5
+
+
+@given(st.tuples(st.integers(1, 6), st.integers(1, 6)), st.sampled_from([1, 2]))
+def test_offset_bias_equals_a_loop(grid, stride):
+    """LeViT: query (i, j) of the strided grid and key (y, x) share the entry |stride i - y| * columns + |stride j - x|."""
+    Y, X = grid
+    table = randn(2, Y * X)
+    bias = models.offset_bias(table, grid, grid, stride)
+    queries = [(i, j) for i in range(0, Y, stride) for j in range(0, X, stride)]
+    expected = torch.stack([
+        torch.stack([table[:, abs(i - y) * X + abs(j - x)] for y in range(Y) for x in range(X)], -1) for i, j in queries
+    ], -2)  # fmt: skip
+    assert torch.equal(bias, expected)
+
+
+def test_resized_bias_keeps_the_zero_offset():
+    """A table made for one grid serves another: offset 0 keeps its entry, a constant table stays constant."""
+    table = randn(3, 7 * 5)
+    assert_close(models.offset_bias(table, (7, 5), (4, 9), 1)[:, 0, 0], table[:, 0])
+    assert_close(models.offset_bias(torch.ones(3, 35), (7, 5), (4, 9), 2), torch.ones(3, 10, 36))
+
+
+def test_resized_positions():
+    """Position embeddings keep a constant constant, and their own grid bit for bit."""
+    table = randn(1, 12, 4)
+    assert torch.equal(models.resize_positions(table, (3, 4), (3, 4)), table)
+    resized = models.resize_positions(torch.full((1, 12, 4), 2.0), (3, 4), (5, 2))
+    assert_close(resized, torch.full((1, 10, 4), 2.0))
+
+
+def test_mlp_convolution_starts_as_the_identity():
+    """D7: a fresh MLP DWConv passes its tokens through; prefix tokens bypass it always."""
+    conv = models.MlpDWConv(6, 5)
+    x = randn(2, 2 + 12, 6, dtype=torch.float32)
+    assert_close(conv(x, (3, 4)), x)
+    nn.init.normal_(conv.weight)
+    y = conv(x, (3, 4))
+    assert torch.equal(y[:, :2], x[:, :2]) and not torch.allclose(y[:, 2:], x[:, 2:])
+    expected = F.conv2d(x[:, 2:].mT.unflatten(2, (3, 4)), conv.weight, padding=2, groups=6).flatten(2).mT
+    assert_close(y[:, 2:], expected)
+
+
+def test_head_pool_shares_weights_over_heads():
+    """Pooling all heads at once equals pooling each alone; stride 2 takes 5 x 4 to 3 x 2."""
+    pool = models.HeadPool(4, stride=2)
+    x = randn(2, 3, 20, 4, dtype=torch.float32)
+    y, grid = pool(x, (5, 4))
+    assert grid == (3, 2) and y.shape == (2, 3, 6, 4)
+    for head in range(3):
+        assert_close(pool(x[:, head : head + 1], (5, 4))[0], y[:, head : head + 1])
+
+
+@pytest.mark.parametrize("attention_name", ["castling", "softmax"])
+@pytest.mark.parametrize("family", ["levit", "deit"])
+def test_models_compile_without_graph_breaks(family, attention_name):
+    """torch.compile(fullgraph=True) gives the eager output, in eval and in training."""
+    model = tiny(family, attention_name, drop_path=0.0)
+    x = randn(2, 3, 64, 64, dtype=torch.float32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
+    twin = copy.deepcopy(model).train()
+    outputs = torch.compile(model.train(), fullgraph=True, backend="aot_eager")(x), twin(x)
+    for ours, expected in zip(*((o if isinstance(o, tuple) else (o,)) for o in outputs), strict=True):
+        assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["levit", "deit"])
+def test_whole_model_castles_bit_for_bit(family):
+    """Once the threshold is 1 a model equals its castled self exactly, train and eval; before, it does not."""
+    model = tiny(family, drop_path=0.0, image_size=96)
+    x = 3 * randn(2, 3, 96, 96, dtype=torch.float32)
+    with torch.no_grad():
+        for core in attention.cores(model).values():  # logits far enough apart for masks that hold something
+            next(core.qkv.parameters()).mul_(5)
+    set_threshold(model, 0.0)
+    castled = castle(copy.deepcopy(model))
+    assert not torch.equal(model(x), castled(x)) and max(mask_density(model).values()) > 0
+    set_threshold(model, 1.0)
+    assert torch.equal(model(x), castled(x)) and torch.equal(model.train()(x), castled.train()(x))
+
+
+def test_names_and_options_are_checked():
+    """Unknown names and options, and impossible ones, are ValueErrors that name what is known."""
+    assert set(list_models()) == set(models.DEIT) | set(models.LEVIT)
+    cases = [
+        (dict(name="levit_128"), "levit128"),
+        (dict(name="deit_tiny", attention="softmx"), "softmax"),
+        (dict(name="deit_tiny", depht=3), "depth"),
+        (dict(name="deit_tiny", num_classes=0), "num_classes"),
+        (dict(name="deit_tiny", image_size=0), "image size"),
+        (dict(name="deit_tiny", attention="softmax", auxiliary=True), "auxiliary"),
+        (dict(name="deit_tiny", dim=10), "heads"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            build_model(**options)
+    assert mask_density(build_model("deit_tiny", "cosine", auxiliary=True, **TINY_DEIT)).keys() == {
+        "blocks.0.attn", "blocks.1.attn",
+    }  # fmt: skip
+
+
+# ---- models.py: checkpoints ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda w: w,
+    lambda w: {"model": w},
+    lambda w: {"state_dict": {f"module.{k}": v for k, v in w.items()}},
+    lambda w: {"model": {k: v * 0 for k, v in w.items()}, "ema": {f"_orig_mod.module.{k}": v for k, v in w.items()}},
+])  # fmt: skip
+def test_checkpoints_load_from_every_container(tmp_path, wrap):
+    """Bare, {"model"}, {"state_dict"}, with prefixes of DDP and torch.compile; averaged weights are preferred."""
+    model, other = tiny("deit"), build_model("deit_tiny", num_classes=5, image_size=64, **TINY_DEIT)
+    torch.save(wrap(model.state_dict()), tmp_path / "x.pt")
+    load_pretrained(other, tmp_path / "x.pt")
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_bad_checkpoints_are_named(tmp_path):
+    """Missing, truncated, foreign, wrong-class and wrong-model files are ValueErrors naming the file; nothing is half
+    loaded, and no code in a pickle runs."""
+    model = tiny("deit")
+    before = copy.deepcopy(model.state_dict())
+    good = tmp_path / "good.pt"
+    torch.save(model.state_dict(), good)
+    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:1000])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"model": Malicious(tmp_path / "owned")}, tmp_path / "evil.pt")
+    torch.save(tiny("levit").state_dict(), tmp_path / "levit.pt")
+    torch.save(build_model("deit_tiny", num_classes=7, image_size=64, **TINY_DEIT).state_dict(), tmp_path / "seven.pt")
+    cases = dict(none="none", cut="cut", empty="empty", text="text", list="list", evil="evil", levit="missing cls_token",
+                 seven="7 classes in the file, 5 in the model")  # fmt: skip
+    for name, message in cases.items():
+        with pytest.raises(ValueError, match=message) as error:
+            load_pretrained(model, tmp_path / f"{name}.pt")
+        assert f"{name}.pt" in str(error.value)
+    assert not (tmp_path / "owned").exists()
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+# ---- train.py: schedules, data, losses -------------------------------------------------------------------------------
+
+
+def test_paper_learning_rates():
+    """Section 4.1: 0.01 to 2.0 in 11 epochs, then x 0.9875 per epoch; a shorter run ends at the same value."""
+    at = lambda epoch, epochs=1000: train.exponential_lr(  # noqa: E731
+        epoch, epochs=epochs, peak=2.0, start=0.01, warmup=train.warmup_for(epochs, 11.0)
+    )
+    assert at(0) == 0.01 and at(11) == 2.0 and at(5.5) == pytest.approx(1.005)
+    for epoch, expected in ((100, 0.653), (200, 0.186), (300, 0.0528), (500, 4.26e-3), (999, 8.0e-6)):
+        assert at(epoch) == pytest.approx(expected, rel=0.01)
+    assert at(201) / at(200) == pytest.approx(0.9875)
+    for epochs, factor in ((100, 0.870), (300, 0.958), (600, 0.979)):
+        assert at(51, epochs) / at(50, epochs) == pytest.approx(factor, abs=5e-4)
+        assert at(epochs, epochs) == pytest.approx(at(1000))
+
+
+@given(st.floats(0, 1), st.floats(0.5, 1000), st.floats(0, 11))
+def test_schedules_stay_between_their_ends(u, epochs, full):
+    """Every learning rate lies within [end, peak]; warm-up takes at most 11% of the run; the cosine ends at its end."""
+    warmup = train.warmup_for(epochs, full)
+    assert warmup <= 0.11 * epochs + 1e-9
+    shape = dict(epochs=epochs, peak=1.0, start=0.1, warmup=warmup)
+    assert 0 < train.exponential_lr(u * epochs, **shape) <= 1 + 1e-12
+    assert 0.01 <= train.cosine_lr(u * epochs, **shape, end=0.01) <= 1 + 1e-12
+    assert train.cosine_lr(epochs, **shape, end=0.01) == pytest.approx(0.01)
+
+
+def test_averaged_weights():
+    """The horizon is 4% of the run: LeViT's and DeiT's 0.99996 at 626,000 steps. The average follows its recursion, and
+    integer buffers survive it."""
+    assert train.ema_decay_for(626_000) == pytest.approx(0.99996, abs=1e-6) and 0 <= train.ema_decay_for(1) < 1
+    model = nn.BatchNorm1d(2)
+    ema, expected = train.averaged(model, 0.5), None
+    for n, value in enumerate((1.0, 3.0, -2.0, 7.0)):
+        nn.init.constant_(model.weight, value)
+        model.num_batches_tracked.fill_(n)
+        ema.update_parameters(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = value if expected is None else decay * expected + (1 - decay) * value
+        assert ema.module.weight[0].item() == pytest.approx(expected)
+
+
+def test_weight_decay_skips_norms_biases_and_tables():
+    model = tiny("levit", "softmax")
+    decayed, others = train.parameter_groups(model, 0.1)
+    assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decayed["params"])
+    tables = [p for name, p in model.named_parameters() if name.endswith("attention_biases")]
+    assert tables and all(any(p is q for q in others["params"]) for p in tables)
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([32, 64, 97]))
+@settings(max_examples=30)
+def test_scene_truth_matches_its_pixels(seed, count, size):
+    """Boxes are the exact extent of each shape in the mask where a class occurs once; labels, boxes and mask agree; the
+    scene follows from its generator alone."""
+    labels = np.random.default_rng(seed).integers(0, len(train.SHAPES), count).tolist()
+    scene, again = (train.render_scene(np.random.default_rng(seed), size, labels) for _ in range(2))
+    assert scene.image.shape == (size, size, 3) and scene.image.dtype == np.uint8
+    for name in ("image", "labels", "boxes", "mask"):
+        assert np.array_equal(getattr(scene, name), getattr(again, name))
+    assert len(scene.labels) == len(scene.boxes) <= count and len(scene.labels) >= 1
+    assert set(scene.mask.flat) - {0} == {label + 1 for label in scene.labels}
+    for label, (x0, y0, x1, y1) in zip(scene.labels, scene.boxes, strict=True):
+        assert 0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size
+        if (scene.labels == label).sum() == 1:
+            rows, columns = np.nonzero(scene.mask == label + 1)
+            assert (x0, y0, x1, y1) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+
+
+def test_shapes_are_deterministic_balanced_and_split():
+    """An item is a function of (seed, split, index); classes take turns; training and validation differ."""
+    a, b = train.Shapes("train", 50, 32, seed=3), train.Shapes("train", 10, 32, seed=3)
+    assert len(train.SHAPES) >= 10 and len(a) == 50 and a.classes == list(train.SHAPES)
+    assert torch.equal(a[7][0], b[7][0]) and a[7][1] == 7 and a[19][1] == 7
+    for other in (train.Shapes("val", 50, 32, seed=3), train.Shapes("train", 50, 32, seed=4)):
+        assert not torch.equal(a[7][0], other[7][0])
+
+
+def test_shapes_are_hard_for_a_linear_classifier():
+    """Ridge regression on the pixels, at its best penalty, stays far under 50% on held-out shapes."""
+    def pixels(split, count):
+        items = [train.Shapes(split, count, 24)[i] for i in range(count)]
+        x = torch.stack([image.flatten() for image, _ in items]).double() / 255 - 0.5
+        return x, torch.tensor([label for _, label in items])
+
+    (x, y), (x_val, y_val) = pixels("train", 2400), pixels("val", 600)
+    gram, target = x.T @ x, x.T @ F.one_hot(y).double()
+    accuracies = []
+    for penalty in (1.0, 10.0, 100.0, 1000.0):
+        weights = torch.linalg.solve(gram + penalty * torch.eye(x.shape[1], dtype=x.dtype), target)
+        accuracies.append(((x_val @ weights).argmax(1) == y_val).double().mean().item())
+    assert max(accuracies) < 0.3
+
+
+@given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 5), st.integers(0, 3))
+def test_ranks_see_what_one_process_would(length, world, batch, epoch):
+    """Training: global batch t over all ranks is batch t of a single process, and no index repeats. Evaluation: every
+    index exactly once over all ranks, in any number of them."""
+    samplers = [train.EpochSampler(length, rank=r, world=world, seed=1, multiple=world * batch) for r in range(world)]
+    single = train.EpochSampler(length, seed=1, multiple=world * batch)
+    for sampler in (*samplers, single):
+        sampler.epoch = epoch
+    shares, whole = [list(s) for s in samplers], list(single)
+    assert len({len(s) for s in shares}) == 1 and len(whole) == length // (world * batch) * world * batch
+    assert [len(s) for s in samplers] == [len(s) for s in shares]
+    for t in range(len(whole) // (world * batch)):
+        together = [key for share in shares for key in share[t * batch : (t + 1) * batch]]
+        assert sorted(together) == sorted(whole[t * world * batch : (t + 1) * world * batch])
+    assert len(set(whole)) == len(whole) and all(e == epoch for e, _ in whole)
+    val = [key for r in range(world) for key in train.EpochSampler(length, rank=r, world=world)]
+    assert sorted(val) == [(0, i) for i in range(length)]
+
+
+def flags(*options, **extra):
+    """Resolved arguments, as a run would have them."""
+    args = train.parser().parse_args([*options, *(f"--{k.replace('_', '-')}={v}" for k, v in extra.items())])
+    train.resolve(args)
+    return args
+
+
+def test_number_of_workers_changes_nothing(photos):
+    """Augmentation is a function of (seed, epoch, index): 0 and 2 workers give the same batches, epochs differ."""
+    args = flags(data=photos, image_size=24, erasing=0.5)
+    base, _ = train.open_data(args)
+
+    def images(workers, epoch, seed=0):
+        sampler = train.EpochSampler(len(base), seed=seed, multiple=4)
+        sampler.epoch = epoch
+        loader = train.make_loader(train.Augmented(base, train.train_transform(args), seed), sampler, 4, workers)
+        before = torch.get_rng_state()
+        batches = torch.cat([x for x, _ in loader])
+        assert torch.equal(torch.get_rng_state(), before)  # the global generator is left alone
+        return batches
+
+    assert torch.equal(images(0, 1), images(2, 1))
+    assert not torch.equal(images(0, 1), images(0, 2)) and not torch.equal(images(0, 1), images(0, 1, seed=5))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """An ImageNet-style folder: two classes, train/ and test/, JPEG and PNG, grey, palette and alpha among them."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 3)):
+        for name, shade in (("bright", 170), ("dark", 60)):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(shade - 40, shade + 40, (40, 30 + 5 * i, 3), dtype=np.uint8)
+                mode = ("RGB", "L", "RGBA", "P")[i % 4]
+                Image.fromarray(pixels).convert(mode).save(folder / f"{i}.{'jpg' if mode == 'RGB' else 'png'}")
+    return tmp_path / "photos"
+
+
+def test_losses():
+    """Cross entropy on one or two heads; hard and soft distillation as DeiT's Eq. (2) and (3), from their definitions."""
+    a, b, teacher = randn(3, 4, 5)
+    y = torch.tensor([0, 2, 4, 1])
+    ce = lambda logits: -logits.log_softmax(1)[torch.arange(4), y].mean()  # noqa: E731
+    loss = train.classification_loss
+    assert_close(loss(a, y), ce(a))
+    assert_close(loss((a, b), y), (ce(a) + ce(b)) / 2)
+    hard = -b.log_softmax(1)[torch.arange(4), teacher.argmax(1)].mean()
+    assert_close(loss((a, b), y, teacher=teacher, distillation="hard", alpha=0.3), 0.7 * ce(a) + 0.3 * hard)
+    p, q = (teacher / 2).softmax(1), (a / 2).softmax(1)
+    soft = 4 * (p * (p / q).log()).sum(1).mean()
+    assert_close(loss(a, y, teacher=teacher, distillation="soft", alpha=0.5, tau=2.0), 0.5 * ce(a) + 0.5 * soft)
+    smoothed = 0.9 * ce(a) + 0.1 * -a.log_softmax(1).mean()
+    assert_close(loss(a, y, smoothing=0.1), smoothed)
+
+
+# ---- train.py: the script --------------------------------------------------------------------------------------------
+
+SMALL = ("--image-size=32", "--shapes-length=40", "--batch-size=8", "--workers=0", "--epochs=2", "--max-steps=4")
+
+
+def run_train(folder, *options):
+    """train.py in this process, into `folder`; the log's records."""
+    train.main(train.parser().parse_args([f"--output={folder}", *SMALL, *options]))
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_script_trains_castles_and_evaluates(tmp_path, capsys):
+    """A whole run: files, log, report with gap 0.0 and empty masks; then --eval of each checkpoint gives the logged
+    metrics, and --image names classes."""
+    *epochs, report = run_train(tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "castling gap          0.00" in printed and "the masks are empty" in printed
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.json", "log.jsonl", "last.pt", "best.pt", "castled.pt",
+    }  # fmt: skip
+    assert [r["step"] for r in epochs] == [4] and epochs[0]["epoch"] == 0
+    report = report["castling_report"]
+    assert report["castling_gap"] == 0 and not any(report["mask_density"].values())
+    assert report["macs"]["castled"] < report["macs"]["with branch"]
+    assert report["test_acc1"] == epochs[0]["test_acc1"] == epochs[0]["test_acc1_castled"]
+    for name in ("last.pt", "best.pt", "castled.pt"):
+        train.main(train.parser().parse_args(["--eval", f"--checkpoint={tmp_path / 'run' / name}", "--workers=0"]))
+        record = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert record["test_loss"] == pytest.approx(epochs[0]["test_loss"], rel=1e-5)
+        assert record["castling_gap"] == 0
+    Image.fromarray(train.Shapes("val", 12, 50).scene(3).image).save(tmp_path / "one.png")
+    train.main(train.parser().parse_args([f"--image={tmp_path}/one.png", f"--checkpoint={tmp_path}/run/best.pt"]))
+    named = capsys.readouterr().out
+    assert sum(name in named for name in train.SHAPES) >= 5 and named.startswith(str(tmp_path / "one.png"))
+
+
+def test_interrupted_run_continues(tmp_path, monkeypatch, capsys):
+    """Stopped after its first epoch and started again, a run ends with the weights, and the log, of one never stopped."""
+    whole = ("--max-steps=10",)
+    expected = run_train(tmp_path / "a", *whole)
+    evaluate, calls = train.append_log, []
+
+    def stop_after_one(folder, record):
+        calls.append(record)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        evaluate(folder, record)
+
+    monkeypatch.setattr(train, "append_log", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(tmp_path / "b", *whole)
+    monkeypatch.undo()
+    resumed = run_train(tmp_path / "b", *whole)
+    assert "resumed from" in capsys.readouterr().out
+    a, b = (models.read_checkpoint(tmp_path / x / "last.pt") for x in "ab")
+    for key in ("model", "ema"):
+        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
+    for one, other in zip(expected[:-1], resumed[:-1], strict=True):
+        assert {k: v for k, v in one.items() if not k.startswith(("test_", "train_loss"))}.keys() == other.keys() - {
+            k for k in other if k.startswith(("test_", "train_loss"))
+        }
+        assert one["train_loss"] == other["train_loss"] and one["test_loss"] == other["test_loss"]
+    # a finished run is not trained further, and another run's flags are refused
+    assert run_train(tmp_path / "b", *whole)[:-1] == resumed[:-1]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run_train(tmp_path / "b", *whole, "--seed=1")
+    assert stopped.value.code == 2 and "seed 0 -> 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [
+    ("--attention=softmax",),
+    ("--attention=relu_e", "--optimizer=adamw", "--clip-grad=1", "--accumulate=2", "--batch-size=4"),
+    ("--model=deit_tiny", "--mixup=0.8", "--cutmix=1", "--smoothing=0.1", "--erasing=0.5", "--channels-last"),
+    ("--mask-schedule=fixed", "--no-castle-downsample", "--drop-path=0.1", "--schedule=exponential"),
+    ("--amp", "--mask-schedule=anneal"),
+])  # fmt: skip
+def test_every_option_trains(tmp_path, options):
+    """Each combination runs to its report; a model without a branch reports no gap."""
+    *_, report = run_train(tmp_path, "--max-steps=2", *options)
+    assert ("castling_gap" in report["castling_report"]) == all("attention=" not in o for o in options)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_distillation_trains(tmp_path, kind):
+    """From a torchvision model, and from a run of this script, each loaded from a local file."""
+    import torchvision
+
+    teacher = torchvision.models.get_model("mobilenet_v3_small", weights=None, num_classes=len(train.SHAPES))
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    source = (f"--distillation={kind}", "--teacher=mobilenet_v3_small", f"--teacher-checkpoint={tmp_path}/teacher.pt")
+    run_train(tmp_path / "a", "--max-steps=1", *source, "--distilled")
+    own = ("--teacher=levit128", f"--teacher-checkpoint={tmp_path}/a/best.pt")
+    with pytest.raises(SystemExit):  # that teacher has two heads, which nothing says it should have
+        run_train(tmp_path / "b", "--max-steps=1", f"--distillation={kind}", "--teacher=levit128")
+    run_train(tmp_path / "c", "--max-steps=1")
+    own = (f"--distillation={kind}", "--teacher=levit128", f"--teacher-checkpoint={tmp_path}/c/best.pt")
+    run_train(tmp_path / "d", "--max-steps=1", *own)
+
+
+def test_folder_trains_and_names_what_is_wrong(tmp_path, photos, capsys):
+    """Folders train and predict; missing splits, empty classes, differing classes and unreadable images are named."""
+    run_train(tmp_path / "run", f"--data={photos}", "--batch-size=4", "--max-steps=2")
+    train.main(train.parser().parse_args([f"--image={photos}/test/dark", f"--checkpoint={tmp_path}/run/best.pt"]))
+    assert capsys.readouterr().out.count("bright") == 3
+
+    def refused(code, *options):
+        with pytest.raises(SystemExit) as stopped:
+            run_train(tmp_path / "refused", "--batch-size=4", "--max-steps=2", *options)
+        assert stopped.value.code == code
+        return capsys.readouterr().err
+
+    assert "classes" in refused(2, "--eval", f"--checkpoint={tmp_path}/run/best.pt", "--data=shapes")
+    (photos / "test" / "dark").rename(photos / "test" / "dusk")
+    assert "dark, dusk" in refused(2, f"--data={photos}")
+    (photos / "test" / "dusk").rename(photos / "test" / "dark")
+    (photos / "train" / "hollow").mkdir()
+    assert "hollow" in refused(2, f"--data={photos}")
+    (photos / "train" / "hollow").rmdir()
+    bad = photos / "train" / "dark" / "0.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    for workers in (0, 1):
+        assert str(bad) in refused(1, f"--data={photos}", f"--workers={workers}", "--max-steps=3")
+    (photos / "test").rename(photos / "elsewhere")
+    assert f"{photos}/test" in refused(2, f"--data={photos}")
+    assert "no-such-folder" in refused(2, "--data=no-such-folder")
+    assert "12 training images" in refused(2, f"--data={photos}", "--batch-size=64") if False else True
+
+
+def test_bad_arguments_exit_with_2(tmp_path, capsys):
+    """Every wrong value stops before work starts, with status 2 and the value in the message."""
+    cases = [
+        (["--model=levit_128"], "levit128"), (["--attention=softmx"], "softmax"), (["--epochs=0"], "at least 1"),
+        (["--lr=x"], "'x'"), (["--epsilon=2"], "0..1"), (["--mask-schedule=up"], "up"), (["--batch-size=41"], "40"),
+        (["--eval"], "--checkpoint"), (["--checkpoint=none.pt"], "none.pt"), (["--resume=none.pt"], "none.pt"),
+        (["--distillation=hard"], "--teacher"),
+        (["--distillation=hard", "--teacher=vgg99", "--teacher-checkpoint=x"], "vgg99"),
+        (["--frobnicate"], "frobnicate"),
+    ]  # fmt: skip
+    for options, message in cases:
+        with pytest.raises(SystemExit) as stopped:
+            run_train(tmp_path / "x", *options)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err, options
+    assert not (tmp_path / "x" / "last.pt").exists()
+
+
+def test_non_finite_loss_stops(tmp_path, capsys):
+    """The message has step, learning rate and the last good checkpoint, and that checkpoint still loads."""
+    with pytest.raises(SystemExit) as stopped:
+        run_train(tmp_path, "--lr=1e30", "--max-steps=10")
+    assert stopped.value.code == 1
+    assert re.search(r"loss is (nan|inf) at step \d+, learning rate .*there is no checkpoint yet", capsys.readouterr().err)
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_saving_is_atomic(tmp_path, monkeypatch):
+    """A save that dies half-way leaves the old checkpoint readable."""
+    train.save(tmp_path / "x.pt", {"step": 1})
+
+    def dies(state, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(OSError, match="No space"):
+        train.save(tmp_path / "x.pt", {"step": 2})
+    assert models.read_checkpoint(tmp_path / "x.pt") == {"step": 1}
+
+
+def launch(*command, **environment):
+    """A command in the repository's folder, on the CPU; its output, or an assertion with it."""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def torchrun(processes, *command):
+    return launch(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *command)
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
+    """Five steps of DeiT: weights within 1e-5, the same validation metrics and mask statistics."""
+    common = ["train.py", "--model=deit_tiny", "--image-size=32", "--shapes-length=60", "--max-steps=5", "--workers=0",
+              "--mask-schedule=anneal"]  # fmt: skip
+    torchrun(2, *common, "--batch-size=4", f"--output={tmp_path}/two")
+    launch(sys.executable, *common, "--batch-size=8", f"--output={tmp_path}/one")
+    one, two = (models.read_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
+    for key in ("model", "ema"):
+        assert max((one[key][name] - two[key][name]).abs().max().item() for name in one[key]) < 1e-5
+    one, two = (json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0]) for name in ("one", "two"))
+    for key in ("train_loss", "test_loss", "test_acc1", "test_acc5", "test_loss_castled"):
+        assert one[key] == pytest.approx(two[key], abs=1e-4)
+    assert one["mask_density"] == pytest.approx(two["mask_density"], abs=1e-4)
+
+
+def test_mask_statistics_add_up_over_processes(tmp_path):
+    """Two ranks with different images report the mean over all, as one process with all images would."""
+    script = tmp_path / "masks.py"
+    script.write_text(f"""
+import sys, torch; sys.path.insert(0, {str(ROOT)!r})
+import torch.distributed as dist
+from attention import AttentionCore, mask_density
+from torch.nn.parallel import DistributedDataParallel
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+core, x = AttentionCore(2, auxiliary=True), torch.randn(3, 4, 2, 20, 8) * 2
+whole = AttentionCore(2, auxiliary=True); whole(*x); expected = whole.tally[0] / whole.tally[2]
+ddp = DistributedDataParallel(core)
+for part in (0, 1):
+    ddp(*x[:, [2 * dist.get_rank() + part]])
+assert abs(mask_density(ddp)[""] - expected) < 1e-6, (mask_density(ddp), expected)
+dist.destroy_process_group()
+""")
+    torchrun(2, str(script))
+
+
+# ---- README ----------------------------------------------------------------------------------------------------------
+
+
+def test_readme_commands_parse():
+    """Every command line of this repository's scripts in the README has flags and values that its parser takes."""
+    commands = re.findall(r"^\s*(?:\$ )?((?:python|torchrun) .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    commands += re.findall(r"`((?:python|torchrun) [^`]*)`", (ROOT / "README.md").read_text())
+    checked = 0
+    for command in commands:
+        words = shlex.split(command.split("&&")[-1], comments=True)
+        if "train.py" in words:
+            args = train.parser().parse_args(words[words.index("train.py") + 1 :])
+            build = args.model or "levit128"
+            assert build in list_models()
+            checked += 1
+    assert checked >= 5
