@@ -4,12 +4,13 @@
     build_model("levit128", attention="softmax")    LeViT as published, official weights and logits
     build_model("deit_tiny", attention="cosine")    a row of Table 5: another kernel in the castling architecture
 
-DeiT   Touvron et al., arXiv:2012.12877;  github.com/facebookresearch/deit @ main, models.py
-LeViT  Graham et al., arXiv:2104.01136;   github.com/facebookresearch/LeViT @ 3772b8e, levit.py
+DeiT    Touvron et al., arXiv:2012.12877;  timm 1.0.31, vision_transformer.py
+LeViT   Graham et al., arXiv:2104.01136;   github.com/facebookresearch/LeViT @ 3772b8e, levit.py
+MViTv2  Li et al., arXiv:2112.01526;       timm 1.0.31, mvitv2.py
 Castling variants: arXiv:2211.10526v4, section 4, and the counts of its Tables 1 and 2, which fix what the text leaves
-out (D7: a depthwise convolution inside the MLPs, 3x3 depthwise pooling of q, k, v, queries added to the output).
+out: a depthwise convolution inside the MLPs (D7), 3x3 depthwise pooling of q, k, v, queries added to the output.
 
-Parameter names are timm's for both families, plus `attn.dconv`, `attn.pool_{q,k,v}`, `mlp.dwconv` and `skip`.
+Parameter names are timm's for all families, plus `attn.dconv`, `attn.{pool,norm}_{q,k,v}`, `mlp.dwconv` and `skip`.
 Shapes: B images, N tokens, C channels, H heads, D channels per head; `grid` is the token grid (y, x), row-major.
 """
 
@@ -32,6 +33,8 @@ ATTENTIONS = {  # name: options of AttentionCore
     **{kernel: dict(kernel=kernel) for kernel in KERNELS},
 }
 
+BASELINE = dict(kernel="softmax", auxiliary=False)
+
 DEIT = {  # arXiv:2012.12877, Table 1; drop path as released
     "deit_tiny": dict(dim=192, heads=3, depth=12),
     "deit_small": dict(dim=384, heads=6, depth=12),
@@ -45,6 +48,21 @@ LEVIT = {  # arXiv:2104.01136, Table 1 and released specification; key_dim is D,
     "levit384": dict(dims=(384, 512, 768), heads=(6, 9, 12), key_dim=32, drop_path=0.1),
 }
 
+DESIGNS = {  # Table 1 by row: stages whose keys and values are pooled by 2; D < E in stage blocks; down-sampling blocks
+    1: dict(token_pooled=(0, 1), bottleneck=False, post_q=False),
+    2: dict(token_pooled=(), bottleneck=True, post_q=False),
+    3: dict(token_pooled=(), bottleneck=False, post_q=False),
+    4: dict(token_pooled=(0, 1, 2), bottleneck=False, post_q=True),
+    5: dict(token_pooled=(), bottleneck=True, post_q=True),
+    6: dict(token_pooled=(), bottleneck=False, post_q=True),
+}
+
+MVITV2 = {  # arXiv:2112.01526, Table 1 and released configurations
+    "mvitv2_tiny": dict(depths=(1, 2, 5, 2)),
+    "mvitv2_small": dict(depths=(1, 2, 11, 2)),
+    "mvitv2_base": dict(depths=(2, 3, 16, 3), drop_path=0.3),
+}
+
 Grid = tuple[int, int]
 
 
@@ -53,15 +71,28 @@ Grid = tuple[int, int]
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """Image size as (height, width) in pixels."""
-    height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1:
-        raise ValueError(f"image size must be positive, got {size}")
-    return height, width
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise ValueError(f"image size must be a positive number or a pair of them, got {size!r}")
+    return sides
 
 
 def halved(grid: Grid) -> Grid:
     """Token grid after a stride-2 step: 14 -> 7 -> 4."""
     return (grid[0] - 1) // 2 + 1, (grid[1] - 1) // 2 + 1
+
+
+def init_linear(module: nn.Module) -> None:
+    """Linear weights ~ N(0, 0.02), cut at two; biases 0: DeiT's and MViTv2's initialisation."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def default_mlp_conv(core: Mapping) -> int:
+    """Kernel size of the MLPs' DWConv: none in published architectures, 5 in the castling one (D7)."""
+    return 0 if core["kernel"] == "softmax" else 5
 
 
 class MlpDWConv(nn.Conv2d):
@@ -81,40 +112,83 @@ class MlpDWConv(nn.Conv2d):
         return torch.cat([x[:, :prefix], patches], dim=1) if prefix else patches
 
 
-class HeadPool(nn.Module):
-    """3x3 depthwise convolution on the token grid with weights shared over heads, then LayerNorm over D.
+def subsample(x: Tensor, grid: Grid, stride: int = 2) -> tuple[Tensor, Grid]:
+    """Every `stride`-th token of every `stride`-th row, (..., N, C) -> (..., N', C). No averaging."""
+    x = x.unflatten(-2, grid)[..., ::stride, ::stride, :]
+    return x.flatten(-3, -2), (x.shape[-3], x.shape[-2])
 
-    (B, H, N, D), grid -> (B, H, N', D), grid'. Source: MViTv2's pooling, arXiv:2112.01526, section 4.1.
+
+def pool_heads(x: Tensor, grid: Grid, conv: nn.Conv2d, norm: nn.LayerNorm) -> tuple[Tensor, Grid]:
+    """Depthwise convolution on the token grid with weights shared over heads, then LayerNorm over D.
+
+    (B, H, N, D), grid -> (B, H, N', D), grid'.
     """
-
-    def __init__(self, head_dim: int, stride: int = 1):
-        super().__init__()
-        self.conv = nn.Conv2d(head_dim, head_dim, 3, stride, padding=1, groups=head_dim, bias=False)
-        self.norm = nn.LayerNorm(head_dim, eps=1e-6)
-
-    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-        heads = x.shape[1]
-        # Contiguous tokens are a channels-last map without a copy, the layout in which this convolution is fast.
-        x = self.conv(rearrange(x.contiguous(), "b h (y x) d -> (b h) d y x", y=grid[0]))
-        grid = (x.shape[2], x.shape[3])
-        return self.norm(rearrange(x, "(b h) d y x -> b h (y x) d", h=heads)), grid
+    heads = x.shape[1]
+    # Contiguous tokens are a channels-last map without a copy, the layout in which this convolution is fast.
+    x = conv(rearrange(x.contiguous(), "b h (y x) d -> (b h) d y x", y=grid[0]))
+    grid = (x.shape[2], x.shape[3])
+    return norm(rearrange(x, "(b h) d y x -> b h (y x) d", h=heads)), grid
 
 
 class PooledAttention(AttentionCore):
-    """Attention on pooled q, k, v with the pooled query added to its output.
+    """Self-attention on pooled q, k, v: 3x3 depthwise convolutions and norms shared over heads.
 
-    (B, H, N, D) each, grid -> (B, H, N', D), grid'. Source: MViTv2, arXiv:2112.01526, Eq. (5) to (7).
+    (B, N, C), grid -> (B, N', C'), grid'. The pooled query is added to the attention's output if `residual`.
+
+    Args:
+        qkv: the layer C -> H (2 D + E); its output is laid out (q|k|v, H, D) or, `head_major`, (H, q|k|v).
+        proj: the layer H E -> C'.
+        key_dim, value_dim: D and E per head.
+        stride_q, stride_kv: of the convolutions.
+        pool_q: False takes every stride_q-th query of every stride_q-th row instead of a convolution's.
+        core: options of AttentionCore.
+    Source: MViTv2, arXiv:2112.01526, section 4.1 (residual pooling connection); timm's and the official names.
     """
 
-    def __init__(self, heads: int, head_dim: int, stride_q: int = 1, stride_kv: int = 1, **core):
+    def __init__(
+        self,
+        qkv: nn.Module,
+        proj: nn.Module,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+        *,
+        stride_q: int = 1,
+        stride_kv: int = 1,
+        head_major: bool = False,
+        residual: bool = True,
+        pool_q: bool = True,
+        core: Mapping,
+    ):
         super().__init__(heads, **core)
-        self.pool_q = HeadPool(head_dim, stride_q)
-        self.pool_k = HeadPool(head_dim, stride_kv)
-        self.pool_v = HeadPool(head_dim, stride_kv)
+        self.split, self.head_major, self.residual = [key_dim, key_dim, value_dim], head_major, residual
+        self.stride_q = stride_q
+        self.qkv, self.proj = qkv, proj
+        for name, dim, stride in zip("qkv", self.split, (stride_q, stride_kv, stride_kv), strict=True):
+            if name != "q" or pool_q:
+                self.add_module(f"pool_{name}", nn.Conv2d(dim, dim, 3, stride, padding=1, groups=dim, bias=False))
+                self.add_module(f"norm_{name}", nn.LayerNorm(dim, eps=1e-6))
+            else:
+                self.pool_q = None
 
-    def pooled(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, bias: Tensor | None = None) -> tuple[Tensor, Grid]:
-        (q, out_grid), (k, _), (v, _) = self.pool_q(q, grid), self.pool_k(k, grid), self.pool_v(v, grid)
-        return AttentionCore.forward(self, q, k, v, bias) + q, out_grid
+    def logit_bias(self, q: Tensor, q_grid: Grid, k_grid: Grid) -> Tensor | None:
+        """Added to the softmax baseline's logits, (H, N', M) or (B, H, N', M)."""
+        return None
+
+    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        if self.head_major:
+            q, k, v = rearrange(self.qkv(x), "b n (h c) -> b h n c", h=self.heads).split(self.split, dim=-1)
+        else:
+            q, k, v = rearrange(self.qkv(x), "b n (s h d) -> s b h n d", s=3, h=self.heads)
+        if self.pool_q is None:
+            q, q_grid = subsample(q, grid, self.stride_q)
+        else:
+            q, q_grid = pool_heads(q, grid, self.pool_q, self.norm_q)
+        k, k_grid = pool_heads(k, grid, self.pool_k, self.norm_k)
+        v, _ = pool_heads(v, grid, self.pool_v, self.norm_v)
+        y = super().forward(q, k, v, self.logit_bias(q, q_grid, k_grid))
+        y = y + q if self.residual else y
+        return self.proj(rearrange(y, "b h n d -> b n (h d)")), q_grid
 
 
 # ---- DeiT ------------------------------------------------------------------------------------------------------------
@@ -205,7 +279,7 @@ class DeiT(nn.Module):
         if dim % heads:
             raise ValueError(f"dim {dim} must be divisible by heads {heads}")
         if mlp_conv is None:
-            mlp_conv = 0 if core["kernel"] == "softmax" else 5
+            mlp_conv = default_mlp_conv(core)
         self.patch_size = patch_size
         self.grid = tuple(-(-side // patch_size) for side in pair(image_size))
         self.prefix = 2 if distilled else 1
@@ -218,18 +292,13 @@ class DeiT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
         self.head_dist = nn.Linear(dim, num_classes) if distilled else None
-        self.apply(self.init_weights)
+        self.apply(init_linear)
         for token in (self.cls_token, self.dist_token, self.pos_embed):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
 
-    @staticmethod
-    def init_weights(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
-
     def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the published recipe exempts, beyond biases and norms."""
         return {"cls_token", "dist_token", "pos_embed"}
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -298,12 +367,6 @@ def activated_projection(dim: int, out_dim: int, bn_weight: float = 1.0) -> nn.S
     return nn.Sequential(OrderedDict(act=nn.Hardswish(), ln=LinearNorm(dim, out_dim, bn_weight)))
 
 
-def subsample(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-    """Every second token of every second row, (B, N, C) -> (B, N', C). No averaging."""
-    x = rearrange(x, "b (y x) c -> b y x c", y=grid[0])[:, ::2, ::2]
-    return x.flatten(1, 2), (x.shape[1], x.shape[2])
-
-
 def offset_bias(table: Tensor, built: Grid, grid: Grid, stride: int) -> Tensor:
     """LeViT's attention bias (H, N, M) from one entry per head and absolute offset, |dy| * x + |dx|.
 
@@ -369,21 +432,58 @@ class CastlingLeViTAttention(PooledAttention):
     the kernel is softmax, which then keeps LeViT's bias (D5).
     """
 
-    def __init__(self, dim: int, out_dim: int, heads: int, head_dim: int, grid: Grid, stride: int, core: dict):
+    def __init__(self, dim: int, out_dim: int, heads: int, head_dim: int, grid: Grid, stride: int, core: Mapping):
         softmax = core["kernel"] == "softmax"
-        super().__init__(heads, head_dim, stride_q=stride, stride_kv=1 if softmax else stride, **core)
+        super().__init__(
+            LinearNorm(dim, 3 * heads * head_dim),
+            activated_projection(heads * head_dim, out_dim, bn_weight=0.0 if stride == 1 else 1.0),
+            heads,
+            head_dim,
+            head_dim,
+            stride_q=stride,
+            stride_kv=1 if softmax else stride,
+            head_major=True,
+            core=core,
+        )
         self.stride, self.grid = stride, grid
         self.attention_biases = nn.Parameter(torch.zeros(heads, grid[0] * grid[1])) if softmax else None
-        self.qkv = LinearNorm(dim, 3 * heads * head_dim)
-        self.proj = activated_projection(heads * head_dim, out_dim, bn_weight=0.0 if stride == 1 else 1.0)
 
-    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-        q, k, v = rearrange(self.qkv(x), "b n (h s d) -> s b h n d", s=3, h=self.heads)
-        bias = None
-        if self.attention_biases is not None:
-            bias = offset_bias(self.attention_biases, self.grid, grid, self.stride)
-        y, grid = self.pooled(q, k, v, grid, bias)
-        return self.proj(rearrange(y, "b h n d -> b n (h d)")), grid
+    def logit_bias(self, q: Tensor, q_grid: Grid, k_grid: Grid) -> Tensor | None:
+        if self.attention_biases is None:
+            return None
+        return offset_bias(self.attention_biases, self.grid, k_grid, self.stride)
+
+
+class DesignAttention(PooledAttention):
+    """LeViT's attention in the designs that Table 1 compares: softmax, q, k, v through 3x3 convolutions, no bias.
+
+    Stride 2 is "post-Q" pooling: all q, k, v are projected at full resolution, then queries are subsampled.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+        stride: int,
+        stride_kv: int,
+        core: Mapping,
+    ):
+        super().__init__(
+            LinearNorm(dim, heads * (2 * key_dim + value_dim)),
+            activated_projection(heads * value_dim, out_dim, bn_weight=0.0 if stride == 1 else 1.0),
+            heads,
+            key_dim,
+            value_dim,
+            stride_q=stride,
+            stride_kv=stride_kv,
+            head_major=True,
+            residual=key_dim == value_dim,
+            pool_q=stride == 1,
+            core=core,
+        )
 
 
 class LeViTMlp(nn.Module):
@@ -452,7 +552,7 @@ class LeViT(nn.Module):
     """(B, 3, H, W) pixels -> (B, num_classes) logits; any H x W.
 
     With the softmax kernel, LeViT as published (attention-bias tables are made for `image_size` and resampled for other
-    images). With any other, the castling architecture, which has no bias tables.
+    images). With any other, the castling architecture, which has none.
 
     Args:
         dims, heads, depths: per stage; key_dim: D. Down-sampling blocks have dims[i] // D heads and 4 D channels each.
@@ -462,7 +562,8 @@ class LeViT(nn.Module):
         drop_path: stochastic depth, the same in all blocks.
         castle_downsample: in the castling architecture, down-sampling blocks use `core` too, with keys and values
             pooled onto the queries' grid (D5, "C2"); False keeps softmax there ("C1").
-        mlp_conv: kernel of the DWConv in the stage blocks' MLPs in the castling architecture, 0 for none (D7).
+        mlp_conv: kernel of the DWConv in the stage blocks' MLPs, 0 for none; None: 5 in the castling architecture (D7).
+        design: a row of Table 1 (1..6, see DESIGNS) instead of the published softmax model.
         core: options of AttentionCore.
     """
 
@@ -478,11 +579,18 @@ class LeViT(nn.Module):
         distilled: bool | None = None,
         drop_path: float = 0.0,
         castle_downsample: bool = True,
-        mlp_conv: int = 5,
+        mlp_conv: int | None = None,
+        design: int | None = None,
         core: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
+        if not len(dims) == len(heads) == len(depths):
+            raise ValueError(f"dims, heads and depths must have one entry per stage: {dims}, {heads}, {depths}")
         published = core["kernel"] == "softmax"
+        row = {} if design is None else look_up(DESIGNS, design, "design")
+        mlp_conv = default_mlp_conv(core) if mlp_conv is None else mlp_conv
+        if row and not published:
+            raise ValueError("the designs of Table 1 have softmax attention: design= needs attention='softmax'")
         widths = [3, dims[0] // 8, dims[0] // 4, dims[0] // 2, dims[0]]
         grid = pair(image_size)
         self.stem = nn.Sequential()
@@ -493,19 +601,28 @@ class LeViT(nn.Module):
             grid = halved(grid)
 
         def down(dim: int, out_dim: int, grid: Grid) -> LeViTDownsample:
-            mlp = LeViTMlp(out_dim, mlp_ratio * out_dim)
-            if published:
-                attn = LeViTAttention(dim, out_dim, dim // key_dim, key_dim, 4, grid, 2, core)
-                return LeViTDownsample(attn, mlp, None, drop_path)
-            chosen = core if castle_downsample else ATTENTIONS["softmax"]
-            attn = CastlingLeViTAttention(dim, out_dim, dim // key_dim, 4 * key_dim, grid, 2, chosen)
-            return LeViTDownsample(attn, mlp, LinearNorm(dim, out_dim), drop_path)
+            mlp, heads, skip = LeViTMlp(out_dim, mlp_ratio * out_dim), dim // key_dim, None
+            if published and not row.get("post_q"):
+                attn = LeViTAttention(dim, out_dim, heads, key_dim, 4, grid, 2, core)
+            else:
+                skip = LinearNorm(dim, out_dim)
+                if published:
+                    stride_kv = 2 if row["token_pooled"] else 1
+                    attn = DesignAttention(dim, out_dim, heads, 4 * key_dim, 4 * key_dim, 2, stride_kv, core)
+                else:
+                    chosen = core if castle_downsample else {**core, **BASELINE}
+                    attn = CastlingLeViTAttention(dim, out_dim, heads, 4 * key_dim, grid, 2, chosen)
+            return LeViTDownsample(attn, mlp, skip, drop_path)
 
-        def block(dim: int, heads: int, grid: Grid) -> LeViTBlock:
-            if published:
-                attn = LeViTAttention(dim, dim, heads, key_dim, 2, grid, 1, core)
-                return LeViTBlock(attn, LeViTMlp(dim, mlp_ratio * dim), drop_path)
-            attn = CastlingLeViTAttention(dim, dim, heads, 2 * key_dim, grid, 1, core)
+        def block(stage: int, dim: int, grid: Grid) -> LeViTBlock:
+            if row:
+                width = key_dim if row["bottleneck"] else 2 * key_dim
+                stride_kv = 2 if stage in row["token_pooled"] else 1
+                attn = DesignAttention(dim, dim, heads[stage], width, 2 * key_dim, 1, stride_kv, core)
+            elif published:
+                attn = LeViTAttention(dim, dim, heads[stage], key_dim, 2, grid, 1, core)
+            else:
+                attn = CastlingLeViTAttention(dim, dim, heads[stage], 2 * key_dim, grid, 1, core)
             return LeViTBlock(attn, LeViTMlp(dim, mlp_ratio * dim, mlp_conv), drop_path)
 
         stages = []
@@ -513,13 +630,14 @@ class LeViT(nn.Module):
             downsample = None
             if i > 0:
                 downsample, grid = down(dims[i - 1], dim, grid), halved(grid)
-            stages.append(LeViTStage(downsample, [block(dim, heads[i], grid) for _ in range(depth)]))
+            stages.append(LeViTStage(downsample, [block(i, dim, grid) for _ in range(depth)]))
         self.stages = nn.ModuleList(stages)
         self.head = NormLinear(dims[-1], num_classes)
         distilled = published if distilled is None else distilled
         self.head_dist = NormLinear(dims[-1], num_classes) if distilled else None
 
     def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the published recipe exempts, beyond biases and norms."""
         return {name for name, _ in self.named_parameters() if name.endswith("attention_biases")}
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -535,9 +653,160 @@ class LeViT(nn.Module):
         return logits if self.training else (logits[0] + logits[1]) / 2
 
 
+# ---- MViTv2 ----------------------------------------------------------------------------------------------------------
+
+
+def relative_rows(table: Tensor, queries: int, keys: int) -> Tensor:
+    """Rows of a table of relative positions for each query and key along one axis, (length, D) -> (queries, keys, D).
+
+    The longer axis has unit steps, the shorter one steps of their ratio. A table for another size is resampled.
+    Source: MViTv2, arXiv:2112.01526, section 4.1; timm 1.0.31, mvitv2.py, cal_rel_pos_type.
+    """
+    length = 2 * max(queries, keys) - 1
+    if len(table) != length:
+        table = F.interpolate(table.T[None].float(), size=length, mode="linear")[0].T.to(table.dtype)
+    q = torch.arange(queries, device=table.device)[:, None] * max(keys / queries, 1.0)
+    k = torch.arange(keys, device=table.device)[None, :] * max(queries / keys, 1.0)
+    return table[(q - k + (keys - 1) * max(queries / keys, 1.0)).long()]
+
+
+class MViTAttention(PooledAttention):
+    """MViTv2's pooling attention. With the softmax kernel, decomposed relative positions are added to its logits."""
+
+    def __init__(self, dim: int, out_dim: int, heads: int, grid: Grid, stride_q: int, stride_kv: int, core: Mapping):
+        head_dim = out_dim // heads
+        super().__init__(
+            nn.Linear(dim, 3 * out_dim),
+            nn.Linear(out_dim, out_dim),
+            heads,
+            head_dim,
+            head_dim,
+            stride_q=stride_q,
+            stride_kv=stride_kv,
+            core=core,
+        )
+        self.rel_pos_h = self.rel_pos_w = None
+        if core["kernel"] == "softmax":
+            lengths = [2 * -(-side // min(stride_q, stride_kv)) - 1 for side in grid]
+            self.rel_pos_h, self.rel_pos_w = (nn.Parameter(torch.zeros(length, head_dim)) for length in lengths)
+
+    def logit_bias(self, q: Tensor, q_grid: Grid, k_grid: Grid) -> Tensor | None:
+        if self.rel_pos_h is None:
+            return None
+        q = rearrange(q, "b h (y x) d -> b h y x d", y=q_grid[0])  # not scaled, unlike in the logits
+        rows, columns = (
+            relative_rows(table, n, m)
+            for table, n, m in zip((self.rel_pos_h, self.rel_pos_w), q_grid, k_grid, strict=True)
+        )
+        rows = torch.einsum("bhyxd,ykd->bhyxk", q, rows)
+        columns = torch.einsum("bhyxd,xkd->bhyxk", q, columns)
+        return (rows[..., :, None] + columns[..., None, :]).flatten(4, 5).flatten(2, 3)
+
+
+class MViTBlock(nn.Module):
+    """Pre-norm block, (B, N, C), grid -> (B, N', C'), grid'.
+
+    Where C changes, the way round attention is linear, after the norm; where the grid does, it is max-pooled.
+    """
+
+    def __init__(self, dim: int, attn: MViTAttention, out_dim: int, mlp: nn.Module, stride: int, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.shortcut_proj_attn = nn.Linear(dim, out_dim) if dim != out_dim else None
+        self.stride = stride
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(out_dim, eps=1e-6)
+        self.mlp = mlp
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        normed = self.norm1(x)
+        y, out_grid = self.attn(normed, grid)
+        if self.shortcut_proj_attn is not None:
+            x = self.shortcut_proj_attn(normed)
+        if self.stride > 1:
+            x = F.max_pool2d(rearrange(x, "b (y x) c -> b c y x", y=grid[0]), 3, self.stride, padding=1)
+            x = rearrange(x, "b c y x -> b (y x) c")
+        x = x + self.drop_path(y)
+        return x + self.drop_path(self.mlp(self.norm2(x), out_grid)), out_grid
+
+
+class MViTv2(nn.Module):
+    """(B, 3, H, W) pixels -> (B, num_classes) logits; any H x W.
+
+    With the softmax kernel, MViTv2 as published: keys and values pooled by 4, 2, 1, 1 in stages 1 to 4, decomposed
+    relative positions. With any other, the castling architecture: one value per query, so no such pooling; a DWConv in
+    the MLPs of blocks that do not down-sample (D7).
+
+    Args:
+        depths: blocks per stage; dim, heads: C and H of the first stage, both double from stage to stage.
+        castle_downsample: as in `LeViT`; with False ("C1") the down-sampling blocks pool q, k and v all by 2.
+        drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
+        image_size, num_classes, mlp_conv, core: as in `LeViT`.
+    """
+
+    def __init__(
+        self,
+        depths: tuple[int, ...],
+        dim: int = 96,
+        heads: int = 1,
+        mlp_ratio: int = 4,
+        image_size: int | tuple[int, int] = 224,
+        num_classes: int = 1000,
+        drop_path: float = 0.1,
+        castle_downsample: bool = True,
+        mlp_conv: int | None = None,
+        core: Mapping = ATTENTIONS["castling"],
+    ):
+        super().__init__()
+        published = core["kernel"] == "softmax"
+        mlp_conv = default_mlp_conv(core) if mlp_conv is None else mlp_conv
+        grid = tuple((side - 1) // 4 + 1 for side in pair(image_size))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, 7, stride=4, padding=3)))
+        rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
+        stages, stride_kv = [], 4
+        for i, depth in enumerate(depths):
+            blocks, in_dim = [], dim
+            if i > 0:
+                dim, heads, stride_kv = 2 * dim, 2 * heads, max(1, stride_kv // 2)
+            for j in range(depth):
+                down = i > 0 and j == 0
+                stride = 2 if down else 1
+                chosen = core if published or castle_downsample or not down else {**core, **BASELINE}
+                attn = MViTAttention(in_dim, dim, heads, grid, stride, stride_kv if published else stride, chosen)
+                mlp = Mlp(dim, mlp_ratio * dim, 0 if down else mlp_conv)
+                blocks.append(MViTBlock(in_dim, attn, dim, mlp, stride, rates.pop(0)))
+                in_dim, grid = dim, halved(grid) if down else grid
+            stages.append(nn.ModuleDict(dict(blocks=nn.ModuleList(blocks))))
+        self.stages = nn.ModuleList(stages)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Sequential(OrderedDict(fc=nn.Linear(dim, num_classes)))
+        self.apply(init_linear)
+        for name, parameter in self.named_parameters():
+            if "rel_pos" in name:
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the published recipe exempts, beyond biases and norms."""
+        return {name for name, _ in self.named_parameters() if "rel_pos" in name}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x)                                                      # (B, C, y, x)
+        grid = (x.shape[2], x.shape[3])
+        x = rearrange(x, "b c y x -> b (y x) c")
+        for stage in self.stages:
+            for block in stage["blocks"]:
+                x, grid = block(x, grid)
+        return self.head(self.norm(x).mean(dim=1))
+
+
 # ---- builders --------------------------------------------------------------------------------------------------------
 
-MODELS = {name: (DeiT, row) for name, row in DEIT.items()} | {name: (LeViT, row) for name, row in LEVIT.items()}
+MODELS = {
+    name: (family, row)
+    for family, table in ((DeiT, DEIT), (LeViT, LEVIT), (MViTv2, MVITV2))
+    for name, row in table.items()
+}
 
 
 def list_models() -> list[str]:
@@ -572,10 +841,12 @@ def build_model(
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     core_options = set(inspect.signature(AttentionCore).parameters) - {"heads", "kernel"}
     core |= {key: overrides.pop(key) for key in core_options & set(overrides)}
-    known = set(inspect.signature(family).parameters)
+    known = set(inspect.signature(family).parameters) - {"core"}
     for key in set(overrides) - known:
-        choices = sorted(core_options | known - {"core"})
+        choices = sorted(core_options | known)
         raise ValueError(f"{name} has no option {key!r}: choose from {', '.join(choices)}")
+    if overrides.get("mlp_conv") and overrides["mlp_conv"] % 2 == 0:
+        raise ValueError(f"mlp_conv must be odd, or 0 for none, got {overrides['mlp_conv']}")
     options = dict(num_classes=num_classes, image_size=image_size, core=core) | row | overrides
     if "castle_downsample" in known:
         options["castle_downsample"] = castle_downsample
@@ -596,13 +867,16 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or ["no reason given"])[0]
         raise ValueError(f"{path} holds more than tensors and plain data, or is damaged; refused: {reason}") from None
-    except (EOFError, KeyError, OSError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged or is no PyTorch checkpoint: {error}") from None
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dictionary")
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise ValueError(f"{path} is damaged or is no PyTorch checkpoint: {error!r}") from error
+    if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dictionary by name")
     return checkpoint
+
+
+HEADS = ("head.weight", "head.linear.weight", "head.fc.weight")  # the class heads' weights, (classes, C)
 
 
 def weights_in(checkpoint: dict) -> dict[str, Tensor]:
@@ -616,6 +890,8 @@ def weights_in(checkpoint: dict) -> dict[str, Tensor]:
             break
     weights = {}
     for name, value in checkpoint.items():
+        if name == "n_averaged":  # of torch's AveragedModel
+            continue
         while name.startswith(("module.", "_orig_mod.")):
             name = name.split(".", 1)[1]
         weights[name] = value
@@ -625,17 +901,19 @@ def weights_in(checkpoint: dict) -> dict[str, Tensor]:
 def load_pretrained(model: nn.Module, path: str | Path) -> None:
     """Load the weights of a checkpoint written by this project, or with this model's own parameter names (timm's).
 
-    Raises: ValueError that names the file and every parameter that is missing, left over or of another shape.
+    Raises: ValueError that names the file and the parameters that are missing, left over or of another shape.
     """
     weights, own = weights_in(read_checkpoint(path)), model.state_dict()
     wrong = [f"missing {name}" for name in own if name not in weights]
     wrong += [f"unknown {name}" for name in weights if name not in own]
-    for name in own.keys() & weights.keys():
-        found = getattr(weights[name], "shape", None)
-        if found != own[name].shape:
-            if name == "head.weight" or name == "head.linear.weight":
-                wrong.insert(0, f"{found[0]} classes in the file, {own[name].shape[0]} in the model")
-            wrong.append(f"{name} is {found and tuple(found)} in the file, {tuple(own[name].shape)} in the model")
+    for name in (name for name in own if name in weights):
+        found, expected = tuple(getattr(weights[name], "shape", ())), tuple(own[name].shape)
+        if not isinstance(weights[name], Tensor):
+            wrong.append(f"{name} is no tensor")
+        elif found != expected:
+            if name in HEADS and found[:1] != expected[:1]:
+                wrong.insert(0, f"{(*found, 0)[0]} classes in the file, {expected[0]} in the model")
+            wrong.append(f"{name} is {found} in the file, {expected} in the model")
     if wrong:
         more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
         raise ValueError(f"{path} does not fit the model: {'; '.join(wrong[:8])}{more}")

@@ -456,7 +456,7 @@ def test_core_equals_its_definition(qkv, kernel, auxiliary, taps):
     y = kernel_attention(q, k, v, kernel)
     if auxiliary:
         y = y + masked_softmax_attention(q, k, v, mask_threshold(0.0, q.shape[2]))[0]
-    y = y / y.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    y = y / y.norm(dim=-1, keepdim=True).clamp_min(attention.EPS)
     weight = core.dconv.weight[:, 0, :, 0]
     for i in range(v.shape[2]):
         for tap in range(taps):
@@ -634,11 +634,15 @@ def test_attention_file_works_alone(tmp_path):
 
 TINY_LEVIT = dict(dims=(32, 48, 64), heads=(2, 3, 4), key_dim=8, depths=(1, 1, 1))
 TINY_DEIT = dict(dim=24, heads=2, depth=2)
+TINY_MVIT = dict(dim=8, depths=(1, 2, 1))
+FAMILIES = ["levit", "deit", "mvit"]
 
 
 def tiny(family, attention="castling", image_size=64, **options):
-    """A small DeiT or LeViT with 5 classes; norms and other constants shaken, so that nothing is zero by accident."""
-    name, row = ("levit128", TINY_LEVIT) if family == "levit" else ("deit_tiny", TINY_DEIT)
+    """A small model with 5 classes; norms and other constants shaken, so that nothing is zero by accident."""
+    name, row = {
+        "levit": ("levit128", TINY_LEVIT), "deit": ("deit_tiny", TINY_DEIT), "mvit": ("mvitv2_tiny", TINY_MVIT),
+    }[family]  # fmt: skip
     torch.manual_seed(0)
     return shaken(build_model(name, attention, 5, image_size, **(row | options))).eval()
 
@@ -678,6 +682,15 @@ def parameters(model):
     ("levit256", dict(), 22_032_028, 22_129_988),
     ("levit384", dict(castle_downsample=False), 45_779_676, 45_921_956),
     ("levit384", dict(), 45_779_928, 45_919_072),
+    ("mvitv2_tiny", dict(attention="softmax"), 24_032_352, 24_173_320),
+    ("mvitv2_tiny", dict(castle_downsample=False), 24_291_795, 24_369_595),
+    ("mvitv2_tiny", dict(), 24_291_921, 24_351_481),
+    ("mvitv2_small", dict(attention="softmax"), 34_664_736, 34_870_216),
+    ("mvitv2_small", dict(castle_downsample=False), 35_154_795, 35_266_003),
+    ("mvitv2_small", dict(), 35_154_921, 35_247_889),
+    ("mvitv2_base", dict(attention="softmax"), 51_163_680, 51_472_744),
+    ("mvitv2_base", dict(castle_downsample=False), 51_951_618, 52_106_122),
+    ("mvitv2_base", dict(), 51_951_744, 52_088_008),
     ("levit128", dict(attention="softmax"), None, 9_213_936),
     ("levit192", dict(attention="softmax"), None, 10_947_069),
     ("levit256", dict(attention="softmax"), None, 18_893_876),
@@ -695,7 +708,8 @@ def test_parameter_counts(name, options, weights, full):
 @pytest.mark.parametrize(("name", "theirs"), [
     ("deit_tiny", "deit_tiny_patch16_224"), ("deit_small", "deit_small_patch16_224"),
     ("deit_base", "deit_base_patch16_224"), ("levit128", "levit_128"), ("levit192", "levit_192"),
-    ("levit256", "levit_256"), ("levit384", "levit_384"),
+    ("levit256", "levit_256"), ("levit384", "levit_384"), ("mvitv2_tiny", "mvitv2_tiny"),
+    ("mvitv2_small", "mvitv2_small"), ("mvitv2_base", "mvitv2_base"),
 ])  # fmt: skip
 def test_softmax_models_equal_timm(name, theirs):
     """Same state dict, name by name and in order; same logits within 1e-5, in eval and (both heads) in training."""
@@ -730,7 +744,7 @@ def test_distilled_deit_equals_timm():
 
 
 @pytest.mark.parametrize("attention_name", sorted(models.ATTENTIONS))
-@pytest.mark.parametrize("family", ["levit", "deit"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_attention_trains_in_every_family(family, attention_name):
     """Forward, finite gradients for every parameter, an exact state-dict round trip and a faithful deepcopy."""
     model = tiny(family, attention_name).train()
@@ -746,7 +760,7 @@ def test_every_attention_trains_in_every_family(family, attention_name):
 
 
 @pytest.mark.parametrize("attention_name", ["castling", "softmax"])
-@pytest.mark.parametrize("family", ["levit", "deit"])
+@pytest.mark.parametrize("family", FAMILIES)
 @given(size=st.tuples(st.integers(1, 100), st.integers(1, 100)), built=st.sampled_from([16, 64, (48, 80)]))
 @settings(max_examples=15)
 def test_any_image_size(family, attention_name, size, built):
@@ -759,6 +773,174 @@ def test_any_image_size(family, attention_name, size, built):
         assert_close(torch.cat([model(x[:1]), model(x[1:])]), y, atol=1e-4, rtol=1e-4)
 
 
+def oracle_head(core, q, k, v):
+    """Castling attention of one head, all (N, D): Eq. (9) with an explicit (N, N) matrix."""
+    y = (0.5 * torch.eye(len(q), dtype=q.dtype) + cosines(q, k) / math.pi) @ v
+    return y / y.norm(dim=-1, keepdim=True)
+
+
+def oracle_pool(x, grid, conv, norm):
+    """(N, D) of one head through its 3x3 convolution and norm."""
+    x = conv(x.T.unflatten(1, grid)[None])
+    return norm(x[0].flatten(1).T), tuple(x.shape[2:])
+
+
+def oracle_pooled_attention(attn, x, grid, head_major, bias=None):
+    """The attention of section 5 and 6 of the architecture, head by head, for one image of (N, C)."""
+    qkv, outputs = attn.qkv(x[None])[0], []
+    for head in range(attn.heads):
+        D = attn.norm_q.normalized_shape[0]
+        if head_major:  # LeViT: (H, q|k|v)
+            q, k, v = qkv[:, head * 3 * D : (head + 1) * 3 * D].split(D, dim=1)
+        else:  # MViTv2: (q|k|v, H)
+            q, k, v = (qkv[:, (i * attn.heads + head) * D :][:, :D] for i in range(3))
+        q, out_grid = oracle_pool(q, grid, attn.pool_q, attn.norm_q)
+        k, k_grid = oracle_pool(k, grid, attn.pool_k, attn.norm_k)
+        v, _ = oracle_pool(v, grid, attn.pool_v, attn.norm_v)
+        if attn.kernel == "softmax":
+            logits = q @ k.T / math.sqrt(D)
+            y = (logits + (0 if bias is None else bias(head, q, out_grid, k_grid))).softmax(-1) @ v
+        else:
+            kernel = attn.dconv.weight[head, 0, :, 0]
+            padded = F.pad(v, (0, 0, 4, 4))
+            y = oracle_head(attn, q, k, v) + sum(kernel[t] * padded[t : t + len(v)] for t in range(9))
+        outputs.append(y + q)
+    return attn.proj(torch.cat(outputs, dim=1)[None])[0], out_grid
+
+
+@pytest.mark.parametrize("downsample", [True, False])
+def test_castling_levit_is_what_section_5_says(downsample):
+    """Stem, stage and down-sampling blocks written out for one image: head-major qkv, pooled q, k, v, Eq. (9), + q,
+    Hardswish before proj, DWConv before the MLP's Hardswish, the linear way round attention at full resolution and then
+    subsampled, softmax with offset biases in C1's down-sampling."""
+    model = castle(tiny("levit", image_size=80, castle_downsample=downsample)).double()
+    image = randn(1, 3, 80, 80)
+
+    def mlp(m, x, grid):
+        y = m.ln1(x[None])[0]
+        if m.dwconv is not None:
+            maps = F.conv2d(y.T.unflatten(1, grid)[None], m.dwconv.weight, padding=2, groups=y.shape[1])
+            y = maps[0].flatten(1).T
+        return m.ln2(F.hardswish(y)[None])[0]
+
+    def offsets(attn):
+        def bias(head, q, q_grid, k_grid):
+            table = attn.attention_biases[head]
+            return torch.stack([
+                torch.stack([table[abs(2 * i - y) * k_grid[1] + abs(2 * j - x)]
+                             for y in range(k_grid[0]) for x in range(k_grid[1])])
+                for i in range(q_grid[0]) for j in range(q_grid[1])
+            ])  # fmt: skip
+        return bias
+
+    x = model.stem(image)[0]
+    grid, x = tuple(x.shape[1:]), x.flatten(1).T
+    for stage in model.stages:
+        if stage.downsample is not None:
+            d = stage.downsample
+            bias = None if downsample else offsets(d.attn_downsample)
+            y, out_grid = oracle_pooled_attention(d.attn_downsample, x, grid, True, bias)
+            skip = d.skip(x[None])[0].unflatten(0, grid)[::2, ::2].flatten(0, 1)
+            x, grid = y + skip, out_grid
+            x = x + mlp(d.mlp, x, grid)
+        for block in stage.blocks:
+            x = x + oracle_pooled_attention(block.attn, x, grid, True)[0]
+            x = x + mlp(block.mlp, x, grid)
+    assert_close(model(image), model.head(x.mean(0)[None]))
+
+
+@pytest.mark.parametrize("downsample", [True, False])
+def test_castling_mvit_is_what_section_6_says(downsample):
+    """The same for MViTv2: (3, H, D) qkv, no pooling of k and v at stride 1, the max-pooled linear way round of the
+    normed input, decomposed relative positions of the unscaled query in C1's down-sampling blocks."""
+    model = castle(tiny("mvit", image_size=(28, 20), castle_downsample=downsample)).double()
+    image = randn(1, 3, 28, 20)
+
+    def relative(attn):
+        def bias(head, q, q_grid, k_grid):
+            rows = [[[attn.rel_pos_h[i - y + k_grid[0] - 1] @ q[i * q_grid[1] + j] +
+                      attn.rel_pos_w[j - x + k_grid[1] - 1] @ q[i * q_grid[1] + j]
+                      for y in range(k_grid[0]) for x in range(k_grid[1])]] for i in range(q_grid[0])
+                    for j in range(q_grid[1])]  # fmt: skip
+            return torch.stack([torch.stack(row[0]) for row in rows])
+        return bias
+
+    x = model.patch_embed(image)[0]
+    grid, x = tuple(x.shape[1:]), x.flatten(1).T
+    for stage in model.stages:
+        for block in stage["blocks"]:
+            normed = block.norm1(x)
+            bias = relative(block.attn) if block.attn.kernel == "softmax" else None
+            y, out_grid = oracle_pooled_attention(block.attn, normed, grid, False, bias)
+            if block.shortcut_proj_attn is not None:
+                x = block.shortcut_proj_attn(normed)
+            if block.stride == 2:
+                x = F.max_pool2d(x.T.unflatten(1, grid)[None], 3, 2, 1)[0].flatten(1).T
+            x, grid = x + y, out_grid
+            y = block.mlp.fc1(block.norm2(x))
+            if block.mlp.dwconv is not None:
+                maps = F.conv2d(y.T.unflatten(1, grid)[None], block.mlp.dwconv.weight, padding=2, groups=y.shape[1])
+                y = maps[0].flatten(1).T
+            x = x + block.mlp.fc2(F.gelu(y))
+    assert_close(model(image), model.head(model.norm(x).mean(0)[None]))
+
+
+@pytest.mark.parametrize(("design", "macs"), [
+    (None, 657.60 - 0.55), (1, 684.8), (2, 660.9), (3, 735.9), (4, 770.9), (5, 763.0), (6, 838.0),
+])  # fmt: skip
+def test_designs_of_table_1(design, macs):
+    """The six attention designs of Table 1 cost the MACs that the paper prints (685, 661, 736, 771, 763, 838 M), to the
+    recovered digit; LeViT-192 itself its official count less the softmax (0.55 M) which that one adds."""
+    model = build_model("levit192", "softmax", design=design, distilled=design is None).eval()
+    assert train.count_macs(model, torch.zeros(1, 3, 224, 224)) / 1e6 == pytest.approx(macs, rel=1e-3)
+
+
+def test_stochastic_depth_rates():
+    """DeiT's and MViTv2's rise linearly from 0 to the given rate, LeViT's is the same in every block."""
+    deit = build_model("deit_tiny", **(TINY_DEIT | dict(depth=5)), drop_path=0.2)
+    assert [block.drop_path.p for block in deit.blocks] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    mvit = build_model("mvitv2_tiny", **TINY_MVIT, drop_path=0.3)
+    assert [b.drop_path.p for s in mvit.stages for b in s["blocks"]] == pytest.approx([0, 0.1, 0.2, 0.3])
+    levit = build_model("levit384", **TINY_LEVIT)
+    assert {b.drop_path.p for s in levit.stages for b in s.blocks} == {0.1}
+
+
+def test_core_options_reach_every_core():
+    """epsilon, schedule, conv_kernel and dropout arrive in each attention core, C1's softmax ones included."""
+    for family in FAMILIES:
+        model = tiny(family, epsilon=0.3, schedule="fixed", conv_kernel=5, dropout=0.1, castle_downsample=False)
+        for core in attention.cores(model).values():
+            assert (core.epsilon, core.schedule, core.dropout) == (0.3, "fixed", 0.1)
+            assert core.dconv is None or core.dconv.weight.shape[2] == 5
+    block = LinearAngularAttention(8, 2, attn_drop=0.1, proj_drop=0.2, res_kernel_size=5, epsilon=0.4)
+    assert (block.dropout, block.proj_drop.p, block.dconv.weight.shape[2], block.epsilon) == (0.1, 0.2, 5, 0.4)
+    x = randn(1, 4, 8, dtype=torch.float32)
+    assert not torch.equal(block.train()(x), block(x)) and torch.equal(block.eval()(x), block(x))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exempt_parameters_exist(family):
+    """Position embeddings, tokens and bias tables carry no weight decay."""
+    model = tiny(family, "softmax", **(dict(distilled=True) if family == "deit" else {}))
+    names = {name for name, _ in model.named_parameters()}
+    wanted = {n for n in names if n.rsplit(".", 1)[-1] in (
+        "cls_token", "dist_token", "pos_embed", "attention_biases", "rel_pos_h", "rel_pos_w",
+    )}  # fmt: skip
+    assert wanted and model.no_weight_decay() & names == wanted
+
+
+def test_relative_rows_equal_a_loop():
+    """MViTv2's relative positions: the longer axis in unit steps, the shorter in steps of the ratio."""
+    for queries, keys in ((7, 7), (8, 4), (4, 8), (1, 3)):
+        table = randn(2 * max(queries, keys) - 1, 3)
+        rows = models.relative_rows(table, queries, keys)
+        for i in range(queries):
+            for j in range(keys):
+                q, k = i * max(1, keys // queries), j * max(1, queries // keys)
+                assert torch.equal(rows[i, j], table[q - k + (keys - 1) * max(1, queries // keys)])
+    assert_close(models.relative_rows(torch.ones(5, 2), 4, 4), torch.ones(4, 4, 2))
+
+
 def test_c1_keeps_softmax_in_downsampling_only():
     """D5: `castle_downsample=False` leaves LeViT's softmax, with its bias table, in the two down-sampling blocks."""
     kinds = {name: core.kernel for name, core in attention.cores(tiny("levit", castle_downsample=False)).items()}
@@ -768,11 +950,12 @@ def test_c1_keeps_softmax_in_downsampling_only():
     assert set(kinds.values()) == {"softmax", "linear_angular"}
     assert {core.kernel for core in attention.cores(tiny("levit")).values()} == {"linear_angular"}
     assert len(mask_density(tiny("levit", castle_downsample=False))) == 3 and len(mask_density(tiny("levit"))) == 5
+    assert len(mask_density(tiny("mvit", castle_downsample=False))) == 2 and len(mask_density(tiny("mvit"))) == 4
 
 
 @given(st.tuples(st.integers(1, 6), st.integers(1, 6)), st.sampled_from([1, 2]))
 def test_offset_bias_equals_a_loop(grid, stride):
-    """LeViT: query (i, j) of the strided grid and key (y, x) share the entry |stride i - y| * columns + |stride j - x|."""
+    """LeViT: query (i, j) of the strided grid and key (y, x) share entry |stride i - y| * columns + |stride j - x|."""
     Y, X = grid
     table = randn(2, Y * X)
     bias = models.offset_bias(table, grid, grid, stride)
@@ -791,11 +974,12 @@ def test_resized_bias_keeps_the_zero_offset():
 
 
 def test_resized_positions():
-    """Position embeddings keep a constant constant, and their own grid bit for bit."""
+    """Position embeddings keep their own grid bit for bit; for another they are resampled as a map, y before x."""
     table = randn(1, 12, 4)
     assert torch.equal(models.resize_positions(table, (3, 4), (3, 4)), table)
-    resized = models.resize_positions(torch.full((1, 12, 4), 2.0), (3, 4), (5, 2))
-    assert_close(resized, torch.full((1, 10, 4), 2.0))
+    maps = table.mT.unflatten(2, (3, 4))
+    expected = F.interpolate(maps, size=(5, 2), mode="bicubic", align_corners=False).flatten(2).mT
+    assert_close(models.resize_positions(table, (3, 4), (5, 2)).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_mlp_convolution_starts_as_the_identity():
@@ -812,16 +996,17 @@ def test_mlp_convolution_starts_as_the_identity():
 
 def test_head_pool_shares_weights_over_heads():
     """Pooling all heads at once equals pooling each alone; stride 2 takes 5 x 4 to 3 x 2."""
-    pool = models.HeadPool(4, stride=2)
+    conv, norm = nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=4, bias=False), shaken(nn.LayerNorm(4))
     x = randn(2, 3, 20, 4, dtype=torch.float32)
-    y, grid = pool(x, (5, 4))
+    y, grid = models.pool_heads(x, (5, 4), conv, norm)
     assert grid == (3, 2) and y.shape == (2, 3, 6, 4)
     for head in range(3):
-        assert_close(pool(x[:, head : head + 1], (5, 4))[0], y[:, head : head + 1])
+        pooled = conv(x[:, head].mT.unflatten(2, (5, 4)))
+        assert_close(y[:, head], norm(pooled.flatten(2).mT))
 
 
 @pytest.mark.parametrize("attention_name", ["castling", "softmax"])
-@pytest.mark.parametrize("family", ["levit", "deit"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_models_compile_without_graph_breaks(family, attention_name):
     """torch.compile(fullgraph=True) gives the eager output, in eval and in training."""
     model = tiny(family, attention_name, drop_path=0.0)
@@ -834,7 +1019,7 @@ def test_models_compile_without_graph_breaks(family, attention_name):
         assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["levit", "deit"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_whole_model_castles_bit_for_bit(family):
     """Once the threshold is 1 a model equals its castled self exactly, train and eval; before, it does not."""
     model = tiny(family, drop_path=0.0, image_size=96)
@@ -851,13 +1036,19 @@ def test_whole_model_castles_bit_for_bit(family):
 
 def test_names_and_options_are_checked():
     """Unknown names and options, and impossible ones, are ValueErrors that name what is known."""
-    assert set(list_models()) == set(models.DEIT) | set(models.LEVIT)
+    assert set(list_models()) == set(models.DEIT) | set(models.LEVIT) | set(models.MVITV2)
     cases = [
         (dict(name="levit_128"), "levit128"),
         (dict(name="deit_tiny", attention="softmx"), "softmax"),
         (dict(name="deit_tiny", depht=3), "depth"),
         (dict(name="deit_tiny", num_classes=0), "num_classes"),
         (dict(name="deit_tiny", image_size=0), "image size"),
+        (dict(name="deit_tiny", image_size=(1, 2, 3)), "image size"),
+        (dict(name="deit_tiny", mlp_conv=4), "mlp_conv"),
+        (dict(name="deit_tiny", core={}), "core"),
+        (dict(name="levit128", heads=(4, 8)), "heads"),
+        (dict(name="levit128", design=2), "design"),
+        (dict(name="levit128", attention="softmax", design=7), "design"),
         (dict(name="deit_tiny", attention="softmax", auxiliary=True), "auxiliary"),
         (dict(name="deit_tiny", dim=10), "heads"),
     ]
@@ -904,11 +1095,15 @@ def test_bad_checkpoints_are_named(tmp_path):
     (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:1000])
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "flipped.pt").write_bytes(good.read_bytes().replace(b"storage", b"st\xffrage"))
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbered.pt")
+    torch.save(model.state_dict() | {"head.weight": 3}, tmp_path / "odd.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"model": Malicious(tmp_path / "owned")}, tmp_path / "evil.pt")
     torch.save(tiny("levit").state_dict(), tmp_path / "levit.pt")
     torch.save(build_model("deit_tiny", num_classes=7, image_size=64, **TINY_DEIT).state_dict(), tmp_path / "seven.pt")
-    cases = dict(none="none", cut="cut", empty="empty", text="text", list="list", evil="evil", levit="missing cls_token",
+    cases = dict(none="none", cut="cut", empty="empty", text="text", list="list", evil="evil",
+                 levit="missing cls_token", numbered="by name", odd="head.weight is no tensor", flipped="damaged",
                  seven="7 classes in the file, 5 in the model")  # fmt: skip
     for name, message in cases.items():
         with pytest.raises(ValueError, match=message) as error:
@@ -1075,7 +1270,7 @@ def photos(tmp_path):
 
 
 def test_losses():
-    """Cross entropy on one or two heads; hard and soft distillation as DeiT's Eq. (2) and (3), from their definitions."""
+    """Cross entropy on one or two heads; hard and soft distillation, DeiT's Eq. (2) and (3), from their definitions."""
     a, b, teacher = randn(3, 4, 5)
     y = torch.tensor([0, 2, 4, 1])
     ce = lambda logits: -logits.log_softmax(1)[torch.arange(4), y].mean()  # noqa: E731
@@ -1120,7 +1315,7 @@ def test_script_trains_castles_and_evaluates(tmp_path, capsys):
         train.main(train.parser().parse_args(["--eval", f"--checkpoint={tmp_path / 'run' / name}", "--workers=0"]))
         record = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert record["test_loss"] == pytest.approx(epochs[0]["test_loss"], rel=1e-5)
-        assert record["castling_gap"] == 0
+        assert record.get("castling_gap") == (None if name == "castled.pt" else 0)  # castled: nothing left to lose
     Image.fromarray(train.Shapes("val", 12, 50).scene(3).image).save(tmp_path / "one.png")
     train.main(train.parser().parse_args([f"--image={tmp_path}/one.png", f"--checkpoint={tmp_path}/run/best.pt"]))
     named = capsys.readouterr().out
@@ -1128,7 +1323,7 @@ def test_script_trains_castles_and_evaluates(tmp_path, capsys):
 
 
 def test_interrupted_run_continues(tmp_path, monkeypatch, capsys):
-    """Stopped after its first epoch and started again, a run ends with the weights, and the log, of one never stopped."""
+    """Stopped after its first epoch and started again, a run ends with the weights and log of one never stopped."""
     whole = ("--max-steps=10",)
     expected = run_train(tmp_path / "a", *whole)
     evaluate, calls = train.append_log, []
@@ -1162,7 +1357,7 @@ def test_interrupted_run_continues(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("options", [
-    ("--attention=softmax",),
+    ("--attention=softmax", "--amp"),
     ("--attention=relu_e", "--optimizer=adamw", "--clip-grad=1", "--accumulate=2", "--batch-size=4"),
     ("--model=deit_tiny", "--mixup=0.8", "--cutmix=1", "--smoothing=0.1", "--erasing=0.5", "--channels-last"),
     ("--mask-schedule=fixed", "--no-castle-downsample", "--drop-path=0.1", "--schedule=exponential"),
@@ -1183,12 +1378,11 @@ def test_distillation_trains(tmp_path, kind):
     torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
     source = (f"--distillation={kind}", "--teacher=mobilenet_v3_small", f"--teacher-checkpoint={tmp_path}/teacher.pt")
     run_train(tmp_path / "a", "--max-steps=1", *source, "--distilled")
-    own = ("--teacher=levit128", f"--teacher-checkpoint={tmp_path}/a/best.pt")
-    with pytest.raises(SystemExit):  # that teacher has two heads, which nothing says it should have
-        run_train(tmp_path / "b", "--max-steps=1", f"--distillation={kind}", "--teacher=levit128")
-    run_train(tmp_path / "c", "--max-steps=1")
-    own = (f"--distillation={kind}", "--teacher=levit128", f"--teacher-checkpoint={tmp_path}/c/best.pt")
-    run_train(tmp_path / "d", "--max-steps=1", *own)
+    own = (f"--distillation={kind}", "--teacher=levit128", f"--teacher-checkpoint={tmp_path}/a/best.pt")
+    run_train(tmp_path / "b", "--max-steps=1", *own)  # a teacher with two heads, as its checkpoint says
+    teacher = train.load_teacher(flags(*SMALL, *own), list(train.SHAPES))
+    assert teacher.head_dist is not None and not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
 
 
 def test_folder_trains_and_names_what_is_wrong(tmp_path, photos, capsys):
@@ -1217,7 +1411,6 @@ def test_folder_trains_and_names_what_is_wrong(tmp_path, photos, capsys):
     (photos / "test").rename(photos / "elsewhere")
     assert f"{photos}/test" in refused(2, f"--data={photos}")
     assert "no-such-folder" in refused(2, "--data=no-such-folder")
-    assert "12 training images" in refused(2, f"--data={photos}", "--batch-size=64") if False else True
 
 
 def test_bad_arguments_exit_with_2(tmp_path, capsys):
@@ -1226,7 +1419,9 @@ def test_bad_arguments_exit_with_2(tmp_path, capsys):
         (["--model=levit_128"], "levit128"), (["--attention=softmx"], "softmax"), (["--epochs=0"], "at least 1"),
         (["--lr=x"], "'x'"), (["--epsilon=2"], "0..1"), (["--mask-schedule=up"], "up"), (["--batch-size=41"], "40"),
         (["--eval"], "--checkpoint"), (["--checkpoint=none.pt"], "none.pt"), (["--resume=none.pt"], "none.pt"),
-        (["--distillation=hard"], "--teacher"),
+        (["--distillation=hard"], "--teacher"), (["--teacher=deit_tiny"], "--distillation"),
+        (["--batch-size=1"], "BatchNorm"), (["--randaugment=31"], "0..30"), (["--seed=99999999999999999999"], "seed"),
+        (["--eval", "--image=x", "--checkpoint=y"], "two different"), (["--output=/dev/null/x"], "/dev/null/x"),
         (["--distillation=hard", "--teacher=vgg99", "--teacher-checkpoint=x"], "vgg99"),
         (["--frobnicate"], "frobnicate"),
     ]  # fmt: skip
@@ -1242,8 +1437,12 @@ def test_non_finite_loss_stops(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_train(tmp_path, "--lr=1e30", "--max-steps=10")
     assert stopped.value.code == 1
-    assert re.search(r"loss is (nan|inf) at step \d+, learning rate .*there is no checkpoint yet", capsys.readouterr().err)
+    message = r"loss is (nan|inf) at step \d+, learning rate .*there is no checkpoint yet"
+    assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "last.pt").exists()
+    with pytest.raises(SystemExit) as stopped:  # diverges in the last step: seen by the evaluation
+        run_train(tmp_path, "--lr=1e38", "--max-steps=2", "--resume=never")
+    assert stopped.value.code == 1 and not (tmp_path / "castled.pt").exists()
 
 
 def test_saving_is_atomic(tmp_path, monkeypatch):
@@ -1269,7 +1468,8 @@ def launch(*command, **environment):
 
 
 def torchrun(processes, *command):
-    return launch(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *command)
+    run = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    return launch(sys.executable, *run, *command)
 
 
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path):

@@ -15,6 +15,7 @@ checkpoints, log, progress, and the rendered shapes.
 
 import argparse
 import copy
+import datetime
 import functools
 import json
 import math
@@ -37,23 +38,25 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from attention import SCHEDULES, castle, cores, mask_statistics, record_masks, set_threshold
-from models import ATTENTIONS, MODELS, build_model, load_pretrained, read_checkpoint
+from models import ATTENTIONS, HEADS, MODELS, build_model, load_pretrained, read_checkpoint, weights_in
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1; used for all data
 
-# Defaults that depend on the data. Folders: the paper's batch per GPU and epochs, DeiT's augmentation. The rendered
-# shapes have a small, short recipe of their own, made for two CPU cores.
+# Defaults that depend on the data. Folders: the paper's epochs and LeViT batch per GPU (its DeiT has 32); DeiT's
+# augmentation, whose RandAugment m9 (of 10) is torchvision's 27 (of 30), without its repeated augmentation. The
+# rendered shapes have a small, short recipe of their own, made for two CPU cores.
 DATA_DEFAULTS = {
     "folder": dict(
         image_size=224, epochs=1000, batch_size=64, optimizer="sgd",
-        randaugment=9, mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1,
+        randaugment=27, mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1,
     ),
     "cifar": dict(
         image_size=64, epochs=100, batch_size=128, optimizer="sgd",
-        randaugment=9, mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1,
+        randaugment=27, mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1,
     ),
     "shapes": dict(
         image_size=64, epochs=4, batch_size=128, optimizer="sgd", schedule="cosine", lr=3.2,
@@ -61,17 +64,14 @@ DATA_DEFAULTS = {
     ),
 }  # fmt: skip
 
-# `lr` is the peak, reached after a linear warm-up from `lr_start`, at a global batch of `lr_batch`; all scale with it.
 OPTIMIZERS = {
     # arXiv:2211.10526v4, section 4.1: momentum 0.9, 0.01 to 2.0 in 11 of 1000 epochs, then x 0.9875 per epoch
-    "sgd": dict(
-        lr=2.0, lr_start=0.01, lr_end=0.0, lr_batch=4096, weight_decay=2e-5, warmup_epochs=11.0, schedule="exponential"
-    ),
+    "sgd": dict(lr=2.0, weight_decay=2e-5, warmup_epochs=11.0, schedule="exponential"),
     # LeViT's and DeiT's own recipe; weight decay is LeViT's (DeiT: 0.05)
-    "adamw": dict(
-        lr=5e-4, lr_start=1e-6, lr_end=1e-5, lr_batch=512, weight_decay=0.025, warmup_epochs=5.0, schedule="cosine"
-    ),
+    "adamw": dict(lr=5e-4, weight_decay=0.025, warmup_epochs=5.0, schedule="cosine"),
 }
+LR_BATCH = {"sgd": 4096, "adamw": 512}  # `lr` is the peak at a global batch of this size; it scales with the batch
+LR_ENDS = {"sgd": (0.01, 0.0), "adamw": (1e-6, 1e-5)}  # at the same batch: where warm-up starts, where a cosine ends
 
 
 # ---- schedules: pure functions of where training stands --------------------------------------------------------------
@@ -104,7 +104,7 @@ def warmup_for(epochs: float, full: float) -> float:
 def ema_decay_for(steps: int) -> float:
     """Decay of the averaged weights: a horizon of 4% of the run, at most 0.99996.
 
-    That is LeViT's and DeiT's 0.99996 at their 626,000 steps.
+    That is LeViT's 0.99996 at its 626,000 steps.
     """
     return min(0.99996, 1 - 1 / max(1.0, 0.04 * steps))
 
@@ -123,7 +123,7 @@ def arc(start: float, stop: float, points: int = 36, radius: float = 1.0, x: flo
     return [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
 
 
-SHAPES = {  # class: outline, and a hole where there is one; points (x, y), y down, within the unit circle
+OUTLINES = {  # class: outline, and a hole where there is one; points (x, y), y down
     "disc": [arc(0, 360)],
     "ring": [arc(0, 360), arc(0, 360, radius=0.55)],
     "half disc": [arc(0, 180, y=-0.4)],
@@ -139,6 +139,10 @@ SHAPES = {  # class: outline, and a hole where there is one; points (x, y), y do
     "hourglass": [[(-0.75, -0.8), (0.75, -0.8), (0.12, 0.0), (0.75, 0.8), (-0.75, 0.8), (-0.12, 0.0)]],
     "corner": [[(-0.7, -0.9), (-0.1, -0.9), (-0.1, 0.35), (0.8, 0.35), (0.8, 0.9), (-0.7, 0.9)]],
 }  # fmt: skip
+SHAPES = {  # the same, each scaled to touch the unit circle
+    name: [np.array(points) / np.linalg.norm(outlines[0], axis=1).max() for points in outlines]
+    for name, outlines in OUTLINES.items()
+}
 SQUARE = [[(-1, -1), (1, -1), (1, 1), (-1, 1)]]
 
 
@@ -180,7 +184,8 @@ def texture(rng: np.random.Generator, size: int, colour: np.ndarray) -> np.ndarr
         pattern = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC), np.float32)
         pattern = pattern / 127.5 - 1
     else:
-        angle, waves, phase = rng.uniform(0, math.pi), rng.uniform(3, 12), rng.uniform(0, 2 * math.pi, 2)
+        angle, waves = rng.uniform(0, math.pi), rng.uniform(3, 12)
+        phase = rng.uniform(0, 2 * math.pi, 2).astype(np.float32)
         step = np.arange(size, dtype=np.float32) * np.float32(2 * math.pi * waves / size)
         x, y = step[None, :], step[:, None]
         pattern = np.sin(x * math.cos(angle) + y * math.sin(angle) + phase[0])
@@ -257,7 +262,8 @@ def render_scene(rng: np.random.Generator, size: int, labels: list[int]) -> Scen
 class Shapes(Dataset):
     """Rendered scenes of one shape each for classification: (uint8 tensor (3, S, S), class).
 
-    A scene is a function of (seed, split, index) alone; classes take turns. `scene` gives boxes and masks too.
+    A scene is a function of (seed, split, index), for one NumPy and Pillow; classes take turns. `scene` gives boxes and
+    masks too.
     """
 
     classes = list(SHAPES)
@@ -269,11 +275,14 @@ class Shapes(Dataset):
         return self.length
 
     def scene(self, index: int) -> Scene:
+        if not 0 <= index < self.length:
+            raise IndexError(f"scene {index} of {self.length}")
         rng = np.random.default_rng([self.seed, self.split, index])
         return render_scene(rng, self.size, [index % len(SHAPES)])
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return torch.from_numpy(self.scene(index).image).permute(2, 0, 1), index % len(SHAPES)
+        scene = self.scene(index)
+        return torch.from_numpy(scene.image).permute(2, 0, 1), index % len(SHAPES)
 
 
 # ---- data: folders, CIFAR, augmentation, order -----------------------------------------------------------------------
@@ -340,20 +349,19 @@ class EpochSampler(Sampler):
 
 def train_transform(args: argparse.Namespace) -> Callable:
     """Image (PIL, or uint8 tensor) -> augmented uint8 tensor (3, S, S); normalising and mixing follow on the device."""
-    if args.data == "shapes":
-        return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomErasing(args.erasing, value=0)])
-    mean = [255 * m for m in MEAN]
-    bicubic = v2.InterpolationMode.BICUBIC
-    steps = [v2.RandomResizedCrop(args.image_size, interpolation=bicubic), v2.RandomHorizontalFlip()]
+    mean = [round(255 * m) for m in MEAN]
+    steps = [v2.RandomHorizontalFlip()]
+    if args.data != "shapes":  # rendered at the size they are wanted
+        steps.insert(0, v2.RandomResizedCrop(args.image_size, interpolation=v2.InterpolationMode.BICUBIC))
     if args.randaugment:
-        steps.append(v2.RandAugment(magnitude=args.randaugment, fill=[round(m) for m in mean]))
+        steps.append(v2.RandAugment(magnitude=args.randaugment, fill=mean))
     return v2.Compose([*steps, v2.PILToTensor(), v2.RandomErasing(args.erasing, value=mean)])
 
 
 def eval_transform(args: argparse.Namespace) -> Callable:
     """Image -> uint8 tensor (3, S, S): resize the short side to S / 0.875 and take the centre, as DeiT and LeViT do."""
     if args.data == "shapes":
-        return nn.Identity()
+        return v2.PILToTensor()  # leaves rendered tensors as they are
     resize = v2.Resize(round(args.image_size / 0.875), interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([resize, v2.CenterCrop(args.image_size), v2.PILToTensor()])
 
@@ -418,12 +426,17 @@ def to_model_input(images: Tensor, device: torch.device, channels_last: bool = F
 
 def start_processes() -> torch.device:
     """Join the process group if torchrun started several processes (nccl on GPUs, gloo on CPUs); this one's device."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    local_rank, several = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not torch.cuda.is_available():
+        if several:
+            dist.init_process_group("gloo")
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    if several:
+        dist.init_process_group("nccl", device_id=device)
     return device
 
 
@@ -438,6 +451,11 @@ def world_size() -> int:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def cores_available() -> int:
+    """CPU cores that this process may use, on a machine of which it may own a part."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def all_sum(values: Tensor) -> list[float]:
@@ -471,27 +489,33 @@ class Progress:
     """Where a long loop stands: a tqdm bar on a terminal, a plain line every `seconds` elsewhere; rank 0 only."""
 
     def __init__(self, total: int, done: int = 0, seconds: float = 20.0):
-        self.total, self.done, self.seconds, self.bar = total, done, seconds, None
-        self.first, self.images, self.started, self.shown = done, 0, time.monotonic(), time.monotonic()
+        self.total, self.done, self.first, self.seconds, self.bar = total, done, done, seconds, None
+        self.started = self.shown = self.last = time.monotonic()
+        self.rate = 0.0
         if rank() == 0 and sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
 
+    def resume(self) -> None:
+        """Steps begin again after something else, such as an evaluation, whose time is not theirs."""
+        self.last = time.monotonic()
+
     def step(self, images: int, **values: float) -> None:
-        """One step over `images` images (of all ranks) is done; `values` are shown."""
-        self.done, self.images = self.done + 1, self.images + images
+        """One step over `images` images (of all ranks) is done; `values` are shown, with the rate of late steps."""
         now = time.monotonic()
-        spent = max(now - self.started, 1e-9)
-        shown = {key: f"{value:.4g}" for key, value in values.items()} | {"images/s": f"{self.images / spent:.0f}"}
+        rate, self.last = images / max(now - self.last, 1e-9), now
+        self.rate = rate if self.done == self.first else 0.95 * self.rate + 0.05 * rate
+        self.done += 1
+        shown = {key: f"{value:.4g}" for key, value in values.items()} | {"images/s": f"{self.rate:.0f}"}
         if self.bar is not None:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update()
         elif now - self.shown >= self.seconds:
             self.shown = now
-            left = spent / (self.done - self.first) * (self.total - self.done)
+            left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
             text = "  ".join(f"{key} {value}" for key, value in shown.items())
-            self.say(f"  step {self.done}/{self.total}  {text}  ETA {time.strftime('%H:%M:%S', time.gmtime(left))}")
+            self.say(f"  step {self.done}/{self.total}  {text}  ETA {datetime.timedelta(seconds=round(left))}")
 
     def say(self, text: str) -> None:
         if self.bar is not None:
@@ -570,19 +594,6 @@ def classification_loss(
     return (1 - alpha) * loss + alpha * learned
 
 
-def build_teacher(name: str, path: str, num_classes: int, image_size: int) -> nn.Module:
-    """A frozen model of this project or of torchvision in eval mode, with weights from a local checkpoint."""
-    if name in MODELS:
-        trained = settings_of(path, read_checkpoint(path))
-        teacher = build_model(name, trained.get("attention", "softmax"), num_classes, image_size)
-    elif name in torchvision.models.list_models(torchvision.models):
-        teacher = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-    else:
-        raise ValueError(f"unknown teacher {name!r}: a model of this project or of torchvision.models")
-    load_pretrained(teacher, path)
-    return teacher.eval().requires_grad_(False)
-
-
 # ---- training and evaluation -----------------------------------------------------------------------------------------
 
 
@@ -612,18 +623,23 @@ class Run:
 
 def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int, total_steps: int) -> float:
     """Learning rate of optimiser step `step` (0-based), scaled from the recipe's batch to args.global_batch."""
-    recipe = OPTIMIZERS[args.optimizer]
-    scale = args.global_batch / recipe["lr_batch"]
-    epochs = total_steps / steps_per_epoch
-    warmup = warmup_for(epochs, args.warmup_epochs)
-    shape = dict(epochs=epochs, peak=args.lr * scale, start=recipe["lr_start"] * scale, warmup=warmup)
-    if args.schedule == "exponential":
-        return exponential_lr(step / steps_per_epoch, **shape)
-    return cosine_lr(step / steps_per_epoch, **shape, end=recipe["lr_end"] * scale)
+    scale = args.global_batch / LR_BATCH[args.optimizer]
+    start, end = (min(args.lr, lr) * scale for lr in LR_ENDS[args.optimizer])
+    epoch, epochs = step / steps_per_epoch, total_steps / steps_per_epoch
+    shape = dict(epochs=epochs, peak=args.lr * scale, start=start, warmup=min(args.warmup_epochs, epochs))
+    return exponential_lr(epoch, **shape) if args.schedule == "exponential" else cosine_lr(epoch, **shape, end=end)
 
 
 def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.amp)
+
+
+def check_finite(value: float, what: str, run: Run, lr: float) -> None:
+    """Raise NonFiniteLoss unless `value` is a number, with what one needs to know to go on."""
+    if not math.isfinite(value):
+        kept = run.folder / "last.pt"
+        kept = f"the last good checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
+        raise NonFiniteLoss(f"{what} is {value} at step {run.step}, learning rate {lr:.3g}; {kept}")
 
 
 def train_one_epoch(run: Run, epoch: int, progress: Progress) -> dict:
@@ -633,6 +649,7 @@ def train_one_epoch(run: Run, epoch: int, progress: Progress) -> dict:
     mixes = [mix(alpha=alpha, num_classes=len(run.classes)) for mix, alpha in mixes if alpha > 0]
     mixing = v2.RandomChoice(mixes) if mixes else None
     run.train_loader.sampler.epoch = epoch
+    progress.resume()
     batches, first = iter(run.train_loader), run.step
     run.net.train()
     record_masks(run.model, False)
@@ -662,10 +679,7 @@ def train_one_epoch(run: Run, epoch: int, progress: Progress) -> dict:
                     distillation=args.distillation, alpha=args.alpha, tau=args.tau,
                 )  # fmt: skip
             step_loss += loss.item() / args.accumulate
-            if not math.isfinite(step_loss):
-                kept = run.folder / "last.pt"
-                kept = f"the last good checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
-                raise NonFiniteLoss(f"loss is {step_loss} at step {run.step}, learning rate {lr:.3g}; {kept}")
+            check_finite(step_loss, "loss", run, lr)
             (loss / args.accumulate).backward()
         if args.clip_grad > 0:
             nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad)
@@ -753,11 +767,13 @@ def images_per_second(models: dict[str, nn.Module], images: Tensor, rounds: int 
     return {name: len(images) / sorted(spent)[rounds // 2] for name, spent in times.items()}
 
 
-def castling_report(run: Run) -> dict:
-    """What castling costs and saves, for the averaged weights; rank 0 prints it and writes castled.pt."""
+def castling_report(run: Run, record: dict) -> dict:
+    """What castling costs and saves, for the averaged weights, whose metrics are in `record`.
+
+    Rank 0 prints it and writes castled.pt.
+    """
     args, model = run.args, run.ema.module
-    set_threshold(model, run.step / run.total_steps)
-    metric = evaluate_castling(model, run.val_loader, args, run.device)
+    metric = {key: value for key, value in record.items() if key.startswith(("test_", "mask_", "castling_"))}
     castled = castle(copy.deepcopy(model))
     if rank() == 0:
         models = {"as deployed": castled.eval()}
@@ -799,46 +815,48 @@ def print_report(run: Run, metric: dict) -> None:
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
-    """argparse type: a number of that kind, not below `minimum`."""
+def at_least(minimum: float, kind: type = int, most: float = math.inf) -> Callable[[str], float]:
+    """argparse type: a number of that kind within minimum..most."""
 
     def convert(text: str):
         value = kind(text)
-        if not value >= minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {text}")
+        if not minimum <= value <= most:
+            bounds = f"at least {minimum}" if most == math.inf else f"within {minimum}..{most}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
         return value
 
     convert.__name__ = kind.__name__
     return convert
 
 
-def share(text: str) -> float:
-    """argparse type: a number in 0..1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must lie in 0..1, got {text}")
-    return value
+share = at_least(0, float, most=1)
+
+
+def by_data(flag: str) -> str:
+    """The part of a flag's help that says what its default is for each kind of data."""
+    return "default " + ", ".join(f"{row.get(flag)} for {data}" for data, row in DATA_DEFAULTS.items())
 
 
 def shared_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that train.py, detect.py and segment.py have in common."""
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
-    add("--model", help="backbone or task model by name")
-    add("--attention", help=f"{', '.join(ATTENTIONS)}; castling unless a checkpoint says otherwise")
-    add("--data", help="shapes (rendered on the fly), a data set by name, or a folder; default shapes")
-    add("--image-size", type=at_least(1), help="pixels per side; default by data")
-    add("--epochs", type=at_least(1), help="default by data")
+    add("--model", help="a model by name")
+    add("--attention", help=f"{', '.join(ATTENTIONS)}; default castling")
+    add("--data", help="a built-in set or a folder; default shapes, rendered on the fly")
+    add("--image-size", type=at_least(1), help=f"pixels per side; {by_data('image_size')}")
+    add("--epochs", type=at_least(1), help=by_data("epochs"))
     add("--max-steps", type=at_least(1), help="stop after this many optimiser steps; schedules are fitted to it")
-    add("--batch-size", type=at_least(1), help="images per process and step; default by data")
+    add("--batch-size", type=at_least(1), help=f"images per process; {by_data('batch_size')}")
     add("--lr", type=at_least(0, float), help="peak learning rate at the recipe's own batch, scaled linearly to yours")
-    add("--workers", type=at_least(0), help="loader processes; default: cores over processes, at most 8")
-    add("--seed", type=at_least(0), help="of first weights, data order, augmentation and rendered shapes; default 0")
+    add("--workers", type=at_least(0), help="loader processes; default: a process's share of the cores, at most 8")
+    add("--seed", type=at_least(0, most=2**62), help="of weights, data order, augmentation and shapes; default 0")
     add("--output", help="folder for checkpoints and logs; default runs/MODEL-ATTENTION-DATA")
     add("--resume", default="auto", help="auto (continue the run in --output if there is one), never, or a last.pt")
-    add("--checkpoint", help="weights to start from, or to evaluate")
+    add("--checkpoint", help="weights to start from, to evaluate or to predict with; a run's own or any state dict")
     add("--eval", action="store_true", help="evaluate --checkpoint and stop")
     add("--image", help="an image or a folder of images to predict with --checkpoint")
-    add("--amp", action=on_off, default=torch.cuda.is_available(), help="bfloat16 autocast; default on CUDA only")
+    bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    add("--amp", action=on_off, default=bfloat16, help="bfloat16 autocast; default on GPUs that have bfloat16")
     add("--compile", action=on_off, default=False, help="torch.compile the training step's model")
     add("--accumulate", type=at_least(1), default=1, help="batches per optimiser step")
     add("--epsilon", type=share, help="mask threshold of Eq. (10); default 0.02")
@@ -847,30 +865,35 @@ def shared_flags(parser: argparse.ArgumentParser) -> None:
 
 def parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=formatter)
+    p = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=formatter,
+        epilog=f"models: {', '.join(MODELS)}; default levit128\n"
+        "data: shapes, cifar10, cifar100 (downloaded to ./data), or a folder with train/<class>/ and val/<class>/ "
+        "(or test/)",
+    )  # fmt: skip
     shared_flags(p)
     add, on_off = p.add_argument, argparse.BooleanOptionalAction
-    add("--optimizer", choices=list(OPTIMIZERS), help="sgd: the paper's; adamw: LeViT's and DeiT's; default by data")
+    add("--optimizer", choices=list(OPTIMIZERS), help="sgd: the paper's, and the default; adamw: LeViT's and DeiT's")
     add("--schedule", choices=("exponential", "cosine"), help="of the learning rate; default by data and optimizer")
     add("--weight-decay", type=at_least(0, float), help="default 2e-5 for sgd, 0.025 for adamw")
-    add("--warmup-epochs", type=at_least(0, float), help="default 11 for sgd, 5 for adamw; at most 11%% of the run")
+    add("--warmup-epochs", type=at_least(0, float), help="default 11 for sgd, 5 for adamw, at most 11%% of the run")
     add("--clip-grad", type=at_least(0, float), default=0.0, help="largest gradient norm, 0 for no limit")
-    add("--smoothing", type=share, help="label smoothing; default by data")
-    add("--mixup", type=at_least(0, float), help="MixUp's alpha, 0 for none; default by data")
-    add("--cutmix", type=at_least(0, float), help="CutMix's alpha, 0 for none; default by data")
-    add("--randaugment", type=at_least(0), help="RandAugment's magnitude of 30, 0 for none; default by data")
-    add("--erasing", type=share, help="probability of random erasing; default by data")
+    add("--smoothing", type=share, help=f"label smoothing; {by_data('smoothing')}")
+    add("--mixup", type=at_least(0, float), help=f"MixUp's alpha, 0 for none; {by_data('mixup')}")
+    add("--cutmix", type=at_least(0, float), help=f"CutMix's alpha, 0 for none; {by_data('cutmix')}")
+    add("--randaugment", type=at_least(0, most=30), help=f"magnitude of 30, 0 for none; {by_data('randaugment')}")
+    add("--erasing", type=share, help=f"probability of random erasing; {by_data('erasing')}")
     add("--drop-path", type=share, help="stochastic depth; default 0 for shapes, else the model's")
     add("--ema-decay", type=share, help="of the averaged weights; default: a horizon of 4%% of the run")
     add("--channels-last", action=on_off, default=False, help="memory format of images and convolutions")
     add("--castle-downsample", action=on_off, help="castle down-sampling blocks too (D5); default on")
     add("--distilled", action=on_off, help="a second, distillation head; default as the model was published")
-    add("--distillation", default="none", choices=("none", "hard", "soft"))
-    add("--teacher", help="model to distil from: one of this project (softmax) or of torchvision.models")
+    add("--distillation", default="none", choices=("none", "hard", "soft"), help="DeiT's; the paper names no kind")
+    add("--teacher", help="model to distil from: one of this project or of torchvision.models")
     add("--teacher-checkpoint", help="the teacher's weights, a local file")
     add("--alpha", type=share, default=0.5, help="weight of distillation in the loss")
     add("--tau", type=at_least(1e-6, float), default=1.0, help="temperature of soft distillation")
-    add("--shapes-length", type=at_least(1), help="training images of the rendered shapes, default 30000; a tenth validate")
+    add("--shapes-length", type=at_least(1), help="rendered training images, default 30000; a tenth as many validate")
     return p
 
 
@@ -882,129 +905,125 @@ TRAINED_FLAGS = ("model", "attention", "image_size", "castle_downsample", "disti
                  "data", "shapes_length", "seed")  # fmt: skip
 
 
-def settings_of(path: str, checkpoint: dict) -> dict:
-    """The settings a checkpoint was trained with: its own, or those in the config.json beside it."""
-    if "args" in checkpoint:
-        return checkpoint["args"] | {"classes": checkpoint.get("classes")}
-    config = Path(path).with_name("config.json")
-    return json.loads(config.read_text()) if config.is_file() else {}
-
-
 def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
     """Fill in every flag that was not given: from `trained`, a checkpoint's settings, else from the recipe tables."""
     trained = trained or {}
     for flag in TRAINED_FLAGS:
         if getattr(args, flag) is None:
             setattr(args, flag, trained.get(flag))
+    kinds = {None: "shapes", "shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}
+    row = DATA_DEFAULTS[kinds.get(args.data, "folder")]
+    args.optimizer = args.optimizer or row["optimizer"]
+    if args.optimizer != row["optimizer"]:  # its learning rate is no other's
+        row = {flag: value for flag, value in row.items() if flag not in ("lr", "schedule")}
     fallback = dict(
         model="levit128", attention="castling", data="shapes", castle_downsample=True,
         epsilon=0.02, mask_schedule="ramp", shapes_length=30000, seed=0,
+        workers=max(1, min(8, cores_available() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))),
     )  # fmt: skip
-    kinds = {None: "shapes", "shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}
-    fallback |= DATA_DEFAULTS[kinds.get(args.data, "folder")]
-    for flag, value in fallback.items():
+    recipe = {flag: value for flag, value in OPTIMIZERS[args.optimizer].items() if flag != "warmup_epochs"}
+    for flag, value in (fallback | recipe | row).items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
-    for flag, value in OPTIMIZERS[args.optimizer].items():
-        if getattr(args, flag, 0) is None:
-            setattr(args, flag, value)
-    if args.workers is None:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        args.workers = max(1, min(8, (os.cpu_count() or 1) // local))
     if args.output is None:
         short = f"-{args.max_steps}steps" if args.max_steps else ""
-        args.output = f"runs/{args.model}-{args.attention}-{Path(args.data).name}{short}"
+        args.output = f"runs/{args.model}-{args.attention}-{Path(args.data).resolve().name}{short}"
     args.global_batch = args.batch_size * args.accumulate * world_size()
-    if (args.distillation != "none") != (args.teacher is not None and args.teacher_checkpoint is not None):
-        raise ValueError("distillation needs all of --distillation hard|soft, --teacher and --teacher-checkpoint")
 
 
-def make_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
+def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> nn.Module:
     options = dict(epsilon=args.epsilon, schedule=args.mask_schedule)
     options |= {key: getattr(args, key) for key in ("drop_path", "distilled") if getattr(args, key) is not None}
-    model = build_model(args.model, args.attention, num_classes, args.image_size, args.castle_downsample, **options)
+    model = build_model(args.model, args.attention, num_classes, image_size, args.castle_downsample, **options)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
-def prepare_run(args: argparse.Namespace, device: torch.device) -> Run:
-    """Everything a training run needs, checked before work starts. Raises ValueError for what the user can mend."""
-    resolve(args)
-    train_set, val_set = open_data(args)
-    steps_per_epoch = len(train_set) // args.global_batch
-    if steps_per_epoch == 0:
-        raise ValueError(
-            f"{args.data} has {len(train_set)} training images, fewer than one global batch of {args.global_batch}: "
-            f"lower --batch-size"
-        )
-    total_steps = min(steps_per_epoch * args.epochs, args.max_steps or math.inf)
-    if args.ema_decay is None:
-        args.ema_decay = ema_decay_for(total_steps)
-    torch.manual_seed(args.seed)  # the same first weights on every rank
-    model = make_model(args, len(train_set.classes))
-    if args.checkpoint:
-        load_pretrained(model, args.checkpoint)
-    model.to(device)
-    teacher = None
-    if args.teacher:
-        teacher = build_teacher(args.teacher, args.teacher_checkpoint, len(train_set.classes), args.image_size)
-        teacher.to(device)
-    groups = parameter_groups(model, args.weight_decay)
-    optimizer = torch.optim.SGD(groups, momentum=0.9) if args.optimizer == "sgd" else torch.optim.AdamW(groups)
-    ema = averaged(model, args.ema_decay)
-    samplers = dict(rank=rank(), world=world_size())
-    run = Run(
-        args=args,
-        device=device,
-        classes=train_set.classes,
-        model=model,
-        net=model,
-        ema=ema,
-        optimizer=optimizer,
-        teacher=teacher,
-        train_loader=make_loader(
-            Augmented(train_set, train_transform(args), args.seed),
-            EpochSampler(len(train_set), **samplers, seed=args.seed, multiple=args.global_batch),
-            args.batch_size,
-            args.workers,
-        ),
-        val_loader=make_loader(
-            Augmented(val_set, eval_transform(args), args.seed),
-            EpochSampler(len(val_set), **samplers),
-            args.batch_size,
-            args.workers,
-        ),
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-    )
-    resume(run)
-    if args.compile:
-        run.net = torch.compile(run.net)
-    if world_size() > 1:
-        run.net = DistributedDataParallel(run.net, device_ids=[device.index] if device.type == "cuda" else None)
-    return run
+# ---- starting from files ---------------------------------------------------------------------------------------------
 
 
-def resume(run: Run) -> None:
-    """Continue from last.pt (or the file named by --resume) if there is one; else begin a new log."""
-    args, path = run.args, Path(run.args.output, "last.pt")
-    if args.resume not in ("auto", "never"):
-        path = Path(args.resume)
-    log = run.folder / "log.jsonl"
-    if args.resume == "never" or (args.resume == "auto" and not path.exists()):
-        if rank() == 0:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            log.write_text("")
-            config = vars(args) | {"classes": run.classes, "total_steps": run.total_steps}
-            (run.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        return
+def settings_of(path: str, checkpoint: dict) -> dict:
+    """The settings that a checkpoint was trained with, `classes` among them: its own, or those of the config.json
+    beside it; {} if there are none."""
+    if "args" in checkpoint:
+        return checkpoint["args"] | {"classes": checkpoint.get("classes")}
+    config = Path(path).with_name("config.json")
+    try:
+        return json.loads(config.read_text()) if config.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{config} is damaged: {error}") from None
+
+
+def load_model(args: argparse.Namespace, classes: list[str] | None = None) -> tuple[nn.Module, list[str]]:
+    """The model in --checkpoint, in eval mode, at the mask threshold it had reached; and the classes it knows.
+
+    Settings that the flags leave open are those it was trained with. A plain state dict is taken as castled.
+
+    Args: classes: what to assume where the file does not say; None numbers them.
+    """
+    checkpoint = read_checkpoint(args.checkpoint)
+    trained = settings_of(args.checkpoint, checkpoint)
+    resolve(args, trained)
+    weights = weights_in(checkpoint)
+    if not trained.get("classes"):
+        head = next((weights[name] for name in HEADS if name in weights), None)
+        if head is None:
+            raise ValueError(f"{args.checkpoint} has none of {', '.join(HEADS)}: not a classifier of this project")
+        classes = classes or [f"class {i}" for i in range(len(head))]
+    classes = trained.get("classes") or classes
+    model = make_model(args, len(classes), trained.get("image_size") or args.image_size)
+    load_pretrained(model, args.checkpoint)
+    if "args" not in checkpoint:
+        castle(model)
+    set_threshold(model, checkpoint.get("progress", 1.0))
+    return model.eval(), classes
+
+
+def load_teacher(args: argparse.Namespace, classes: list[str]) -> nn.Module | None:
+    """The frozen teacher that the flags ask for: a checkpoint of this project, or of a torchvision model."""
+    given = [args.distillation != "none", args.teacher is not None, args.teacher_checkpoint is not None]
+    if not any(given):
+        return None
+    if not all(given):
+        raise ValueError("distillation needs all of --distillation hard|soft, --teacher and --teacher-checkpoint")
+    if args.teacher in MODELS:
+        size = f"--image-size={args.image_size}"
+        own = parser().parse_args([f"--model={args.teacher}", f"--checkpoint={args.teacher_checkpoint}", size])
+        if not settings_of(args.teacher_checkpoint, read_checkpoint(args.teacher_checkpoint)):
+            own.attention = "softmax"
+        teacher, known = load_model(own, classes)
+        if known != classes:
+            raise ValueError(f"{args.teacher_checkpoint} knows other classes than {args.data}")
+    elif args.teacher in torchvision.models.list_models(torchvision.models):
+        teacher = torchvision.models.get_model(args.teacher, weights=None, num_classes=len(classes))
+        load_pretrained(teacher, args.teacher_checkpoint)
+    else:
+        raise ValueError(f"unknown teacher {args.teacher!r}: a model of this project or of torchvision.models")
+    return teacher.eval().requires_grad_(False)
+
+
+def begin(run: Run) -> None:
+    """An empty log and the settings, in a folder that no longer holds another run's checkpoints."""
+    config = vars(run.args) | {"classes": run.classes, "total_steps": run.total_steps}
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("last.pt", "best.pt", "castled.pt"):
+            (run.folder / name).unlink(missing_ok=True)
+        (run.folder / "log.jsonl").write_text("")
+        (run.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"cannot write to --output {run.folder}: {error}") from None
+
+
+def resume(run: Run, path: Path) -> None:
+    """Continue from `path`, a last.pt of a run with the same settings."""
     state = read_checkpoint(path)
-    missing = {"args", "model", "ema", "optimizer", "step"} - state.keys()
+    missing = {"args", "classes", "model", "ema", "ema_updates", "optimizer", "step", "best"} - state.keys()
     if missing:
         raise ValueError(f"{path} cannot be resumed: it has no {', '.join(sorted(missing))}")
-    now, then = vars(args), state["args"]
+    then = state["args"]
     differing = [
         f"{key} {then.get(key)!r} -> {value!r}"
-        for key, value in now.items()
+        for key, value in vars(run.args).items()
         if key not in FREE_ON_RESUME and value != then.get(key)
     ]
     if state["classes"] != run.classes:
@@ -1019,87 +1038,95 @@ def resume(run: Run) -> None:
     run.ema.n_averaged.fill_(state["ema_updates"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.step, run.best = state["step"], state["best"]
+
+
+def begin_or_resume(run: Run) -> None:
+    """What --resume says. Lines of the log that are ahead of the checkpoint are dropped."""
+    last, log = run.folder / "last.pt", run.folder / "log.jsonl"
+    path = last if run.args.resume == "auto" else Path(run.args.resume)
+    fresh = run.args.resume == "never" or (run.args.resume == "auto" and not last.exists())
+    barrier()  # every rank has looked before rank 0 writes
+    if not fresh:
+        resume(run, path)
+    steps = torch.tensor([run.step, -run.step], device=run.device)
+    if dist.is_initialized():
+        dist.all_reduce(steps, op=dist.ReduceOp.MAX)
+    if steps.sum() != 0:
+        raise ValueError(f"processes would resume from different steps: is --output {run.folder} on a shared disk?")
     if rank() == 0:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        records = []
+        if not fresh and path.resolve() == last.resolve() and log.exists():
+            records = [json.loads(line) for line in log.read_text().splitlines()]
+        if fresh or path.resolve() != last.resolve():
+            begin(run)
         kept = [record for record in records if "epoch" in record and record["step"] <= run.step]
         log.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        print(f"resumed from {path} at step {run.step} of {run.total_steps}")
+        if not fresh:
+            print(f"resumed from {path} at step {run.step} of {run.total_steps}")
 
 
-def describe(run: Run) -> str:
-    """The settings that shape a run, in a few lines, for the start of the output."""
-    a, train_set, val_set = run.args, run.train_loader.dataset, run.val_loader.dataset
-    parameters, batch = sum(p.numel() for p in run.model.parameters()), OPTIMIZERS[a.optimizer]["lr_batch"]
-    return f"""{a.model}, {a.attention}: {parameters / 1e6:.2f} M parameters, {world_size()} x {run.device.type}
-data: {a.data}, {len(train_set)} training and {len(val_set)} validation images of {a.image_size} px, \
-{len(run.classes)} classes
-length: {a.epochs} epochs, {run.total_steps} steps of {a.global_batch} images
-recipe: {a.optimizer}, {a.schedule}, peak learning rate {a.lr * a.global_batch / batch:.4g} \
-({a.lr} per {batch} images), weight decay {a.weight_decay}, EMA {a.ema_decay:.5f}
-augmentation: mixup {a.mixup}, cutmix {a.cutmix}, randaugment {a.randaugment}, erasing {a.erasing}, \
-smoothing {a.smoothing}
-mask: threshold {a.epsilon}, {a.mask_schedule}; output: {a.output}"""
-
-
-def train(run: Run) -> None:
-    args = run.args
-    progress = Progress(run.total_steps, run.step)
-    progress.say(describe(run))
-    while run.step < run.total_steps:
-        epoch = run.step // run.steps_per_epoch
-        record = dict(epoch=epoch, **train_one_epoch(run, epoch, progress), step=run.step)
-        synchronise_buffers(run.ema.module)
-        set_threshold(run.ema.module, run.step / run.total_steps)
-        record |= evaluate_castling(run.ema.module, run.val_loader, args, run.device)
-        improved = deployed_acc1(record) > run.best
-        run.best = max(run.best, deployed_acc1(record))
-        state = dict(
-            model=run.model.state_dict(),
-            ema=run.ema.module.state_dict(),
-            ema_updates=int(run.ema.n_averaged),
-            optimizer=run.optimizer.state_dict(),
-            step=run.step,
-            progress=run.step / run.total_steps,
-            best=run.best,
-            args=vars(args),
-            classes=run.classes,
+def prepare_run(args: argparse.Namespace, device: torch.device) -> Run:
+    """Everything a training run needs, checked before work starts. Raises ValueError for what the user can mend."""
+    resolve(args)
+    train_set, val_set = open_data(args)
+    steps_per_epoch = len(train_set) // args.global_batch
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"{args.data} has {len(train_set)} training images, fewer than one global batch of {args.global_batch}: "
+            f"lower --batch-size"
         )
-        append_log(run.folder, record)  # before the checkpoint: resuming drops lines that are ahead of it
-        if rank() == 0:
-            save(run.folder / "last.pt", state)
-            if improved:
-                save(run.folder / "best.pt", {k: v for k, v in state.items() if k not in ("model", "optimizer")})
-        castled = f", castled {record['test_acc1_castled']:.2f}" if "castling_gap" in record else ""
-        progress.say(
-            f"epoch {epoch}: train_loss {record['train_loss']:.4f}, lr {record['train_lr']:.3g}, "
-            f"* Acc@1 {record['test_acc1']:.2f}{castled} Acc@5 {record['test_acc5']:.2f}, "
-            f"{record['images_per_s']:.0f} images/s, {100 * record['data_wait']:.0f}% waiting for data"
-        )
-    progress.close()
-    append_log(run.folder, {"castling_report": castling_report(run), "step": run.step})
-
-
-def load_checkpoint(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, list[str]]:
-    """The model in --checkpoint, in eval mode, at the mask threshold it had reached; and the classes it knows.
-
-    Settings that the flags leave open are those it was trained with. A castled.pt needs the config.json beside it.
-    """
-    checkpoint = read_checkpoint(args.checkpoint)
-    trained = settings_of(args.checkpoint, checkpoint)
-    if not trained.get("classes"):
-        raise ValueError(f"{args.checkpoint} does not say which classes it knows, and has no config.json beside it")
-    resolve(args, trained)
-    model = make_model(args, len(trained["classes"]))
-    load_pretrained(model, args.checkpoint)
-    set_threshold(model, checkpoint.get("progress", 1.0))
-    return model.to(device).eval(), trained["classes"]
+    total_steps = min(steps_per_epoch * args.epochs, args.max_steps or math.inf)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = warmup_for(total_steps / steps_per_epoch, OPTIMIZERS[args.optimizer]["warmup_epochs"])
+    if args.ema_decay is None:
+        args.ema_decay = ema_decay_for(total_steps)
+    torch.manual_seed(args.seed)  # the same first weights on every rank
+    model = make_model(args, len(train_set.classes), args.image_size)
+    if args.batch_size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+        raise ValueError(f"{args.model} has BatchNorm, which needs --batch-size 2 or more per process")
+    if args.checkpoint:
+        load_pretrained(model, args.checkpoint)
+    model.to(device)
+    teacher = load_teacher(args, train_set.classes)
+    groups = parameter_groups(model, args.weight_decay)
+    share_of_data = dict(rank=rank(), world=world_size())
+    run = Run(
+        args=args,
+        device=device,
+        classes=train_set.classes,
+        model=model,
+        net=model,
+        ema=averaged(model, args.ema_decay),
+        optimizer=torch.optim.SGD(groups, momentum=0.9) if args.optimizer == "sgd" else torch.optim.AdamW(groups),
+        teacher=None if teacher is None else teacher.to(device),
+        train_loader=make_loader(
+            Augmented(train_set, train_transform(args), args.seed),
+            EpochSampler(len(train_set), **share_of_data, seed=args.seed, multiple=args.global_batch),
+            args.batch_size,
+            args.workers,
+        ),
+        val_loader=make_loader(
+            Augmented(val_set, eval_transform(args), args.seed),
+            EpochSampler(len(val_set), **share_of_data),
+            args.batch_size,
+            args.workers,
+        ),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+    )
+    begin_or_resume(run)
+    if args.compile:
+        run.net = torch.compile(run.net)
+    if world_size() > 1:
+        run.net = DistributedDataParallel(run.net, device_ids=[device.index] if device.type == "cuda" else None)
+    return run
 
 
 def prepare_evaluation(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """--eval: prints one JSON object, the metrics of the checkpoint with and without its auxiliary branch."""
-    model, classes = load_checkpoint(args, device)
+    resolve(args, settings_of(args.checkpoint, read_checkpoint(args.checkpoint)))
     _, val_set = open_data(args)
+    model, classes = load_model(args, val_set.classes)
     if classes != val_set.classes:
         raise ValueError(
             f"{args.checkpoint} knows {len(classes)} classes ({', '.join(classes[:3])}, ...), "
@@ -1109,7 +1136,7 @@ def prepare_evaluation(args: argparse.Namespace, device: torch.device) -> Callab
     loader = make_loader(Augmented(val_set, eval_transform(args), args.seed), sampler, args.batch_size, args.workers)
 
     def work() -> None:
-        record = evaluate_castling(model, loader, args, device)
+        record = evaluate_castling(model.to(device), loader, args, device)
         if rank() == 0:
             print(json.dumps(record))
 
@@ -1117,19 +1144,24 @@ def prepare_evaluation(args: argparse.Namespace, device: torch.device) -> Callab
 
 
 def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
-    """--image: prints the five likeliest classes of a file, or of each file of a folder."""
-    model, classes = load_checkpoint(args, device)
+    """--image: prints the five likeliest classes of a file, or of each image file of a folder."""
+    model, classes = load_model(args)
     source = Path(args.image)
     if not source.exists():
         raise ValueError(f"no image or folder {source}")
-    paths = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else [source]
+    paths = [source]
+    if source.is_dir():
+        paths = sorted(path for path in source.iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
+        if not paths:
+            raise ValueError(f"no image in {source}: looked for {', '.join(IMG_EXTENSIONS)}")
     transform = eval_transform(args)
     if args.data == "shapes":  # its images are square: fit others whole
         transform = v2.Compose([v2.Resize((args.image_size, args.image_size)), v2.PILToTensor()])
 
     @torch.inference_mode()
     def work() -> None:
-        for path in paths:
+        model.to(device)
+        for path in paths if rank() == 0 else []:
             images = to_model_input(transform(read_image(path))[None], device, args.channels_last)
             top = model(images)[0].softmax(0).topk(min(5, len(classes)))
             found = zip(top.indices.tolist(), top.values.tolist(), strict=True)
@@ -1138,10 +1170,78 @@ def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callab
     return work
 
 
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def describe(run: Run) -> str:
+    """The settings that shape a run, in a few lines, for the start of the output."""
+    a, train_set, val_set = run.args, run.train_loader.dataset, run.val_loader.dataset
+    parameters, batch = sum(p.numel() for p in run.model.parameters()), LR_BATCH[a.optimizer]
+    return f"""{a.model}, {a.attention}: {parameters / 1e6:.2f} M parameters, {world_size()} x {run.device.type}
+data: {a.data}, {len(train_set)} training and {len(val_set)} validation images of {a.image_size} px, \
+{len(run.classes)} classes
+length: {a.epochs} epochs, {run.total_steps} steps of {a.global_batch} images
+recipe: {a.optimizer}, {a.schedule}, {a.warmup_epochs:.2g} epochs of warm-up to a learning rate of \
+{a.lr * a.global_batch / batch:.4g} ({a.lr} per {batch} images), weight decay {a.weight_decay}, EMA {a.ema_decay:.5f}
+augmentation: mixup {a.mixup}, cutmix {a.cutmix}, randaugment {a.randaugment}, erasing {a.erasing}, \
+smoothing {a.smoothing}
+mask: threshold {a.epsilon}, {a.mask_schedule}; output: {a.output}"""
+
+
+def train(run: Run) -> None:
+    """Train to the end, one evaluation, log line and checkpoint per epoch; then the castling report."""
+    progress = Progress(run.total_steps, run.step)
+    try:
+        progress.say(describe(run))
+        record = None
+        while run.step < run.total_steps:
+            record = train_and_evaluate(run, progress)
+    finally:
+        progress.close()
+    if record is None:  # the run was complete already
+        set_threshold(run.ema.module, run.step / run.total_steps)
+        record = evaluate_castling(run.ema.module, run.val_loader, run.args, run.device)
+    append_log(run.folder, {"castling_report": castling_report(run, record), "step": run.step})
+
+
+def train_and_evaluate(run: Run, progress: Progress) -> dict:
+    """One epoch, or what is left of it: its record is logged, then its checkpoint saved."""
+    epoch, ema, args = run.step // run.steps_per_epoch, run.ema.module, run.args
+    record = dict(epoch=epoch, **train_one_epoch(run, epoch, progress), step=run.step)
+    synchronise_buffers(ema)
+    set_threshold(ema, run.step / run.total_steps)
+    record |= evaluate_castling(ema, run.val_loader, args, run.device)
+    check_finite(record["test_loss"], "validation loss", run, record["train_lr"])
+    improved, run.best = deployed_acc1(record) > run.best, max(run.best, deployed_acc1(record))
+    append_log(run.folder, record)  # before the checkpoint: resuming drops lines that are ahead of it
+    if rank() == 0:
+        state = dict(
+            ema=ema.state_dict(),
+            ema_updates=int(run.ema.n_averaged),
+            step=run.step,
+            progress=run.step / run.total_steps,
+            best=run.best,
+            args=vars(args),
+            classes=run.classes,
+        )
+        save(run.folder / "last.pt", state | dict(model=run.model.state_dict(), optimizer=run.optimizer.state_dict()))
+        if improved:
+            save(run.folder / "best.pt", state)
+    castled = f", castled {record['test_acc1_castled']:.2f}" if "castling_gap" in record else ""
+    progress.say(
+        f"epoch {epoch}: train_loss {record['train_loss']:.4f}, lr {record['train_lr']:.3g}, "
+        f"* Acc@1 {record['test_acc1']:.2f}{castled} Acc@5 {record['test_acc5']:.2f}, "
+        f"{record['images_per_s']:.0f} images/s, {100 * record['data_wait']:.0f}% waiting for data"
+    )
+    return record
+
+
 def prepare(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """What the arguments ask for, checked and ready to go. Raises ValueError for what the user can mend."""
     if (args.eval or args.image) and not args.checkpoint:
         raise ValueError("--eval and --image need --checkpoint")
+    if args.eval and args.image:
+        raise ValueError("--eval and --image are two different things to do")
     if args.image:
         return prepare_prediction(args, device)
     if args.eval:
@@ -1150,22 +1250,23 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Callable[[], None
 
 
 def main(args: argparse.Namespace) -> None:
-    """Exit status 2: arguments, checkpoint or data folder are wrong, found before work starts. 1: the work failed."""
-    device = start_processes()
+    """Exit status 2: arguments, checkpoint or data folder are wrong, found before work starts. 1: the work failed.
+
+    A process that fails leaves its group without ceremony: the others may be waiting in it, and torchrun ends them.
+    """
     try:
-        try:
-            work = prepare(args, device)
-        except ValueError as error:
-            sys.stderr.write(f"train.py: error: {error}\n")
-            sys.exit(2)
+        work = prepare(args, start_processes())
+    except ValueError as error:
+        sys.stderr.write(f"train.py: error: {error}\n")
+        sys.exit(2)
+    try:
         work()
     except (DataError, NonFiniteLoss) as error:
         # From a loader process the message is a whole traceback, whose last line is what was raised.
         sys.stderr.write(f"train.py: {str(error).strip().splitlines()[-1]}\n")
         sys.exit(1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
