@@ -15,9 +15,12 @@ Shapes: B images, N tokens, C channels, H heads, D channels per head; `grid` is 
 """
 
 import inspect
+import math
 import pickle
-from collections import OrderedDict
+import re
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -26,7 +29,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from attention import KERNELS, AttentionCore, look_up
+from attention import KERNELS, AttentionCore, cores, look_up
 
 ATTENTIONS = {  # name: options of AttentionCore
     "castling": dict(kernel="linear_angular", auxiliary=True),
@@ -367,6 +370,13 @@ def activated_projection(dim: int, out_dim: int, bn_weight: float = 1.0) -> nn.S
     return nn.Sequential(OrderedDict(act=nn.Hardswish(), ln=LinearNorm(dim, out_dim, bn_weight)))
 
 
+def resize_offsets(table: Tensor, grid: Grid) -> Tensor:
+    """A table of absolute offsets, (H, y, x), for another grid (bilinear); the first and last offset keep theirs."""
+    if tuple(table.shape[1:]) == tuple(grid):
+        return table
+    return F.interpolate(table[None].float(), size=grid, mode="bilinear", align_corners=True)[0].to(table.dtype)
+
+
 def offset_bias(table: Tensor, built: Grid, grid: Grid, stride: int) -> Tensor:
     """LeViT's attention bias (H, N, M) from one entry per head and absolute offset, |dy| * x + |dx|.
 
@@ -375,9 +385,7 @@ def offset_bias(table: Tensor, built: Grid, grid: Grid, stride: int) -> Tensor:
             that the zero offset stays itself.
         grid: key grid (y, x); stride: query (i, j) sits at key (stride i, stride j).
     """
-    table = rearrange(table, "h (y x) -> h y x", y=built[0])
-    if built != grid:
-        table = F.interpolate(table[None].float(), size=grid, mode="bilinear", align_corners=True)[0].to(table.dtype)
+    table = resize_offsets(rearrange(table, "h (y x) -> h y x", y=built[0]), grid)
     y, x = (torch.arange(side, device=table.device) for side in grid)
     dy, dx = (y[::stride, None] - y).abs(), (x[::stride, None] - x).abs()             # (queries, keys) along each axis
     return table[:, dy[:, None, :, None], dx[None, :, None, :]].flatten(3, 4).flatten(1, 2)
@@ -656,15 +664,20 @@ class LeViT(nn.Module):
 # ---- MViTv2 ----------------------------------------------------------------------------------------------------------
 
 
+def resize_relative(table: Tensor, length: int) -> Tensor:
+    """A table of relative positions along one axis, (length', D), for another length (linear)."""
+    if len(table) == length:
+        return table
+    return F.interpolate(table.T[None].float(), size=length, mode="linear")[0].T.to(table.dtype)
+
+
 def relative_rows(table: Tensor, queries: int, keys: int) -> Tensor:
     """Rows of a table of relative positions for each query and key along one axis, (length, D) -> (queries, keys, D).
 
     The longer axis has unit steps, the shorter one steps of their ratio. A table for another size is resampled.
     Source: MViTv2, arXiv:2112.01526, section 4.1; timm 1.0.31, mvitv2.py, cal_rel_pos_type.
     """
-    length = 2 * max(queries, keys) - 1
-    if len(table) != length:
-        table = F.interpolate(table.T[None].float(), size=length, mode="linear")[0].T.to(table.dtype)
+    table = resize_relative(table, 2 * max(queries, keys) - 1)
     q = torch.arange(queries, device=table.device)[:, None] * max(keys / queries, 1.0)
     k = torch.arange(keys, device=table.device)[None, :] * max(queries / keys, 1.0)
     return table[(q - k + (keys - 1) * max(queries / keys, 1.0)).long()]
@@ -884,7 +897,7 @@ def weights_in(checkpoint: dict) -> dict[str, Tensor]:
 
     Prefixes that DistributedDataParallel and torch.compile put before names are removed.
     """
-    for key in ("ema", "model", "state_dict"):
+    for key in ("ema", "model", "model_state", "state_dict"):
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
             break
@@ -898,23 +911,176 @@ def weights_in(checkpoint: dict) -> dict[str, Tensor]:
     return weights
 
 
-def load_pretrained(model: nn.Module, path: str | Path) -> None:
-    """Load the weights of a checkpoint written by this project, or with this model's own parameter names (timm's).
+@dataclass
+class LoadReport:
+    """What became of each parameter and buffer when a checkpoint was loaded, by name."""
 
-    Raises: ValueError that names the file and the parameters that are missing, left over or of another shape.
+    loaded: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)  # tables made for another image size
+    partly: list[str] = field(default_factory=list)  # only the rows of values carry over
+    new: list[str] = field(default_factory=list)  # in the model only
+    ignored: list[str] = field(default_factory=list)  # in the file only
+
+    def __str__(self) -> str:
+        lines = []
+        for group in fields(self):
+            # blocks.3.attn.dconv.weight of every block as one entry, blocks.*.attn.dconv.weight
+            kinds = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in getattr(self, group.name))
+            names = [f"{kind} x {count}" if count > 1 else kind for kind, count in sorted(kinds.items())]
+            if group.name == "loaded":
+                names = [f"{sum(kinds.values())} parameters and buffers"]
+            if kinds:
+                lines.append(f"{group.name}: {', '.join(names)}")
+        return "\n".join(lines)
+
+
+def official_levit_names(weights: dict[str, Tensor], depths: list[int]) -> dict[str, Tensor]:
+    """LeViT's released names to this project's (timm's).
+
+    Released: one flat list, attention and MLP of a block in turn, a down-sampling attention and its MLP between stages;
+    `m` is a residual, `c`/`l` the linear part, `bn` its norm. Source: facebookresearch/LeViT @ 3772b8e, levit.py.
     """
-    weights, own = weights_in(read_checkpoint(path)), model.state_dict()
-    wrong = [f"missing {name}" for name in own if name not in weights]
-    wrong += [f"unknown {name}" for name in weights if name not in own]
-    for name in (name for name in own if name in weights):
-        found, expected = tuple(getattr(weights[name], "shape", ())), tuple(own[name].shape)
-        if not isinstance(weights[name], Tensor):
+    places = []
+    for stage, depth in enumerate(depths):
+        if stage > 0:
+            places += [f"stages.{stage}.downsample.attn_downsample", f"stages.{stage}.downsample.mlp"]
+        for block in range(depth):
+            places += [f"stages.{stage}.blocks.{block}.attn", f"stages.{stage}.blocks.{block}.mlp"]
+    renamed = {}
+    for name, value in weights.items():
+        parts = name.split(".")
+        if parts[0] == "patch_embed":
+            parts[:2] = ["stem", f"conv{int(parts[1]) // 2 + 1}"]
+        elif parts[0] == "blocks" and int(parts[1]) < len(places):
+            place, rest = places[int(parts[1])], [part for part in parts[2:] if part != "m"]
+            inner = {"0": "ln1", "2": "ln2"} if place.endswith(".mlp") else {"1": "ln"}
+            parts = [place, *(inner.get(part, part) for part in rest)]
+        renamed[".".join("linear" if part in ("c", "l") else part for part in parts)] = value
+    return renamed
+
+
+def official_mvit_names(weights: dict[str, Tensor], depths: list[int]) -> dict[str, Tensor]:
+    """MViTv2's released names, blocks in one flat list, to this project's (timm's)."""
+    places = [f"stages.{stage}.blocks.{block}" for stage, depth in enumerate(depths) for block in range(depth)]
+    renamed = {}
+    for name, value in weights.items():
+        parts = name.split(".")
+        if parts[0] == "blocks" and int(parts[1]) < len(places):
+            parts[:2] = [places[int(parts[1])]]
+            if parts[1] == "proj":
+                parts[1] = "shortcut_proj_attn"
+        renamed[".".join(parts).replace("head.projection.", "head.fc.")] = value
+    return renamed
+
+
+def resized_table(name: str, value: Tensor, own: Tensor, model: nn.Module, file_has_dist: bool) -> Tensor | None:
+    """A position table of a file in the shape of the model's own, or None if it is no such table or does not fit."""
+    kind = name.rsplit(".", 1)[-1]
+    if kind == "pos_embed" and value.ndim == 3 and value.shape[2] == own.shape[2]:
+        prefix = 2 if file_has_dist else 1
+        side = math.isqrt(value.shape[1] - prefix)
+        if side**2 != value.shape[1] - prefix:
+            return None
+        patches = resize_positions(value[:, prefix:], (side, side), model.grid)
+        kept = value[:, : min(prefix, model.prefix)]
+        return torch.cat([kept, own[:, kept.shape[1] : model.prefix], patches], dim=1)
+    if kind == "attention_biases" and len(value) == len(own):
+        side, grid = math.isqrt(value.shape[1]), model.get_submodule(name.rsplit(".", 1)[0]).grid
+        if side**2 == value.shape[1]:
+            return resize_offsets(value.unflatten(1, (side, side)), grid).flatten(1)
+    if kind in ("rel_pos_h", "rel_pos_w") and value.shape[1] == own.shape[1]:
+        return resize_relative(value, len(own))
+    return None
+
+
+def value_rows(name: str, weights: dict[str, Tensor], own: Tensor, model: nn.Module) -> Tensor | None:
+    """A castling LeViT's qkv with V's rows from a published LeViT's qkv or kv, where Q and K are narrower."""
+    match = re.fullmatch(r"(.*)\.qkv\.((?:linear|bn)\.\w+)", name)
+    core = model.get_submodule(match[1]) if match else None
+    if not isinstance(core, CastlingLeViTAttention) or own.ndim == 0:
+        return None
+    source = weights.get(name, weights.get(f"{match[1]}.kv.{match[2]}"))
+    dim = core.split[-1]
+    if source is None or len(source) % core.heads or source.shape[1:] != own.shape[1:]:
+        return None
+    source, result = source.unflatten(0, (core.heads, -1)), own.clone().unflatten(0, (core.heads, -1))
+    if source.shape[1] < dim:
+        return None
+    result[:, -dim:] = source[:, -dim:]  # head by head, values last
+    return result.flatten(0, 1)
+
+
+def load_pretrained(model: nn.Module, path: str | Path) -> LoadReport:
+    """Load a checkpoint: this project's, timm's names, or the official files of DeiT, LeViT, MViTv2 and MAE.
+
+    A castling model takes over all that carries over from a published softmax one; what it has beyond that keeps its
+    initialisation, in which the MLP's DWConv is the identity. Tables for another image size are resized.
+
+    Returns: what was loaded, resized, partly loaded, newly initialised and ignored; printing it lists them.
+    Raises: ValueError that names the file and whatever is missing, left over or of another shape without an
+        explanation; the model is then unchanged.
+    """
+    weights, own, report = weights_in(read_checkpoint(path)), model.state_dict(), LoadReport()
+    if "patch_embed.0.c.weight" in weights and isinstance(model, LeViT):
+        weights = official_levit_names(weights, [len(stage.blocks) for stage in model.stages])
+    if "blocks.0.attn.pool_q.weight" in weights and isinstance(model, MViTv2):
+        weights = official_mvit_names(weights, [len(stage["blocks"]) for stage in model.stages])
+    kernels = {name: core.kernel for name, core in cores(model).items()}
+    castling = any(kernel != "softmax" for kernel in kernels.values())
+    published = not any(".dconv." in name for name in weights)
+    file_has_dist = "dist_token" in weights or any(name.startswith("head_dist.") for name in weights)
+
+    def expected_new(name: str) -> bool:
+        """The model has it, the file need not."""
+        if name.startswith(("head_dist.", "dist_token")):
+            return not file_has_dist
+        if name.startswith("head."):  # MAE's encoder has no classifier
+            return "mask_token" in weights or "decoder_pos_embed" in weights
+        added = r"\.(dconv|dwconv|pool_[qkv]|norm_[qkv]|skip)\.|attn_downsample\.qkv\.bn\.num_batches_tracked"
+        return castling and published and bool(re.search(added, name))
+
+    def expected_rest(name: str) -> bool:
+        """The file has it, the model need not."""
+        layer, kind = name.rpartition(".")[::2]
+        if kind == "attention_bias_idxs" or name.startswith(("decoder_", "mask_token")):
+            return True
+        if name.startswith(("head_dist.", "dist_token")):
+            return getattr(model, "head_dist", None) is None
+        if kind in ("attention_biases", "rel_pos_h", "rel_pos_w"):
+            return kernels.get(layer, "softmax") != "softmax"
+        # a published LeViT's down-sampling attention projects kv and q apart
+        return castling and bool(re.search(r"\.attn_downsample\.(kv|q\.ln)\.", name))
+
+    final, wrong = {}, []
+    for name, value in own.items():
+        found = weights.get(name)
+        if found is not None and not isinstance(found, Tensor):
             wrong.append(f"{name} is no tensor")
-        elif found != expected:
-            if name in HEADS and found[:1] != expected[:1]:
-                wrong.insert(0, f"{(*found, 0)[0]} classes in the file, {expected[0]} in the model")
-            wrong.append(f"{name} is {found} in the file, {expected} in the model")
+        elif found is not None and found.shape == value.shape:
+            final[name] = found
+            report.loaded.append(name)
+        elif found is not None and (table := resized_table(name, found, value, model, file_has_dist)) is not None:
+            final[name] = table
+            report.resized.append(name)
+        elif published and (rows := value_rows(name, weights, value, model)) is not None:
+            final[name] = rows
+            report.partly.append(name)
+        elif found is None and expected_new(name):
+            report.new.append(name)
+        elif found is None:
+            wrong.append(f"missing {name}")
+        else:
+            if name in HEADS and found.shape[:1] != value.shape[:1]:
+                wrong.insert(0, f"{(*found.shape, 0)[0]} classes in the file, {len(value)} in the model")
+            wrong.append(f"{name} is {tuple(found.shape)} in the file, {tuple(value.shape)} in the model")
+    for name in weights:
+        if name not in own:
+            if expected_rest(name):
+                report.ignored.append(name)
+            else:
+                wrong.append(f"unknown {name}")
     if wrong:
         more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
         raise ValueError(f"{path} does not fit the model: {'; '.join(wrong[:8])}{more}")
-    model.load_state_dict(weights)
+    model.load_state_dict(own | final)
+    return report

@@ -638,12 +638,12 @@ TINY_MVIT = dict(dim=8, depths=(1, 2, 1))
 FAMILIES = ["levit", "deit", "mvit"]
 
 
-def tiny(family, attention="castling", image_size=64, **options):
+def tiny(family, attention="castling", image_size=64, seed=0, **options):
     """A small model with 5 classes; norms and other constants shaken, so that nothing is zero by accident."""
     name, row = {
         "levit": ("levit128", TINY_LEVIT), "deit": ("deit_tiny", TINY_DEIT), "mvit": ("mvitv2_tiny", TINY_MVIT),
     }[family]  # fmt: skip
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return shaken(build_model(name, attention, 5, image_size, **(row | options))).eval()
 
 
@@ -1075,6 +1075,131 @@ def test_checkpoints_load_from_every_container(tmp_path, wrap):
     torch.save(wrap(model.state_dict()), tmp_path / "x.pt")
     load_pretrained(other, tmp_path / "x.pt")
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def numbered_norm(*parts):
+    return [f"{'.'.join(parts)}.{leaf}" for leaf in (
+        "c.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var", "bn.num_batches_tracked",
+    )]  # fmt: skip
+
+
+def official_levit(model):
+    """A published LeViT's state dict under its authors' names, in their order, index buffers included."""
+    names, i = [], 0
+    for conv in (0, 2, 4, 6):
+        names += numbered_norm("patch_embed", str(conv))
+    for stage, depth in enumerate(len(stage.blocks) for stage in model.stages):
+        if stage:
+            names += [f"blocks.{i}.attention_biases"]
+            names += [n for part in ("kv", "q.1", "proj.1") for n in numbered_norm("blocks", str(i), part)]
+            names += [n for part in ("0", "2") for n in numbered_norm("blocks", str(i + 1), "m", part)]
+            i += 2
+        for _ in range(depth):
+            names += [f"blocks.{i}.m.attention_biases"]
+            names += [n for part in ("qkv", "proj.1") for n in numbered_norm("blocks", str(i), "m", part)]
+            names += [n for part in ("0", "2") for n in numbered_norm("blocks", str(i + 1), "m", part)]
+            i += 2
+    for head in ("head", "head_dist"):
+        names += [n for n in numbered_norm(head) if ".c." not in n] + [f"{head}.l.weight", f"{head}.l.bias"]
+    weights = dict(zip(names, model.state_dict().values(), strict=True))
+    tables = [name for name in names if name.endswith("attention_biases")]
+    return {"model": weights | {name[:-2] + "_idxs": torch.zeros(2, 2, dtype=torch.long) for name in tables}}
+
+
+def official_mvit(model):
+    """A published MViTv2's state dict under its authors' names."""
+    weights, i = {}, 0
+    flat = {}
+    for stage, blocks in enumerate(model.stages):
+        for block in range(len(blocks["blocks"])):
+            flat[f"stages.{stage}.blocks.{block}."], i = f"blocks.{i}.", i + 1
+    for name, value in model.state_dict().items():
+        for place, number in flat.items():
+            name = name.replace(place, number) if name.startswith(place) else name
+        weights[name.replace("shortcut_proj_attn", "proj").replace("head.fc", "head.projection")] = value
+    return {"model_state": weights, "epoch": 3}
+
+
+def official(family, model):
+    return {"levit": official_levit, "mvit": official_mvit}.get(family, lambda m: {"model": m.state_dict()})(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_official_files_load_into_softmax_models(tmp_path, family):
+    """The released containers and names give the same logits; nothing is new."""
+    published, model = tiny(family, "softmax"), tiny(family, "softmax", seed=1)
+    torch.save(official(family, published), tmp_path / "official.pth")
+    report = load_pretrained(model, tmp_path / "official.pth")
+    x = randn(2, 3, 64, 64, dtype=torch.float32)
+    assert torch.equal(model(x), published(x)) and not report.new and not report.resized and not report.partly
+    assert len(report.loaded) == len(model.state_dict())
+    assert all("attention_bias_idxs" in name for name in report.ignored)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_castling_models_take_over_what_carries_over(tmp_path, family):
+    """Each tensor of a castling model is either the file's, or named as new; LeViT's values keep their rows, head by
+    head; what the model cannot use is listed."""
+    published, model = tiny(family, "softmax"), tiny(family, seed=1)
+    before = copy.deepcopy(model.state_dict())
+    torch.save(official(family, published), tmp_path / "official.pth")
+    report = load_pretrained(model, tmp_path / "official.pth")
+    source = published.state_dict()
+    for name, value in model.state_dict().items():
+        if name in report.loaded:
+            assert torch.equal(value, source[name])
+        elif name in report.new:
+            assert torch.equal(value, before[name])
+            assert re.search(r"dconv|dwconv|pool_|norm_[qkv]|skip|num_batches_tracked", name)
+        else:
+            assert name in report.partly and family == "levit"
+    assert any("dconv" in name for name in report.new) and "dconv" in str(report)
+    if family == "levit":
+        attn, theirs = model.stages[0].blocks[0].attn, published.stages[0].blocks[0].attn
+        D = TINY_LEVIT["key_dim"]
+        ours = attn.qkv.linear.weight.unflatten(0, (attn.heads, 6 * D))[:, 4 * D :]
+        assert torch.equal(ours, theirs.qkv.linear.weight.unflatten(0, (attn.heads, 4 * D))[:, 2 * D :])
+        down, theirs = (m.stages[1].downsample.attn_downsample for m in (model, published))
+        ours = down.qkv.bn.running_var.unflatten(0, (down.heads, 12 * D))[:, 8 * D :]
+        assert torch.equal(ours, theirs.kv.bn.running_var.unflatten(0, (down.heads, 5 * D))[:, D:])
+    if family == "deit":
+        assert report.ignored == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tables_are_resized_on_loading(tmp_path, family):
+    """A file made at 64 pixels loads into a model made for 96: tables are resized, and at 64 pixels, where they are
+    resampled back, the logits stay close; a second loading of the resized model changes no bit."""
+    small, large = tiny(family, "softmax"), tiny(family, "softmax", image_size=96, seed=1)
+    torch.save(official(family, small), tmp_path / "x.pth")
+    report = load_pretrained(large, tmp_path / "x.pth")
+    assert report.resized and all(re.search("pos_embed|attention_biases|rel_pos", name) for name in report.resized)
+    same = tiny(family, "softmax", image_size=96, seed=2)
+    torch.save(large.state_dict(), tmp_path / "y.pth")
+    assert not load_pretrained(same, tmp_path / "y.pth").resized
+    x = randn(1, 3, 96, 96, dtype=torch.float32)
+    assert torch.equal(same(x), large(x))
+
+
+def test_distilled_and_mae_files_load(tmp_path):
+    """A distilled DeiT loads into a plain one (token and head dropped) and back (both new); an MAE encoder has no head,
+    and its decoder is ignored."""
+    plain, distilled = tiny("deit", "softmax"), tiny("deit", "softmax", distilled=True, seed=1)
+    torch.save({"model": distilled.state_dict()}, tmp_path / "distilled.pth")
+    report = load_pretrained(plain, tmp_path / "distilled.pth")
+    assert report.resized == ["pos_embed"] and set(report.ignored) == {
+        "dist_token", "head_dist.weight", "head_dist.bias",
+    }  # fmt: skip
+    assert torch.equal(plain.pos_embed[:, 0], distilled.pos_embed[:, 0])
+    assert torch.equal(plain.pos_embed[:, 1:], distilled.pos_embed[:, 2:])
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    report = load_pretrained(distilled, tmp_path / "plain.pth")
+    assert set(report.new) == {"dist_token", "head_dist.weight", "head_dist.bias"}
+    encoder = {name: value for name, value in plain.state_dict().items() if not name.startswith("head")}
+    torch.save({"model": encoder | {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 17, 8)}},
+               tmp_path / "mae.pth")  # fmt: skip
+    report = load_pretrained(tiny("deit"), tmp_path / "mae.pth")
+    assert {"head.weight", "head.bias"} <= set(report.new) and "mask_token" in report.ignored
 
 
 class Malicious:

@@ -1085,7 +1085,9 @@ def prepare_run(args: argparse.Namespace, device: torch.device) -> Run:
     if args.batch_size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
         raise ValueError(f"{args.model} has BatchNorm, which needs --batch-size 2 or more per process")
     if args.checkpoint:
-        load_pretrained(model, args.checkpoint)
+        report = load_pretrained(model, args.checkpoint)
+        if rank() == 0:
+            print(f"{args.checkpoint}\n{report}")
     model.to(device)
     teacher = load_teacher(args, train_set.classes)
     groups = parameter_groups(model, args.weight_decay)
