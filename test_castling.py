@@ -26,6 +26,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
+import flops
 import models
 import train
 from attention import (
@@ -1631,6 +1632,147 @@ assert abs(mask_density(ddp)[""] - expected) < 1e-6, (mask_density(ddp), expecte
 dist.destroy_process_group()
 """)
     torchrun(2, str(script))
+
+
+# ---- flops.py --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "options", "macs"), [
+    ("deit_tiny", dict(attention_name="softmax"), 1_253_683_200), ("deit_tiny", dict(), 1_182_192_384),
+    ("deit_base", dict(attention_name="softmax"), 17_563_828_224), ("deit_base", dict(), 17_277_864_960),
+    ("levit128", dict(castle_downsample=False), 494_267_904), ("levit128", dict(), 486_546_432),
+    ("levit192", dict(castle_downsample=False), 816_755_968), ("levit192", dict(), 812_338_432),
+    ("levit256", dict(castle_downsample=False), 1_402_291_200), ("levit256", dict(), 1_396_401_152),
+    ("levit384", dict(castle_downsample=False), 2_921_738_752), ("levit384", dict(), 2_912_371_712),
+    ("mvitv2_tiny", dict(attention_name="softmax"), 4_676_957_952),
+    ("mvitv2_tiny", dict(castle_downsample=False), 4_493_313_792), ("mvitv2_tiny", dict(), 4_265_978_880),
+    ("mvitv2_small", dict(attention_name="softmax"), 6_959_715_072),
+    ("mvitv2_small", dict(castle_downsample=False), 6_722_332_416), ("mvitv2_small", dict(), 6_494_997_504),
+    ("mvitv2_base", dict(attention_name="softmax"), 10_102_438_656),
+    ("mvitv2_base", dict(castle_downsample=False), 9_780_760_320), ("mvitv2_base", dict(), 9_553_425_408),
+])  # fmt: skip
+def test_macs_of_table_2(name, options, macs):
+    """The integers behind Table 2, counted on the built model in the paper's convention (k^T v first)."""
+    assert flops.count(*flops.meta_model(name, **options), convention="paper-cls").macs == macs
+
+
+@given(st.sampled_from(sorted(KERNELS)), st.integers(1, 3), st.integers(1, 40), st.integers(1, 24), st.integers(1, 24))
+def test_counted_attention_equals_its_formula(kernel, heads, tokens, key_dim, value_dim):
+    """Each kernel's products, as counted on the running core, are the closed formula; with them the DWConv; on the CPU,
+    whose fused softmax torch counts as 0, as on the meta device. k^T v first where asked."""
+    core = AttentionCore(heads, kernel).eval()
+    shapes = [(2, heads, tokens, d) for d in (key_dim, key_dim, value_dim)]
+    conv = 0 if kernel == "softmax" else 2 * flops.dwconv_macs(9, heads * value_dim, tokens)
+    for convention, order in (("macs", None), ("paper-cls", "kv")):
+        expected = 2 * flops.attention_macs(kernel, heads, tokens, tokens, key_dim, value_dim, order)
+        for device in ("cpu", "meta"):
+            cost = flops.count(core.to(device) if device == "cpu" else copy.deepcopy(core).to(device),
+                               *(torch.zeros(s, device=device) for s in shapes), convention=convention)  # fmt: skip
+            assert cost.macs == expected + conv and cost.attention == expected
+
+
+class Calls(nn.Module):
+    """A function as a module, for the counter."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def test_formulations_count_alike():
+    """einsum, matmul, bmm, baddbmm and linear of one product have one count; grid_sample has 4 MACs per value."""
+    a, b = torch.zeros(3, 4, 5), torch.zeros(3, 5, 6)
+    for function in (
+        lambda a, b: a @ b,
+        lambda a, b: torch.einsum("bij,bjk->bik", a, b),
+        lambda a, b: torch.bmm(a, b),
+        lambda a, b: torch.baddbmm(torch.zeros(3, 4, 6), a, b),
+        lambda a, b: torch.stack([x @ y for x, y in zip(a, b, strict=True)]),
+        lambda a, b: torch.stack([F.linear(x, y.T) for x, y in zip(a, b, strict=True)]),
+    ):
+        assert flops.count(Calls(function), a, b).macs == 3 * 4 * 5 * 6
+    sample = Calls(lambda x, grid: F.grid_sample(x, grid, align_corners=False))
+    assert flops.count(sample, torch.zeros(2, 7, 9, 9), torch.zeros(2, 4, 5, 2)).macs == 4 * 2 * 7 * 4 * 5
+    assert train.count_macs(build_model("deit_tiny", "softmax").eval(), torch.zeros(1, 3, 224, 224)) == 1_253_683_200
+
+
+def test_strict_counting_refuses_the_unknown():
+    """An operation without a count is an error that names it, never a silent 0; unless asked for."""
+    fourier = Calls(lambda x: torch.fft.fft(x).real)
+    with pytest.raises(ValueError, match="fft"):
+        flops.count(fourier, torch.zeros(8))
+    assert flops.count(fourier, torch.zeros(8), strict=False).macs == 0
+    with pytest.raises(ValueError, match="paper-cls"):
+        flops.count(fourier, torch.zeros(8), convention="paper_cls")
+
+
+def test_conventions_add_their_terms():
+    """paper-det: conv bias, 2 per normalised element, 1 per ReLU, the input of a pool; fvcore-like: norms only."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.LayerNorm(4))
+    x = torch.zeros(1, 2, 8, 8)
+    conv, elements, pooled = 4 * 64 * 18, 4 * 64, 4 * 16
+    assert flops.count(model, x).macs == flops.count(model, x, convention="paper-cls").macs == conv
+    extra = elements + 2 * elements + elements + elements + 2 * pooled
+    assert flops.count(model, x, convention="paper-det").macs == conv + extra
+    assert flops.count(model, x, convention="fvcore-like").macs == conv + 2 * elements + 5 * pooled
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_branch_and_parts_are_counted(family):
+    """Hybrid less castled is the branch's softmax attention in every layer; modules add up; the mode is left alone."""
+    model = tiny(family, image_size=96).train()
+    x = torch.zeros(1, 3, 96, 96)
+    sizes = {}
+    for name, core in attention.cores(model).items():  # shapes as the core sees them
+        core.auxiliary_branch = lambda q, k, v, p, name=name: sizes.update({name: (*q.shape[1:], v.shape[-1])}) or 0
+    model.eval()(x)
+    for core in attention.cores(model).values():
+        del core.auxiliary_branch
+    whole, castled = flops.count(model.train(), x), flops.count(castle(copy.deepcopy(model)), x)
+    assert model.training
+    branch = sum(flops.attention_macs("softmax", h, n, n, d, e) for h, n, d, e in sizes.values())
+    assert whole.macs - castled.macs == branch == whole.attention - castled.attention
+    assert castled.by_module[""] == castled.macs
+    assert castled.params == parameters(model) and castled.params_weights == weights_only(model)
+
+
+def test_peak_memory_is_the_live_maximum():
+    """Two (8, 8) float64 results alive at once, a third made after one is dropped; a softmax's N x N matrix counts."""
+    def three(x):
+        y = x + 1
+        z = y * 2
+        del y
+        return z - 1
+
+    assert flops.peak_activation_bytes(Calls(three), torch.zeros(8, 8, dtype=torch.float64)) == 2 * 8 * 8 * 8
+    x = torch.zeros(1, 2, 512, 8, device="meta")
+    with torch.device("meta"):
+        small, large = AttentionCore(2), AttentionCore(2, "angular")
+    assert flops.peak_activation_bytes(large, x, x, x) > 2 * 512 * 512 * 4 > flops.peak_activation_bytes(small, x, x, x)
+
+
+def test_tables_are_printed(capsys):
+    """--table and --json give every row with the promised keys, within its known deviation; bad names exit with 2."""
+    keys = {"model", "attention", "params_m", "macs_g", "paper_params_m", "paper_macs_g", "note"}
+    for table, rows, worst in ((1, 6, 0.001), (2, 25, 0.067)):
+        flops.main(flops.parser().parse_args([f"--table={table}", "--json"]))
+        printed = json.loads(capsys.readouterr().out)
+        assert len(printed) == rows and all(set(r) == keys for r in printed)
+        assert all(abs(r["macs_g"] / r["paper_macs_g"] - 1) < worst for r in printed)
+    flops.main(flops.parser().parse_args(["--table=2"]))
+    assert "17.2779" in capsys.readouterr().out
+    flops.main(flops.parser().parse_args(["--image-size=64", "--attention=castling,softmax,cosine"]))
+    assert "auxiliary branch" in capsys.readouterr().out
+    flops.main(flops.parser().parse_args(["--curve", "--json"]))
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[0]["castling_macs_g"] > rows[0]["softmax_macs_g"]  # 4 x 4 tokens: the DWConvs cost more than they save
+    assert rows[-1]["castling_macs_g"] < 0.3 * rows[-1]["softmax_macs_g"]
+    with pytest.raises(SystemExit) as stopped:
+        flops.main(flops.parser().parse_args(["--model=levit_128"]))
+    assert stopped.value.code == 2 and "levit128" in capsys.readouterr().err
 
 
 # ---- README ----------------------------------------------------------------------------------------------------------

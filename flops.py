@@ -1,0 +1,447 @@
+"""Parameters and multiply-adds of any module, under stated conventions; the paper's tables beside our counts.
+
+    python flops.py --table 2                                                   the paper's Table 2 (or 1), our counts
+    python flops.py --model levit128 --attention castling,softmax --image-size 512
+    python flops.py --curve --model deit_tiny                                   MACs against resolution, the crossover
+
+One MAC is one multiply-add, that is 2 FLOPs. Everything here is in MACs. Nothing is computed: models live on the meta
+device. Counts are of inference; the auxiliary branch is counted apart.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+import attention
+from attention import castle, cores
+from models import ATTENTIONS, DESIGNS, build_model
+
+aten = torch.ops.aten
+
+
+# ---- closed formulas -------------------------------------------------------------------------------------------------
+
+
+def attention_macs(
+    kernel: str, heads: int, queries: int, keys: int, key_dim: int, value_dim: int, order: str | None = None
+) -> int:
+    """MACs of one attention's products, for one image.
+
+    Quadratic kernels: H N M (D + E). Linear ones: H (N + M) D E with k^T v first ("kv"), H N M (D + E) with q k^T first
+    ("qk"), the smaller of the two for None. `relu_e` also sums its rows: H N D.
+    """
+    quadratic = heads * queries * keys * (key_dim + value_dim)
+    linear = heads * (queries + keys) * key_dim * value_dim
+    if kernel in ("softmax", "angular"):
+        return quadratic
+    chosen = {"kv": linear, "qk": quadratic, None: min(linear, quadratic)}[order]
+    return chosen + (heads * queries * key_dim if kernel == "relu_e" else 0)
+
+
+def dwconv_macs(taps: int, channels: int, positions: int) -> int:
+    """MACs of a depthwise convolution: DWConv(9,1) on V has taps 9, channels H E, positions N; a 5x5 has taps 25."""
+    return taps * channels * positions
+
+
+# ---- counting --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cost:
+    """What `count` found, for the inputs it was given.
+
+    params: all parameters. params_weights: weights of convolutions and linear layers, as the paper counts. macs: under
+    the convention. by_module: {module: MACs of its products and convolutions, children included}. attention: MACs of
+    the products between q, k and v in all attention cores, part of macs.
+    """
+
+    params: int
+    params_weights: int
+    macs: int
+    attention: int = 0
+    by_module: dict[str, int] = field(default_factory=dict)
+
+
+def fused_attention(query, key, value, *args, **kwargs) -> int:
+    """FLOPs of a fused softmax attention, (..., N, D), (..., M, D), (..., M, E)."""
+    batch = query[:-2].numel()
+    return 2 * batch * query[-2] * key[-2] * (query[-1] + value[-1])
+
+
+def bilinear_samples(input, grid, *args, out_val=None, **kwargs) -> int:
+    """FLOPs of grid_sample: every output value is a weighted sum of 4 neighbours."""
+    return 2 * 4 * input[0] * input[1] * grid[1] * grid[2]
+
+
+# What torch's counter leaves at 0, by the shapes of the arguments.
+FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: fused_attention, aten.grid_sampler_2d: bilinear_samples}
+
+NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+         "_batch_norm_with_update", "_batch_norm_no_update"}  # fmt: skip
+
+# Operations without a sum of products. Strict counting refuses whatever is neither counted, nor here, nor pointwise,
+# nor a view.
+FREE = NORMS | {
+    # softmax, norms, reductions
+    "_softmax", "_log_softmax", "_safe_softmax", "native_layer_norm", "native_group_norm", "linalg_vector_norm",
+    "all", "amax", "amin", "any", "argmax", "cumsum", "max", "mean", "min", "norm", "prod", "sort", "sum", "topk",
+    # activations that torch does not tag as pointwise
+    "gelu", "hardsigmoid", "hardswish", "hardswish_", "hardtanh", "hardtanh_", "leaky_relu", "relu", "relu_", "silu",
+    "threshold", "native_dropout", "dropout", "bernoulli", "bernoulli_",
+    # pooling and resampling by fixed weights
+    "_adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "max_pool2d_with_indices", "upsample_bicubic2d",
+    "upsample_bilinear2d", "upsample_linear1d", "upsample_nearest2d",
+    # copies, indexing, creation
+    "_to_copy", "_unsafe_view", "arange", "cat", "clone", "constant_pad_nd", "contiguous", "copy_", "detach",
+    "embedding", "empty", "empty_like", "eye", "fill_", "full", "full_like", "gather", "index", "lift_fresh",
+    "new_empty", "new_full", "new_ones", "new_zeros", "one_hot", "ones", "ones_like", "rand", "rand_like", "randn",
+    "repeat", "roll", "scalar_tensor", "scatter", "stack", "tril", "triu", "zero_", "zeros", "zeros_like",
+    "_fused_sdp_choice", "_local_scalar_dense",
+}  # fmt: skip
+
+
+def out_numel(args: tuple, out) -> int:
+    return (out[0] if isinstance(out, tuple | list) else out).numel()
+
+
+def in_numel(args: tuple, out) -> int:
+    return args[0].numel()
+
+
+def norm_terms(batch_norm: int, layer_norm: int) -> dict[str, Callable]:
+    """Elements times a factor for each kind of normalisation."""
+    terms = {name: lambda a, o: batch_norm * in_numel(a, o) for name in NORMS}
+    return terms | {"native_layer_norm": lambda a, o: layer_norm * in_numel(a, o)}
+
+
+# Convention: operation -> what it adds to the MACs of products and convolutions.
+CONVENTIONS: dict[str, dict[str, Callable]] = {
+    # Every multiply-add of convolutions, linear layers and matrix products, as executed. Ours.
+    "macs": {},
+    # mobile-vision's counter, which the paper used for classification: the same, but k^T v first in every layer.
+    "paper-cls": {},
+    # mmcv 1.4's get_flops.py, which the paper used for detection: also conv biases, norms, some activations, pools.
+    "paper-det": norm_terms(2, 2) | {
+        "convolution": lambda a, o: o.numel() if a[2] is not None else 0,
+        **dict.fromkeys(("relu", "relu_", "hardswish", "hardswish_", "hardtanh", "hardtanh_"), out_numel),
+        **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d"), out_numel),
+        **dict.fromkeys(("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d"), in_numel),
+    },
+    # fvcore's FlopCountAnalysis (which counts MACs): also norms; unlike it, fused attention is counted.
+    "fvcore-like": norm_terms(2, 5),
+}  # fmt: skip
+
+
+class Auditor(TorchDispatchMode):
+    """Sees every operation that the counter lets through: adds a convention's terms, and in strict mode refuses what
+    nobody counts."""
+
+    def __init__(self, terms: dict[str, Callable], strict: bool):
+        super().__init__()
+        self.terms, self.strict, self.extra = terms, strict, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        packet, name = func.overloadpacket, func.overloadpacket.__name__
+        if name in self.terms:
+            self.extra += self.terms[name](args, out)
+        known = packet in flop_registry or packet in FORMULAS or name in FREE or func.namespace not in ("aten",)
+        if self.strict and not known and torch.Tag.pointwise not in func.tags and not func.is_view:
+            raise ValueError(f"cannot count {func}: give it a formula in FORMULAS, or list it as free in FREE")
+        return out
+
+
+@contextlib.contextmanager
+def keys_first() -> Iterator[None]:
+    """Count linear attention as q (k^T v) in every layer, also where (q k^T) v is cheaper."""
+    product = attention.product
+    attention.product = lambda q, k, v, order=None: product(q, k, v, "kv")
+    try:
+        yield
+    finally:
+        attention.product = product
+
+
+def count(model: nn.Module, *inputs: Tensor, convention: str = "macs", strict: bool = True) -> Cost:
+    """Parameters and MACs of one forward in eval mode.
+
+    Args:
+        inputs: of the model, on its device; the meta device is enough.
+        convention: a key of CONVENTIONS.
+        strict: raise for an operation that nobody knows how to count, instead of taking it as 0.
+    Raises: ValueError for an unknown convention, or in strict mode for an operation without a count.
+    """
+    terms = attention.look_up(CONVENTIONS, convention, "convention")
+    training = model.training
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    auditor = Auditor(terms, strict)
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        if convention == "paper-cls":
+            stack.enter_context(keys_first())
+        try:
+            model.eval()
+            with auditor, counter:
+                model(*inputs)
+        finally:
+            model.train(training)
+    root = type(model).__name__
+    flops = counter.get_flop_counts()
+    modules = {name.removeprefix(root).removeprefix("."): ops for name, ops in flops.items() if name != "Global"}
+    products = {aten.mm, aten.addmm}  # linear layers; all else that multiplies in a core is between q, k and v
+    between = 0
+    for name in cores(model):
+        for op, value in modules.get(name, {}).items():
+            if op not in products and op is not aten.convolution:
+                between += value // 2
+    return Cost(
+        params=sum(p.numel() for p in model.parameters()),
+        params_weights=sum(
+            m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)
+        ),
+        macs=counter.get_total_flops() // 2 + auditor.extra,
+        attention=between,
+        by_module={name: sum(ops.values()) // 2 for name, ops in modules.items()},
+    )
+
+
+class Storages(TorchDispatchMode):
+    """Bytes of the storages that operations have made and that are still referenced, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.seen = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor) and not func.is_view:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.seen:
+                    self.seen.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
+        return out
+
+    def drop(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.live -= size
+
+
+def peak_activation_bytes(model: nn.Module, *inputs: Tensor) -> int:
+    """Largest sum of bytes of intermediate results alive at once in one eval forward without gradients.
+
+    An estimate: eager execution, no allocator overhead, no scratch memory inside an operation.
+    """
+    training = model.training
+    with torch.no_grad(), Storages() as storages:
+        try:
+            model.eval()(*inputs)
+        finally:
+            model.train(training)
+    return storages.peak
+
+
+# ---- the paper's tables ----------------------------------------------------------------------------------------------
+
+TABLE_1 = {1: 685, 2: 661, 3: 736, 4: 771, 5: 763, 6: 838}  # design: M MACs of LeViT-192
+
+TABLE_2 = {  # model: (parameters in M, MACs in G) as the paper prints them, softmax and castling
+    "deit_tiny": ((5.6, 1.25), (5.64, 1.18)),
+    "deit_base": ((86.3, 17.56), (87.22, 17.28)),
+    "mvitv2_tiny": ((24.0, 4.68), (24.1, 4.50)),
+    "mvitv2_small": ((34.7, 6.95), (34.7, 6.95)),
+    "mvitv2_base": ((51.2, 10.07), (51.9, 9.82)),
+    "levit128": ((9.2, 0.41), (10.5, 0.49)),
+    "levit192": ((10.9, 0.66), (12.7, 0.82)),
+    "levit256": ((18.9, 1.12), (22.0, 1.40)),
+    "levit384": ((39.1, 2.35), (45.8, 2.90)),
+}
+
+
+def meta_model(
+    name: str, attention_name: str = "castling", image_size: int = 224, **options
+) -> tuple[nn.Module, Tensor]:
+    """A castled model and one image for it, on the meta device."""
+    with torch.device("meta"):
+        model = build_model(name, attention_name, image_size=image_size, **options)
+        return castle(model).eval(), torch.empty(1, 3, image_size, image_size)
+
+
+def table_row(
+    name: str, attention_name: str, cost: Cost, params: int, paper_params: float | None, paper_macs: float, note: str
+) -> dict:
+    """A row of a table as --json prints it: parameters in M, MACs in G, None where the paper prints nothing."""
+    return dict(
+        model=name,
+        attention=attention_name,
+        params_m=params / 1e6,
+        macs_g=cost.macs / 1e9,
+        paper_params_m=paper_params,
+        paper_macs_g=paper_macs,
+        note=note,
+    )
+
+
+def table_1() -> list[dict]:
+    """LeViT-192 in the six attention designs that the paper compares; one head. The paper prints no parameters."""
+    rows = []
+    for design, paper in TABLE_1.items():
+        model, image = meta_model("levit192", "softmax", design=design, distilled=False)
+        cost = count(model, image, convention="paper-cls")
+        note = f"row {design}: " + ", ".join(f"{key} {value}" for key, value in DESIGNS[design].items())
+        rows.append(table_row("levit192", "softmax", cost, cost.params_weights, None, paper / 1000, note))
+    return rows
+
+
+def table_2() -> list[dict]:
+    """ImageNet classification models, as the paper counted them.
+
+    Weights only and one head, but for LeViT's published rows, which the paper copied: all parameters, two heads.
+    """
+    rows = []
+    for name, (softmax, castling) in TABLE_2.items():
+        levit = name.startswith("levit")
+        model, image = meta_model(name, "softmax")
+        cost = count(model, image, convention="paper-cls")
+        params, note = (cost.params, "all parameters, two heads") if levit else (cost.params_weights, "")
+        rows.append(table_row(name, "softmax", cost, params, *softmax, note))
+        downsamples = not name.startswith("deit")
+        for castle_downsample in (False, True) if downsamples else (True,):
+            model, image = meta_model(name, "castling", castle_downsample=castle_downsample)
+            cost = count(model, image, convention="paper-cls")
+            note = "" if not downsamples else "C2: all castled" if castle_downsample else "C1: softmax down-sampling"
+            rows.append(table_row(name, "castling", cost, cost.params_weights, *castling, note))
+    return rows
+
+
+TABLES = {1: table_1, 2: table_2}
+
+
+def deviation(ours: float, paper: float | None) -> str:
+    return "" if paper is None else f"{100 * (ours / paper - 1):+.2f}%"
+
+
+def print_rows(rows: list[dict]) -> None:
+    print(f"{'model':14}{'attention':16}{'params, M':>10}{'paper':>8}{'':>9}{'MACs, G':>10}{'paper':>8}{'':>9}  note")
+    for r in rows:
+        paper_params = "" if r["paper_params_m"] is None else f"{r['paper_params_m']:g}"
+        print(
+            f"{r['model']:14}{r['attention']:16}{r['params_m']:10.3f}{paper_params:>8}"
+            f"{deviation(r['params_m'], r['paper_params_m']):>9}{r['macs_g']:10.4f}{r['paper_macs_g']:>8g}"
+            f"{deviation(r['macs_g'], r['paper_macs_g']):>9}  {r['note']}"
+        )
+
+
+# ---- one model, and resolution ---------------------------------------------------------------------------------------
+
+
+def compare(name: str, attentions: list[str], image_size: int, convention: str) -> list[dict]:
+    """One model with several attentions: what it costs, where, and what its auxiliary branch costs in training."""
+    rows = []
+    for attention_name in attentions:
+        model, image = meta_model(name, attention_name, image_size)
+        cost = count(model, image, convention=convention)
+        parts = {part: macs for part, macs in cost.by_module.items() if re.fullmatch(r"\w+(\.\d+)?", part)}
+        with torch.device("meta"):
+            hybrid = build_model(name, attention_name, image_size=image_size)
+            attention.record_masks(hybrid, False)
+        rows.append(dict(
+            model=name,
+            attention=attention_name,
+            image_size=image_size,
+            convention=convention,
+            params_m=cost.params / 1e6,
+            params_weights_m=cost.params_weights / 1e6,
+            macs_g=cost.macs / 1e9,
+            paper_params_m=None,
+            paper_macs_g=None,
+            note="castled" if attention_name == "castling" else "",
+            attention_share=cost.attention / cost.macs,
+            branch_macs_g=(count(hybrid, image, convention=convention).macs - cost.macs) / 1e9,
+            peak_activation_mib=peak_activation_bytes(model, image) / 2**20,
+            by_module_g={part: macs / 1e9 for part, macs in parts.items()},
+        ))  # fmt: skip
+    return rows
+
+
+def print_comparison(rows: list[dict]) -> None:
+    first = rows[0]
+    print(f"{first['model']} at {first['image_size']} px, one image, convention {first['convention']}; 1 MAC = 2 FLOPs")
+    lines = [
+        ("parameters, M", "params_m", "{:.3f}"), ("weights only, M", "params_weights_m", "{:.3f}"),
+        ("MACs, G", "macs_g", "{:.4f}"), ("  of which q, k, v products", "attention_share", "{:.1%}"),
+        ("auxiliary branch, training, G", "branch_macs_g", "{:.4f}"),
+        ("peak activations, MiB", "peak_activation_mib", "{:.1f}"),
+    ]  # fmt: skip
+    print(" " * 32 + "".join(f"{r['attention']:>16}" for r in rows))
+    for title, key, form in lines:
+        print(f"{title:32}" + "".join(f"{form.format(r[key]):>16}" for r in rows))
+    for part in dict.fromkeys(part for r in rows for part in r["by_module_g"]):
+        print(f"  {part:30}" + "".join(f"{r['by_module_g'].get(part, 0):16.4f}" for r in rows))
+
+
+def curve(name: str, sizes: list[int]) -> list[dict]:
+    """MACs of the softmax and the castled model over image size."""
+    rows = []
+    for size in sizes:
+        costs = {a: count(*meta_model(name, a, size)) for a in ("softmax", "castling")}
+        rows.append(dict(
+            model=name, image_size=size, softmax_macs_g=costs["softmax"].macs / 1e9,
+            castling_macs_g=costs["castling"].macs / 1e9,
+        ))  # fmt: skip
+    return rows
+
+
+def print_curve(rows: list[dict]) -> None:
+    print(f"{rows[0]['model']}: MACs per image, G, over image size")
+    print(f"{'px':>6}{'softmax':>12}{'castled':>12}{'ratio':>8}")
+    for r in rows:
+        ratio = r["castling_macs_g"] / r["softmax_macs_g"]
+        print(f"{r['image_size']:6}{r['softmax_macs_g']:12.3f}{r['castling_macs_g']:12.3f}{ratio:8.3f}")
+    cheaper = [r["image_size"] for r in rows if r["castling_macs_g"] < r["softmax_macs_g"]]
+    print(f"castled is cheaper from {min(cheaper)} px" if cheaper else "castled is never cheaper at these sizes")
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog="flops.py", description=__doc__, formatter_class=formatter)
+    add = p.add_argument
+    add("--table", type=int, choices=list(TABLES), help="a table of the paper")
+    add("--model", help="a model by name; default levit128")
+    add("--attention", default="castling,softmax", help=f"of {', '.join(ATTENTIONS)}, separated by commas")
+    add("--image-size", type=int, default=224, help="pixels per side; default 224")
+    add("--convention", default="macs", help=f"{', '.join(CONVENTIONS)}; default macs")
+    add("--curve", action="store_true", help="MACs against resolution, softmax and castled")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    return p
+
+
+def main(args: argparse.Namespace) -> None:
+    try:
+        if args.table:
+            rows, show = TABLES[args.table](), print_rows
+        elif args.curve:
+            rows, show = curve(args.model or "deit_tiny", list(range(64, 1025, 64))), print_curve
+        else:
+            rows = compare(args.model or "levit128", args.attention.split(","), args.image_size, args.convention)
+            show = print_comparison
+    except ValueError as error:
+        parser().exit(2, f"flops.py: error: {error}\n")
+    print(json.dumps(rows, indent=1)) if args.json else show(rows)
+
+
+if __name__ == "__main__":
+    main(parser().parse_args())
