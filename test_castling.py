@@ -1617,7 +1617,7 @@ def test_mask_statistics_add_up_over_processes(tmp_path):
     """Two ranks with different images report the mean over all, as one process with all images would."""
     script = tmp_path / "masks.py"
     script.write_text(f"""
-import sys, torch; sys.path.insert(0, {str(ROOT)!r})
+import gc, sys, torch; sys.path.insert(0, {str(ROOT)!r})
 import torch.distributed as dist
 from attention import AttentionCore, mask_density
 from torch.nn.parallel import DistributedDataParallel
@@ -1629,6 +1629,7 @@ ddp = DistributedDataParallel(core)
 for part in (0, 1):
     ddp(*x[:, [2 * dist.get_rank() + part]])
 assert abs(mask_density(ddp)[""] - expected) < 1e-6, (mask_density(ddp), expected)
+dist.barrier(); del ddp; gc.collect()
 dist.destroy_process_group()
 """)
     torchrun(2, str(script))

@@ -17,6 +17,7 @@ import argparse
 import copy
 import datetime
 import functools
+import gc
 import json
 import math
 import os
@@ -1268,6 +1269,9 @@ def main(args: argparse.Namespace) -> None:
         sys.stderr.write(f"train.py: {str(error).strip().splitlines()[-1]}\n")
         sys.exit(1)
     if dist.is_initialized():
+        del work  # with its DDP wrapper: one that outlives the group now and then aborts the process at exit
+        gc.collect()
+        barrier()
         dist.destroy_process_group()
 
 
