@@ -889,7 +889,8 @@ def read_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-HEADS = ("head.weight", "head.linear.weight", "head.fc.weight")  # the class heads' weights, (classes, C)
+# Names of the class head's weights, (classes, C): DeiT, LeViT, MViTv2, and the last two in their official files.
+HEADS = ("head.weight", "head.linear.weight", "head.fc.weight", "head.l.weight", "head.projection.weight")
 
 
 def weights_in(checkpoint: dict) -> dict[str, Tensor]:

@@ -1182,6 +1182,39 @@ def test_tables_are_resized_on_loading(tmp_path, family):
     assert torch.equal(same(x), large(x))
 
 
+def test_official_files_evaluate_and_start_runs(tmp_path, photos, capsys):
+    """--eval and --image take a released file with --model and --attention softmax, and refuse to judge a castling
+    model by one; --checkpoint starts a castling run from it and says what carried over."""
+    model = shaken(build_model("levit128", "softmax", num_classes=2, image_size=32))
+    torch.save(official_levit(model), tmp_path / "levit.pth")
+    common = ["--model=levit128", "--image-size=32", f"--checkpoint={tmp_path}/levit.pth", "--workers=0"]
+    train.main(train.parser().parse_args([*common, "--attention=softmax", "--eval", f"--data={photos}"]))
+    assert json.loads(capsys.readouterr().out)["test_acc1"] >= 0
+    train.main(train.parser().parse_args([*common, "--attention=softmax", f"--image={photos}/test/dark/0.jpg"]))
+    assert "class 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        train.main(train.parser().parse_args([*common, "--eval", f"--data={photos}"]))
+    assert stopped.value.code == 2 and "--attention softmax" in capsys.readouterr().err
+    run = ["--max-steps=1", "--batch-size=4", f"--output={tmp_path}/run", f"--data={photos}"]
+    train.main(train.parser().parse_args([*common, *run]))
+    printed = capsys.readouterr().out
+    assert "partly: " in printed and "stages.*.blocks.*.attn.qkv.linear.weight x 12" in printed
+    assert "attention_bias_idxs" in printed.split("ignored:")[1]
+
+
+@pytest.mark.parametrize(("name", "official_macs"), [
+    ("levit128", 406.11), ("levit192", 657.60), ("levit256", 1128.02), ("levit384", 2352.94),
+])  # fmt: skip
+def test_published_levit_macs(name, official_macs):
+    """LeViT's own counter adds one MAC per softmax entry; with that the published models match its figures, in M."""
+    model, image = flops.meta_model(name, "softmax")
+    heads, D = models.LEVIT[name]["heads"], models.LEVIT[name]["key_dim"]
+    down = [dim // D for dim in models.LEVIT[name]["dims"]]
+    entries = sum(4 * h * n**2 for h, n in zip(heads, (196, 49, 16), strict=True))
+    entries += down[0] * 49 * 196 + down[1] * 16 * 49
+    assert (flops.count(model, image).macs + entries) / 1e6 == pytest.approx(official_macs, abs=0.006)
+
+
 def test_distilled_and_mae_files_load(tmp_path):
     """A distilled DeiT loads into a plain one (token and head dropped) and back (both new); an MAE encoder has no head,
     and its decoder is ignored."""
@@ -1786,9 +1819,9 @@ def test_readme_commands_parse():
     checked = 0
     for command in commands:
         words = shlex.split(command.split("&&")[-1], comments=True)
-        if "train.py" in words:
-            args = train.parser().parse_args(words[words.index("train.py") + 1 :])
-            build = args.model or "levit128"
-            assert build in list_models()
-            checked += 1
-    assert checked >= 5
+        for script, module in (("train.py", train), ("flops.py", flops)):
+            if script in words:
+                args = module.parser().parse_args(words[words.index(script) + 1 :])
+                assert (args.model or "levit128") in list_models()
+                checked += 1
+    assert checked >= 12

@@ -964,15 +964,20 @@ def load_model(args: argparse.Namespace, classes: list[str] | None = None) -> tu
     checkpoint = read_checkpoint(args.checkpoint)
     trained = settings_of(args.checkpoint, checkpoint)
     resolve(args, trained)
-    weights = weights_in(checkpoint)
-    if not trained.get("classes"):
+    classes = trained.get("classes") or classes
+    if not classes:
+        weights = weights_in(checkpoint)
         head = next((weights[name] for name in HEADS if name in weights), None)
         if head is None:
-            raise ValueError(f"{args.checkpoint} has none of {', '.join(HEADS)}: not a classifier of this project")
-        classes = classes or [f"class {i}" for i in range(len(head))]
-    classes = trained.get("classes") or classes
+            raise ValueError(f"{args.checkpoint} has none of {', '.join(HEADS)}: it is no classifier")
+        classes = [f"class {i}" for i in range(len(head))]
     model = make_model(args, len(classes), trained.get("image_size") or args.image_size)
-    load_pretrained(model, args.checkpoint)
+    report = load_pretrained(model, args.checkpoint)
+    if report.new or report.partly:
+        raise ValueError(
+            f"{args.checkpoint} does not hold all of {args.model} with {args.attention} attention, only something to "
+            f"start from (is it of --attention softmax?)\n{report}"
+        )
     if "args" not in checkpoint:
         castle(model)
     set_threshold(model, checkpoint.get("progress", 1.0))
