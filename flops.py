@@ -15,14 +15,16 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import attention
-from attention import castle, cores
+from attention import castle
 from models import ATTENTIONS, DESIGNS, build_model
 
 aten = torch.ops.aten
@@ -77,13 +79,13 @@ def fused_attention(query, key, value, *args, **kwargs) -> int:
     return 2 * batch * query[-2] * key[-2] * (query[-1] + value[-1])
 
 
-def bilinear_samples(input, grid, *args, out_val=None, **kwargs) -> int:
-    """FLOPs of grid_sample: every output value is a weighted sum of 4 neighbours."""
-    return 2 * 4 * input[0] * input[1] * grid[1] * grid[2]
+def samples(input, grid, mode=0, *args, out_val=None, **kwargs) -> int:
+    """FLOPs of grid_sample: an output value is a weighted sum of 4 (bilinear) or 16 (bicubic) values, or a copy."""
+    return 2 * {0: 4, 1: 0, 2: 16}[mode] * input[0] * input[1] * grid[1] * grid[2]
 
 
 # What torch's counter leaves at 0, by the shapes of the arguments.
-FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: fused_attention, aten.grid_sampler_2d: bilinear_samples}
+FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: fused_attention, aten.grid_sampler_2d: samples}
 
 NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
          "_batch_norm_with_update", "_batch_norm_no_update"}  # fmt: skip
@@ -120,7 +122,7 @@ def in_numel(args: tuple, out) -> int:
 def norm_terms(batch_norm: int, layer_norm: int) -> dict[str, Callable]:
     """Elements times a factor for each kind of normalisation."""
     terms = {name: lambda a, o: batch_norm * in_numel(a, o) for name in NORMS}
-    return terms | {"native_layer_norm": lambda a, o: layer_norm * in_numel(a, o)}
+    return terms | dict.fromkeys(("native_layer_norm", "native_group_norm"), lambda a, o: layer_norm * in_numel(a, o))
 
 
 # Convention: operation -> what it adds to the MACs of products and convolutions.
@@ -129,14 +131,15 @@ CONVENTIONS: dict[str, dict[str, Callable]] = {
     "macs": {},
     # mobile-vision's counter, which the paper used for classification: the same, but k^T v first in every layer.
     "paper-cls": {},
-    # mmcv 1.4's get_flops.py, which the paper used for detection: also conv biases, norms, some activations, pools.
+    # mmcv 1.4's get_flops.py, which the paper used for detection: also conv biases, norms, some activations, pools. It
+    # sees modules only; here products of functions count too, as with the paper's MatMul module.
     "paper-det": norm_terms(2, 2) | {
         "convolution": lambda a, o: o.numel() if a[2] is not None else 0,
         **dict.fromkeys(("relu", "relu_", "hardswish", "hardswish_", "hardtanh", "hardtanh_"), out_numel),
         **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d"), out_numel),
         **dict.fromkeys(("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d"), in_numel),
     },
-    # fvcore's FlopCountAnalysis (which counts MACs): also norms; unlike it, fused attention is counted.
+    # fvcore's FlopCountAnalysis (which counts MACs): also norms. Unlike it, fused attention is counted.
     "fvcore-like": norm_terms(2, 5),
 }  # fmt: skip
 
@@ -154,7 +157,7 @@ class Auditor(TorchDispatchMode):
         packet, name = func.overloadpacket, func.overloadpacket.__name__
         if name in self.terms:
             self.extra += self.terms[name](args, out)
-        known = packet in flop_registry or packet in FORMULAS or name in FREE or func.namespace not in ("aten",)
+        known = packet in flop_registry or packet in FORMULAS or (func.namespace == "aten" and name in FREE)
         if self.strict and not known and torch.Tag.pointwise not in func.tags and not func.is_view:
             raise ValueError(f"cannot count {func}: give it a formula in FORMULAS, or list it as free in FREE")
         return out
@@ -164,11 +167,8 @@ class Auditor(TorchDispatchMode):
 def keys_first() -> Iterator[None]:
     """Count linear attention as q (k^T v) in every layer, also where (q k^T) v is cheaper."""
     product = attention.product
-    attention.product = lambda q, k, v, order=None: product(q, k, v, "kv")
-    try:
+    with patch.object(attention, "product", lambda q, k, v, order=None: product(q, k, v, "kv")):
         yield
-    finally:
-        attention.product = product
 
 
 def count(model: nn.Module, *inputs: Tensor, convention: str = "macs", strict: bool = True) -> Cost:
@@ -198,8 +198,8 @@ def count(model: nn.Module, *inputs: Tensor, convention: str = "macs", strict: b
     modules = {name.removeprefix(root).removeprefix("."): ops for name, ops in flops.items() if name != "Global"}
     products = {aten.mm, aten.addmm}  # linear layers; all else that multiplies in a core is between q, k and v
     between = 0
-    for name in cores(model):
-        for op, value in modules.get(name, {}).items():
+    for name, module in model.named_modules():
+        for op, value in modules.get(name, {}).items() if isinstance(module, attention.AttentionCore) else ():
             if op not in products and op is not aten.convolution:
                 between += value // 2
     return Cost(
@@ -240,10 +240,15 @@ class Storages(TorchDispatchMode):
 def peak_activation_bytes(model: nn.Module, *inputs: Tensor) -> int:
     """Largest sum of bytes of intermediate results alive at once in one eval forward without gradients.
 
-    An estimate: eager execution, no allocator overhead, no scratch memory inside an operation.
+    An estimate: eager execution, no allocator overhead, no scratch memory inside an operation; softmax attention is
+    taken as the fused kernel, which allocates its output only.
     """
     training = model.training
-    with torch.no_grad(), Storages() as storages:
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
+        return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+    with torch.no_grad(), patch.object(F, "scaled_dot_product_attention", fused), Storages() as storages:
         try:
             model.eval()(*inputs)
         finally:
@@ -431,6 +436,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     try:
+        if (args.table or args.curve) and (args.image_size, args.convention) != (224, "macs"):
+            raise ValueError("--table and --curve have image sizes and a convention of their own")
         if args.table:
             rows, show = TABLES[args.table](), print_rows
         elif args.curve:

@@ -898,7 +898,7 @@ def weights_in(checkpoint: dict) -> dict[str, Tensor]:
 
     Prefixes that DistributedDataParallel and torch.compile put before names are removed.
     """
-    for key in ("ema", "model", "model_state", "state_dict"):
+    for key in ("ema", "model_ema", "state_dict_ema", "model", "model_state", "state_dict"):
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
             break
@@ -906,7 +906,7 @@ def weights_in(checkpoint: dict) -> dict[str, Tensor]:
     for name, value in checkpoint.items():
         if name == "n_averaged":  # of torch's AveragedModel
             continue
-        while name.startswith(("module.", "_orig_mod.")):
+        while isinstance(name, str) and name.startswith(("module.", "_orig_mod.")):
             name = name.split(".", 1)[1]
         weights[name] = value
     return weights
@@ -977,7 +977,9 @@ def official_mvit_names(weights: dict[str, Tensor], depths: list[int]) -> dict[s
 def resized_table(name: str, value: Tensor, own: Tensor, model: nn.Module, file_has_dist: bool) -> Tensor | None:
     """A position table of a file in the shape of the model's own, or None if it is no such table or does not fit."""
     kind = name.rsplit(".", 1)[-1]
-    if kind == "pos_embed" and value.ndim == 3 and value.shape[2] == own.shape[2]:
+    if value.ndim != own.ndim:
+        return None
+    if kind == "pos_embed" and value.shape[2] == own.shape[2]:
         prefix = 2 if file_has_dist else 1
         side = math.isqrt(value.shape[1] - prefix)
         if side**2 != value.shape[1] - prefix:
@@ -1015,13 +1017,16 @@ def load_pretrained(model: nn.Module, path: str | Path) -> LoadReport:
     """Load a checkpoint: this project's, timm's names, or the official files of DeiT, LeViT, MViTv2 and MAE.
 
     A castling model takes over all that carries over from a published softmax one; what it has beyond that keeps its
-    initialisation, in which the MLP's DWConv is the identity. Tables for another image size are resized.
+    initialisation, in which the MLP's DWConv is the identity. Tables for another image size are resized; files do not
+    say their grid, so it is taken as square, or, if the length is the model's, as the model's.
 
     Returns: what was loaded, resized, partly loaded, newly initialised and ignored; printing it lists them.
     Raises: ValueError that names the file and whatever is missing, left over or of another shape without an
         explanation; the model is then unchanged.
     """
     weights, own, report = weights_in(read_checkpoint(path)), model.state_dict(), LoadReport()
+    if not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"{path} holds no parameters by name")
     if "patch_embed.0.c.weight" in weights and isinstance(model, LeViT):
         weights = official_levit_names(weights, [len(stage.blocks) for stage in model.stages])
     if "blocks.0.attn.pool_q.weight" in weights and isinstance(model, MViTv2):
@@ -1036,7 +1041,7 @@ def load_pretrained(model: nn.Module, path: str | Path) -> LoadReport:
         if name.startswith(("head_dist.", "dist_token")):
             return not file_has_dist
         if name.startswith("head."):  # MAE's encoder has no classifier
-            return "mask_token" in weights or "decoder_pos_embed" in weights
+            return published and not any(other.startswith(("head.", "fc_norm.")) for other in weights)
         added = r"\.(dconv|dwconv|pool_[qkv]|norm_[qkv]|skip)\.|attn_downsample\.qkv\.bn\.num_batches_tracked"
         return castling and published and bool(re.search(added, name))
 

@@ -1230,10 +1230,11 @@ def test_distilled_and_mae_files_load(tmp_path):
     report = load_pretrained(distilled, tmp_path / "plain.pth")
     assert set(report.new) == {"dist_token", "head_dist.weight", "head_dist.bias"}
     encoder = {name: value for name, value in plain.state_dict().items() if not name.startswith("head")}
-    torch.save({"model": encoder | {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 17, 8)}},
-               tmp_path / "mae.pth")  # fmt: skip
-    report = load_pretrained(tiny("deit"), tmp_path / "mae.pth")
-    assert {"head.weight", "head.bias"} <= set(report.new) and "mask_token" in report.ignored
+    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 17, 8)}
+    for extra in ({}, decoder):  # the released encoders, and those with their decoder
+        torch.save({"model": encoder | extra}, tmp_path / "mae.pth")
+        report = load_pretrained(tiny("deit"), tmp_path / "mae.pth")
+        assert {"head.weight", "head.bias"} <= set(report.new) and report.ignored == list(extra)
 
 
 class Malicious:
@@ -1515,6 +1516,8 @@ def test_interrupted_run_continues(tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         run_train(tmp_path / "b", *whole)
     monkeypatch.undo()
+    with open(tmp_path / "b" / "log.jsonl", "a") as log:
+        log.write('{"epoch": 1, "cut o')
     resumed = run_train(tmp_path / "b", *whole)
     assert "resumed from" in capsys.readouterr().out
     a, b = (models.read_checkpoint(tmp_path / x / "last.pt") for x in "ab")
@@ -1531,6 +1534,8 @@ def test_interrupted_run_continues(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_train(tmp_path / "b", *whole, "--seed=1")
     assert stopped.value.code == 2 and "seed 0 -> 1" in capsys.readouterr().err
+    run_train(tmp_path / "c", *whole, f"--resume={tmp_path}/b/last.pt")  # complete, elsewhere
+    assert {"config.json", "last.pt", "castled.pt"} <= {p.name for p in (tmp_path / "c").iterdir()}
     # starting over leaves nothing of the old run to be resumed, even if the new one dies at once
     with pytest.raises(SystemExit):
         run_train(tmp_path / "b", *whole, "--resume=never", "--lr=1e30")
@@ -1752,6 +1757,8 @@ def test_formulations_count_alike():
         assert flops.count(Calls(function), a, b).macs == 3 * 4 * 5 * 6
     sample = Calls(lambda x, grid: F.grid_sample(x, grid, align_corners=False))
     assert flops.count(sample, torch.zeros(2, 7, 9, 9), torch.zeros(2, 4, 5, 2)).macs == 4 * 2 * 7 * 4 * 5
+    bicubic = Calls(lambda x, grid: F.grid_sample(x, grid, mode="bicubic", align_corners=False))
+    assert flops.count(bicubic, torch.zeros(2, 7, 9, 9), torch.zeros(2, 4, 5, 2)).macs == 16 * 2 * 7 * 4 * 5
     assert train.count_macs(build_model("deit_tiny", "softmax").eval(), torch.zeros(1, 3, 224, 224)) == 1_253_683_200
 
 
@@ -1761,6 +1768,11 @@ def test_strict_counting_refuses_the_unknown():
     with pytest.raises(ValueError, match="fft"):
         flops.count(fourier, torch.zeros(8))
     assert flops.count(fourier, torch.zeros(8), strict=False).macs == 0
+    from torchvision.ops import deform_conv2d
+
+    deformed = Calls(lambda x: deform_conv2d(x, torch.zeros(1, 18, 4, 4), torch.zeros(2, 2, 3, 3), padding=1))
+    with pytest.raises(ValueError, match="deform_conv2d"):
+        flops.count(deformed, torch.zeros(1, 2, 4, 4))
     with pytest.raises(ValueError, match="paper-cls"):
         flops.count(fourier, torch.zeros(8), convention="paper_cls")
 
@@ -1806,7 +1818,8 @@ def test_peak_memory_is_the_live_maximum():
     assert flops.peak_activation_bytes(Calls(three), torch.zeros(8, 8, dtype=torch.float64)) == 2 * 8 * 8 * 8
     x = torch.zeros(1, 2, 512, 8, device="meta")
     with torch.device("meta"):
-        small, large = AttentionCore(2), AttentionCore(2, "angular")
+        small, large, fused = AttentionCore(2), AttentionCore(2, "angular"), AttentionCore(2, "softmax")
+    assert flops.peak_activation_bytes(fused, x, x, x) == 4 * x.numel()  # fused: its output alone
     assert flops.peak_activation_bytes(large, x, x, x) > 2 * 512 * 512 * 4 > flops.peak_activation_bytes(small, x, x, x)
 
 

@@ -14,6 +14,7 @@ checkpoints, log, progress, and the rendered shapes.
 """
 
 import argparse
+import contextlib
 import copy
 import datetime
 import functools
@@ -21,6 +22,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -945,13 +947,16 @@ def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> n
 def settings_of(path: str, checkpoint: dict) -> dict:
     """The settings that a checkpoint was trained with, `classes` among them: its own, or those of the config.json
     beside it; {} if there are none."""
-    if "args" in checkpoint:
-        return checkpoint["args"] | {"classes": checkpoint.get("classes")}
-    config = Path(path).with_name("config.json")
-    try:
-        return json.loads(config.read_text()) if config.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{config} is damaged: {error}") from None
+    settings, config = {}, Path(path).with_name("config.json")
+    if isinstance(checkpoint.get("args"), dict):
+        settings = checkpoint["args"] | {"classes": checkpoint.get("classes")}
+    elif config.is_file():
+        try:
+            settings = json.loads(config.read_text())
+        except ValueError as error:
+            raise ValueError(f"{config} is damaged: {error}") from None
+    ours = isinstance(settings, dict) and settings.get("model") in MODELS and settings.get("attention") in ATTENTIONS
+    return settings if ours else {}  # others too write args, and files of that name
 
 
 def load_model(args: argparse.Namespace, classes: list[str] | None = None) -> tuple[nn.Module, list[str]]:
@@ -978,7 +983,7 @@ def load_model(args: argparse.Namespace, classes: list[str] | None = None) -> tu
             f"{args.checkpoint} does not hold all of {args.model} with {args.attention} attention, only something to "
             f"start from (is it of --attention softmax?)\n{report}"
         )
-    if "args" not in checkpoint:
+    if "progress" not in checkpoint:
         castle(model)
     set_threshold(model, checkpoint.get("progress", 1.0))
     return model.eval(), classes
@@ -1046,6 +1051,13 @@ def resume(run: Run, path: Path) -> None:
     run.step, run.best = state["step"], state["best"]
 
 
+def whole_records(log: Path) -> Iterator[dict]:
+    """The lines of a log, but for one that was cut off when its run was killed."""
+    for line in log.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
 def begin_or_resume(run: Run) -> None:
     """What --resume says. Lines of the log that are ahead of the checkpoint are dropped."""
     last, log = run.folder / "last.pt", run.folder / "log.jsonl"
@@ -1062,9 +1074,12 @@ def begin_or_resume(run: Run) -> None:
     if rank() == 0:
         records = []
         if not fresh and path.resolve() == last.resolve() and log.exists():
-            records = [json.loads(line) for line in log.read_text().splitlines()]
+            records = list(whole_records(log))
         if fresh or path.resolve() != last.resolve():
             begin(run)
+        if not fresh and path.resolve() != last.resolve():
+            run.best = -math.inf  # of this folder
+            shutil.copyfile(path, last)
         kept = [record for record in records if "epoch" in record and record["step"] <= run.step]
         log.write_text("".join(json.dumps(record) + "\n" for record in kept))
         if not fresh:
@@ -1153,6 +1168,8 @@ def prepare_evaluation(args: argparse.Namespace, device: torch.device) -> Callab
 
 def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """--image: prints the five likeliest classes of a file, or of each image file of a folder."""
+    if args.data is None and not settings_of(args.checkpoint, read_checkpoint(args.checkpoint)):
+        args.data = "folder"  # somebody else's model: the sizes and crop of photographs
     model, classes = load_model(args)
     source = Path(args.image)
     if not source.exists():
