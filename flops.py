@@ -112,10 +112,12 @@ FREE = NORMS | {
 
 
 def out_numel(args: tuple, out) -> int:
+    """Elements of an operation's (first) result."""
     return (out[0] if isinstance(out, tuple | list) else out).numel()
 
 
 def in_numel(args: tuple, out) -> int:
+    """Elements of an operation's first argument."""
     return args[0].numel()
 
 
@@ -337,6 +339,7 @@ def deviation(ours: float, paper: float | None) -> str:
 
 
 def print_rows(rows: list[dict]) -> None:
+    """A table of the paper, our counts beside its own and the deviations."""
     print(f"{'model':14}{'attention':16}{'params, M':>10}{'paper':>8}{'':>9}{'MACs, G':>10}{'paper':>8}{'':>9}  note")
     for r in rows:
         paper_params = "" if r["paper_params_m"] is None else f"{r['paper_params_m']:g}"
@@ -380,6 +383,7 @@ def compare(name: str, attentions: list[str], image_size: int, convention: str) 
 
 
 def print_comparison(rows: list[dict]) -> None:
+    """`compare`'s rows side by side, one column per attention."""
     first = rows[0]
     print(f"{first['model']} at {first['image_size']} px, one image, convention {first['convention']}; 1 MAC = 2 FLOPs")
     lines = [
@@ -408,6 +412,7 @@ def curve(name: str, sizes: list[int]) -> list[dict]:
 
 
 def print_curve(rows: list[dict]) -> None:
+    """`curve`'s rows, and from which size on the castled model is the cheaper."""
     print(f"{rows[0]['model']}: MACs per image, G, over image size")
     print(f"{'px':>6}{'softmax':>12}{'castled':>12}{'ratio':>8}")
     for r in rows:
@@ -421,6 +426,7 @@ def print_curve(rows: list[dict]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line of flops.py."""
     formatter = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="flops.py", description=__doc__, formatter_class=formatter)
     add = p.add_argument

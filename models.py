@@ -573,6 +573,8 @@ class LeViT(nn.Module):
         mlp_conv: kernel of the DWConv in the stage blocks' MLPs, 0 for none; None: 5 in the castling architecture (D7).
         design: a row of Table 1 (1..6, see DESIGNS) instead of the published softmax model.
         core: options of AttentionCore.
+    Raises: ValueError if dims, heads and depths differ in length, or for a design that is unknown or not of softmax.
+    Source: arXiv:2104.01136; facebookresearch/LeViT @ 3772b8e, levit.py; arXiv:2211.10526v4, Tables 1 and 2.
     """
 
     def __init__(
@@ -609,6 +611,7 @@ class LeViT(nn.Module):
             grid = halved(grid)
 
         def down(dim: int, out_dim: int, grid: Grid) -> LeViTDownsample:
+            """The block before a stage, from a key grid to half of it: published, a design of Table 1, or castling."""
             mlp, heads, skip = LeViTMlp(out_dim, mlp_ratio * out_dim), dim // key_dim, None
             if published and not row.get("post_q"):
                 attn = LeViTAttention(dim, out_dim, heads, key_dim, 4, grid, 2, core)
@@ -623,6 +626,7 @@ class LeViT(nn.Module):
             return LeViTDownsample(attn, mlp, skip, drop_path)
 
         def block(stage: int, dim: int, grid: Grid) -> LeViTBlock:
+            """A block of a stage, likewise."""
             if row:
                 width = key_dim if row["bottleneck"] else 2 * key_dim
                 stride_kv = 2 if stage in row["token_pooled"] else 1

@@ -406,6 +406,7 @@ def open_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
 
 
 def make_loader(dataset: Dataset, sampler: Sampler, batch_size: int, workers: int) -> DataLoader:
+    """Batches (B, ...) in the sampler's order. Draws nothing from the global random generator."""
     return DataLoader(
         dataset,
         batch_size,
@@ -413,7 +414,7 @@ def make_loader(dataset: Dataset, sampler: Sampler, batch_size: int, workers: in
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # keeps the loader's hands off the global one
+        generator=torch.Generator(),
     )
 
 
@@ -634,6 +635,7 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int, tot
 
 
 def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
+    """bfloat16 autocast where --amp asks for it."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.amp)
 
 
@@ -797,6 +799,7 @@ def castling_report(run: Run, record: dict) -> dict:
 
 
 def print_report(run: Run, metric: dict) -> None:
+    """The castling report as a table: one column, or two where there was a branch to castle."""
     args, columns, batch = run.args, list(metric["macs"]), min(32, run.args.batch_size)
     rows = [
         ("top-1, %", "{:.2f}", [metric["test_acc1"], metric.get("test_acc1_castled")]),
@@ -867,6 +870,7 @@ def shared_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line of train.py; what is left None is filled in by `resolve`."""
     formatter = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(
         prog="train.py", description=__doc__, formatter_class=formatter,
@@ -935,6 +939,7 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
 
 
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> nn.Module:
+    """The model that resolved flags describe. Raises ValueError as `build_model` does."""
     options = dict(epsilon=args.epsilon, schedule=args.mask_schedule)
     options |= {key: getattr(args, key) for key in ("drop_path", "distilled") if getattr(args, key) is not None}
     model = build_model(args.model, args.attention, num_classes, image_size, args.castle_downsample, **options)
