@@ -1485,6 +1485,9 @@ def test_script_trains_castles_and_evaluates(tmp_path, capsys):
         "config.json", "log.jsonl", "last.pt", "best.pt", "castled.pt",
     }  # fmt: skip
     assert [r["step"] for r in epochs] == [4] and epochs[0]["epoch"] == 0
+    curve = epochs[0]["mask_curve"]  # at every step of so short a run, per layer
+    assert curve.pop("step") == [0, 1, 2, 3] and curve.keys() == epochs[0]["mask_density"].keys()
+    assert all(len(densities) == 4 and densities[0] > densities[3] for densities in curve.values())
     report = report["castling_report"]
     assert report["castling_gap"] == 0 and not any(report["mask_density"].values())
     assert report["macs"]["castled"] < report["macs"]["with branch"]
@@ -1498,6 +1501,13 @@ def test_script_trains_castles_and_evaluates(tmp_path, capsys):
     train.main(train.parser().parse_args([f"--image={tmp_path}/one.png", f"--checkpoint={tmp_path}/run/best.pt"]))
     named = capsys.readouterr().out
     assert sum(name in named for name in train.SHAPES) >= 5 and named.startswith(str(tmp_path / "one.png"))
+
+
+def test_evaluation_can_be_rarer(tmp_path):
+    """--eval-every N: every N-th epoch and the last are evaluated, every epoch is logged and can be resumed."""
+    *epochs, report = run_train(tmp_path, "--epochs=3", "--max-steps=15", "--eval-every=2")
+    assert ["test_acc1" in record for record in epochs] == [False, True, True]
+    assert report["castling_report"]["test_acc1"] == epochs[-1]["test_acc1"]
 
 
 def test_interrupted_run_continues(tmp_path, monkeypatch, capsys):

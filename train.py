@@ -25,7 +25,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from attention import SCHEDULES, castle, cores, mask_statistics, record_masks, set_threshold
+from attention import SCHEDULES, castle, cores, mask_density, mask_statistics, record_masks, set_threshold
 from models import ATTENTIONS, HEADS, MODELS, build_model, load_pretrained, read_checkpoint, weights_in
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1; used for all data
@@ -605,24 +605,68 @@ def classification_loss(
 class Run:
     """What a training loop works on. `net` is `model` as the loop calls it: in DDP, compiled."""
 
+    task: "Task"
     args: argparse.Namespace
     device: torch.device
-    classes: list[str]
+    classes: list
     model: nn.Module
     net: nn.Module
     ema: AveragedModel
     optimizer: torch.optim.Optimizer
-    teacher: nn.Module | None
     train_loader: DataLoader
     val_loader: DataLoader
     steps_per_epoch: int
     total_steps: int
     step: int = 0
     best: float = -math.inf
+    teacher: nn.Module | None = None
 
     @property
     def folder(self) -> Path:
         return Path(self.args.output)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a script brings to the loops of this file: classification's own are at its end.
+
+    script: file name. metrics: {key: title} of what `evaluate` returns, the one to be maximised first.
+    resolve(args, trained=None): fill in the flags that were not given.
+    open_data(args) -> (training set, validation set), each with `.classes`, plain data.
+    length(args, training set) -> (steps per epoch, steps of the run).
+    make_model(args, num_classes, image_size); make_optimizer(args, model): its groups' `lr_scale` is a factor, or 1.
+    train_loader, val_loader(args, dataset): their samplers are EpochSamplers.
+    learning_rate(args, step, steps_per_epoch, total_steps).
+    loss(run, batch) -> scalar for one batch of the training loader.
+    evaluate(model, loader, args, device) -> metrics over the whole set, the same on every rank.
+    describe(run) -> the recipe in a line or more, for the start of the output.
+    unnamed(path, weights) -> numbered classes, as many as a plain state dict has; ValueError if it is no such model.
+    predict(args, device) -> what --image does, checked and ready to go.
+    setup(run): what else has to be made, or checked, before a run starts. begin_epoch(run, epoch).
+    """
+
+    script: str
+    metrics: dict[str, str]
+    resolve: Callable
+    open_data: Callable
+    length: Callable
+    make_model: Callable
+    make_optimizer: Callable
+    train_loader: Callable
+    val_loader: Callable
+    learning_rate: Callable
+    loss: Callable
+    evaluate: Callable
+    describe: Callable
+    unnamed: Callable
+    predict: Callable
+    setup: Callable = lambda run: None
+    begin_epoch: Callable = lambda run, epoch: None
+
+    @property
+    def metric(self) -> str:
+        """The key of what best.pt is best in."""
+        return next(iter(self.metrics))
 
 
 def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int, total_steps: int) -> float:
@@ -647,42 +691,54 @@ def check_finite(value: float, what: str, run: Run, lr: float) -> None:
         raise NonFiniteLoss(f"{what} is {value} at step {run.step}, learning rate {lr:.3g}; {kept}")
 
 
-def train_one_epoch(run: Run, epoch: int, progress: Progress) -> dict:
-    """Optimiser steps to the end of `epoch` or of the run; all randomness of a step follows from (seed, step, rank)."""
-    args, device, started, waited, losses = run.args, run.device, time.monotonic(), 0.0, 0.0
+def loss_of_batch(run: Run, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Classification loss of one batch, mixed if the recipe says so."""
+    args, device = run.args, run.device
+    images, targets = to_model_input(batch[0], device, args.channels_last), batch[1].to(device)
     mixes = [(v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)]
     mixes = [mix(alpha=alpha, num_classes=len(run.classes)) for mix, alpha in mixes if alpha > 0]
-    mixing = v2.RandomChoice(mixes) if mixes else None
+    if mixes:
+        images, targets = v2.RandomChoice(mixes)(images, targets)
+    with autocast(args, device):
+        outputs = run.net(images)
+        with torch.no_grad():
+            teacher = None if run.teacher is None else run.teacher(images)
+        return classification_loss(
+            outputs, targets, smoothing=args.smoothing, teacher=teacher,
+            distillation=args.distillation, alpha=args.alpha, tau=args.tau,
+        )  # fmt: skip
+
+
+def train_one_epoch(run: Run, epoch: int, progress: Progress) -> dict:
+    """Optimiser steps to the end of `epoch` or of the run; all randomness of a step follows from (seed, step, rank).
+
+    The masks' density is measured at about a hundred steps of a run: `mask_curve` has those of this epoch.
+    """
+    args, device, started, waited, losses = run.args, run.device, time.monotonic(), 0.0, 0.0
+    branches = any(core.auxiliary for core in cores(run.model).values())
+    curve, between = {"step": []}, max(1, run.total_steps // 100)
     run.train_loader.sampler.epoch = epoch
+    run.task.begin_epoch(run, epoch)
     progress.resume()
     batches, first = iter(run.train_loader), run.step
     run.net.train()
-    record_masks(run.model, False)
     for _ in range(min(run.steps_per_epoch * (epoch + 1), run.total_steps) - run.step):
         torch.manual_seed(mixed_seed(args.seed, run.step, rank()))
         set_threshold(run.model, run.step / run.total_steps)
-        lr = learning_rate(args, run.step, run.steps_per_epoch, run.total_steps)
+        measured = branches and run.step % between == 0
+        record_masks(run.model, measured)
+        lr = run.task.learning_rate(args, run.step, run.steps_per_epoch, run.total_steps)
         for group in run.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         step_loss = 0.0
         for part in range(args.accumulate):
             asked = time.monotonic()
-            images, targets = next(batches)
+            batch = next(batches)
             waited += time.monotonic() - asked
-            images, targets = to_model_input(images, device, args.channels_last), targets.to(device)
-            if mixing is not None:
-                images, targets = mixing(images, targets)
             last = part == args.accumulate - 1
             if isinstance(run.net, DistributedDataParallel):
                 run.net.require_backward_grad_sync = last  # what DDP.no_sync() sets
-            with autocast(args, device):
-                outputs = run.net(images)
-                with torch.no_grad():
-                    teacher = None if run.teacher is None else run.teacher(images)
-                loss = classification_loss(
-                    outputs, targets, smoothing=args.smoothing, teacher=teacher,
-                    distillation=args.distillation, alpha=args.alpha, tau=args.tau,
-                )  # fmt: skip
+            loss = run.task.loss(run, batch)
             step_loss += loss.item() / args.accumulate
             check_finite(step_loss, "loss", run, lr)
             (loss / args.accumulate).backward()
@@ -691,18 +747,22 @@ def train_one_epoch(run: Run, epoch: int, progress: Progress) -> dict:
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         run.ema.update_parameters(run.model)
+        if measured:
+            for key, value in {"step": run.step, **mask_density(run.model)}.items():
+                curve.setdefault(key, []).append(value)
         run.step += 1
         losses += step_loss
         progress.step(args.global_batch, epoch=epoch, loss=step_loss, lr=lr)
     steps, seconds = run.step - first, time.monotonic() - started
     loss_sum, waited = all_sum(torch.tensor([losses, waited], dtype=torch.float64, device=device))
-    return dict(
+    record = dict(
         train_loss=loss_sum / (steps * world_size()),
         train_lr=lr,
         seconds=seconds,
         images_per_s=steps * args.global_batch / seconds,
         data_wait=waited / seconds / world_size(),  # share of the time that training waited for images
     )
+    return record | ({"mask_curve": curve} if branches else {})
 
 
 @torch.inference_mode()
@@ -723,27 +783,29 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
     return dict(loss=loss / images, acc1=100 * top1 / images, acc5=100 * top5 / images)
 
 
-def evaluate_castling(model: nn.Module, loader: DataLoader, args: argparse.Namespace, device: torch.device) -> dict:
+def evaluate_castling(
+    task: Task, model: nn.Module, loader: DataLoader, args: argparse.Namespace, device: torch.device
+) -> dict:
     """Metrics of the model as trained and of its castled copy, their gap, and what the masks still hold.
 
-    `test_*_castled`, `castling_gap` (points of top-1 lost by castling) and the masks are there for models with an
-    auxiliary branch only.
+    `test_*_castled`, `castling_gap` (of the task's first metric, lost by castling) and the masks are there for models
+    with an auxiliary branch only.
     """
     record_masks(model, True)
-    record = {f"test_{key}": value for key, value in evaluate(model, loader, args, device).items()}
+    record = {f"test_{key}": value for key, value in task.evaluate(model, loader, args, device).items()}
     if any(core.auxiliary for core in cores(model).values()):
         masks = mask_statistics(model)
-        castled = evaluate(castle(copy.deepcopy(model)), loader, args, device)
+        castled = task.evaluate(castle(copy.deepcopy(model)), loader, args, device)
         record |= {f"test_{key}_castled": value for key, value in castled.items()}
-        record["castling_gap"] = record["test_acc1"] - castled["acc1"]
+        record["castling_gap"] = record[f"test_{task.metric}"] - castled[task.metric]
         record["mask_density"] = {layer: density for layer, (density, _) in masks.items()}
         record["mask_mass"] = {layer: mass for layer, (_, mass) in masks.items()}
     return record
 
 
-def deployed_acc1(record: dict) -> float:
-    """Top-1 of what would be shipped: the castled model where there is one."""
-    return record.get("test_acc1_castled", record["test_acc1"])
+def deployed(task: Task, record: dict) -> float:
+    """The first metric of what would be shipped: the castled model where there is one."""
+    return record.get(f"test_{task.metric}_castled", record[f"test_{task.metric}"])
 
 
 # ---- castling report -------------------------------------------------------------------------------------------------
@@ -802,8 +864,10 @@ def print_report(run: Run, metric: dict) -> None:
     """The castling report as a table: one column, or two where there was a branch to castle."""
     args, columns, batch = run.args, list(metric["macs"]), min(32, run.args.batch_size)
     rows = [
-        ("top-1, %", "{:.2f}", [metric["test_acc1"], metric.get("test_acc1_castled")]),
-        ("top-5, %", "{:.2f}", [metric["test_acc5"], metric.get("test_acc5_castled")]),
+        (title, "{:.2f}", [metric[f"test_{key}"], metric.get(f"test_{key}_castled")])
+        for key, title in run.task.metrics.items()
+    ]
+    rows += [
         ("MACs per image, M", "{:.1f}", [metric["macs"][column] / 1e6 for column in columns]),
         (f"images/s, batch {batch}", "{:.0f}", [metric["inference_images_per_s"][column] for column in columns]),
     ]
@@ -812,7 +876,7 @@ def print_report(run: Run, metric: dict) -> None:
     for name, form, values in rows:
         print(f"{name:22}" + "".join(f"{form.format(value):>14}" for value in values[: len(columns)]))
     if "castling_gap" in metric:
-        print(f"castling gap          {metric['castling_gap']:.2f} points of top-1")
+        print(f"castling gap          {metric['castling_gap']:.2f} points of {run.task.metrics[run.task.metric]}")
         held = [f"{layer} {density:.4f}" for layer, density in metric["mask_density"].items() if density > 0]
         print(f"mask density          {', '.join(held) or '0 in every layer: the masks are empty'}")
     print(f"written               {run.folder / 'castled.pt'}", flush=True)
@@ -838,21 +902,22 @@ def at_least(minimum: float, kind: type = int, most: float = math.inf) -> Callab
 share = at_least(0, float, most=1)
 
 
-def by_data(flag: str) -> str:
+def by_data(flag: str, defaults: dict[str, dict] = DATA_DEFAULTS) -> str:
     """The part of a flag's help that says what its default is for each kind of data."""
-    return "default " + ", ".join(f"{row.get(flag)} for {data}" for data, row in DATA_DEFAULTS.items())
+    return "default " + ", ".join(f"{row[flag]} for {data}" for data, row in defaults.items() if flag in row)
 
 
-def shared_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that train.py, detect.py and segment.py have in common."""
+def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict] = DATA_DEFAULTS) -> None:
+    """Flags that train.py, detect.py and segment.py have in common; `defaults` by kind of data."""
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", help="a model by name")
     add("--attention", help=f"{', '.join(ATTENTIONS)}; default castling")
     add("--data", help="a built-in set or a folder; default shapes, rendered on the fly")
-    add("--image-size", type=at_least(1), help=f"pixels per side; {by_data('image_size')}")
-    add("--epochs", type=at_least(1), help=by_data("epochs"))
+    add("--image-size", type=at_least(1), help=f"pixels per side; {by_data('image_size', defaults)}")
+    add("--epochs", type=at_least(1), help=by_data("epochs", defaults))
+    add("--eval-every", type=at_least(1), help="epochs from one evaluation to the next; default 1")
     add("--max-steps", type=at_least(1), help="stop after this many optimiser steps; schedules are fitted to it")
-    add("--batch-size", type=at_least(1), help=f"images per process; {by_data('batch_size')}")
+    add("--batch-size", type=at_least(1), help=f"images per process; {by_data('batch_size', defaults)}")
     add("--lr", type=at_least(0, float), help="peak learning rate at the recipe's own batch, scaled linearly to yours")
     add("--workers", type=at_least(0), help="loader processes; default: a process's share of the cores, at most 8")
     add("--seed", type=at_least(0, most=2**62), help="of weights, data order, augmentation and shapes; default 0")
@@ -906,36 +971,43 @@ def parser() -> argparse.ArgumentParser:
 
 # Flags that may differ between a run and its continuation.
 FREE_ON_RESUME = {"output", "resume", "workers", "eval", "image", "amp", "compile", "channels_last", "checkpoint",
-                  "batch_size", "accumulate", "teacher_checkpoint"}  # fmt: skip
+                  "batch_size", "accumulate", "teacher_checkpoint", "eval_every"}  # fmt: skip
 # Flags that a checkpoint answers for when they are not given.
 TRAINED_FLAGS = ("model", "attention", "image_size", "castle_downsample", "distilled", "epsilon", "mask_schedule",
                  "data", "shapes_length", "seed")  # fmt: skip
 
 
-def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
-    """Fill in every flag that was not given: from `trained`, a checkpoint's settings, else from the recipe tables."""
-    trained = trained or {}
-    for flag in TRAINED_FLAGS:
+def take_over(args: argparse.Namespace, trained: Mapping, flags: tuple[str, ...]) -> None:
+    """Flags that were not given, from `trained`, the settings of a checkpoint."""
+    for flag in flags:
         if getattr(args, flag) is None:
             setattr(args, flag, trained.get(flag))
-    kinds = {None: "shapes", "shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}
-    row = DATA_DEFAULTS[kinds.get(args.data, "folder")]
-    args.optimizer = args.optimizer or row["optimizer"]
-    if args.optimizer != row["optimizer"]:  # its learning rate is no other's
-        row = {flag: value for flag, value in row.items() if flag not in ("lr", "schedule")}
-    fallback = dict(
-        model="levit128", attention="castling", data="shapes", castle_downsample=True,
-        epsilon=0.02, mask_schedule="ramp", shapes_length=30000, seed=0,
-        workers=max(1, min(8, cores_available() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))),
-    )  # fmt: skip
-    recipe = {flag: value for flag, value in OPTIMIZERS[args.optimizer].items() if flag != "warmup_epochs"}
-    for flag, value in (fallback | recipe | row).items():
+
+
+def fill_in(args: argparse.Namespace, defaults: Mapping) -> None:
+    """Flags that are still open, from `defaults` and those that all scripts share; the output folder; global_batch."""
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    shared = dict(attention="castling", data="shapes", epsilon=0.02, mask_schedule="ramp", seed=0, eval_every=1)
+    shared["workers"] = max(1, min(8, cores_available() // local_world))
+    for flag, value in (shared | dict(defaults)).items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
     if args.output is None:
         short = f"-{args.max_steps}steps" if args.max_steps else ""
         args.output = f"runs/{args.model}-{args.attention}-{Path(args.data).resolve().name}{short}"
     args.global_batch = args.batch_size * args.accumulate * world_size()
+
+
+def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
+    """Fill in every flag that was not given: from `trained`, a checkpoint's settings, else from the recipe tables."""
+    take_over(args, trained or {}, TRAINED_FLAGS)
+    kinds = {None: "shapes", "shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}
+    row = DATA_DEFAULTS[kinds.get(args.data, "folder")]
+    args.optimizer = args.optimizer or row["optimizer"]
+    if args.optimizer != row["optimizer"]:  # its learning rate is no other's
+        row = {flag: value for flag, value in row.items() if flag not in ("lr", "schedule")}
+    recipe = {flag: value for flag, value in OPTIMIZERS[args.optimizer].items() if flag != "warmup_epochs"}
+    fill_in(args, dict(model="levit128", castle_downsample=True, shapes_length=30000) | recipe | row)
 
 
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> nn.Module:
@@ -960,11 +1032,12 @@ def settings_of(path: str, checkpoint: dict) -> dict:
             settings = json.loads(config.read_text())
         except ValueError as error:
             raise ValueError(f"{config} is damaged: {error}") from None
-    ours = isinstance(settings, dict) and settings.get("model") in MODELS and settings.get("attention") in ATTENTIONS
+    ours = isinstance(settings, dict) and isinstance(settings.get("model"), str)
+    ours = ours and settings.get("attention") in ATTENTIONS
     return settings if ours else {}  # others too write args, and files of that name
 
 
-def load_model(args: argparse.Namespace, classes: list[str] | None = None) -> tuple[nn.Module, list[str]]:
+def load_model(task: Task, args: argparse.Namespace, classes: list | None = None) -> tuple[nn.Module, list]:
     """The model in --checkpoint, in eval mode, at the mask threshold it had reached; and the classes it knows.
 
     Settings that the flags leave open are those it was trained with. A plain state dict is taken as castled.
@@ -973,15 +1046,9 @@ def load_model(args: argparse.Namespace, classes: list[str] | None = None) -> tu
     """
     checkpoint = read_checkpoint(args.checkpoint)
     trained = settings_of(args.checkpoint, checkpoint)
-    resolve(args, trained)
-    classes = trained.get("classes") or classes
-    if not classes:
-        weights = weights_in(checkpoint)
-        head = next((weights[name] for name in HEADS if name in weights), None)
-        if head is None:
-            raise ValueError(f"{args.checkpoint} has none of {', '.join(HEADS)}: it is no classifier")
-        classes = [f"class {i}" for i in range(len(head))]
-    model = make_model(args, len(classes), trained.get("image_size") or args.image_size)
+    task.resolve(args, trained)
+    classes = trained.get("classes") or classes or task.unnamed(args.checkpoint, weights_in(checkpoint))
+    model = task.make_model(args, len(classes), trained.get("image_size") or args.image_size)
     report = load_pretrained(model, args.checkpoint)
     if report.new or report.partly:
         raise ValueError(
@@ -992,6 +1059,14 @@ def load_model(args: argparse.Namespace, classes: list[str] | None = None) -> tu
         castle(model)
     set_threshold(model, checkpoint.get("progress", 1.0))
     return model.eval(), classes
+
+
+def unnamed_classes(path: str, weights: dict[str, Tensor]) -> list[str]:
+    """"class 0", "class 1", ...: as many as the class head among `weights`, from file `path`, has."""
+    head = next((weights[name] for name in HEADS if name in weights), None)
+    if head is None:
+        raise ValueError(f"{path} has none of {', '.join(HEADS)}: it is no classifier")
+    return [f"class {i}" for i in range(len(head))]
 
 
 def load_teacher(args: argparse.Namespace, classes: list[str]) -> nn.Module | None:
@@ -1006,7 +1081,7 @@ def load_teacher(args: argparse.Namespace, classes: list[str]) -> nn.Module | No
         own = parser().parse_args([f"--model={args.teacher}", f"--checkpoint={args.teacher_checkpoint}", size])
         if not settings_of(args.teacher_checkpoint, read_checkpoint(args.teacher_checkpoint)):
             own.attention = "softmax"
-        teacher, known = load_model(own, classes)
+        teacher, known = load_model(CLASSIFICATION, own, classes)
         if known != classes:
             raise ValueError(f"{args.teacher_checkpoint} knows other classes than {args.data}")
     elif args.teacher in torchvision.models.list_models(torchvision.models):
@@ -1091,99 +1166,83 @@ def begin_or_resume(run: Run) -> None:
             print(f"resumed from {path} at step {run.step} of {run.total_steps}")
 
 
-def prepare_run(args: argparse.Namespace, device: torch.device) -> Run:
+def prepare_run(task: Task, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """Everything a training run needs, checked before work starts. Raises ValueError for what the user can mend."""
-    resolve(args)
-    train_set, val_set = open_data(args)
-    steps_per_epoch = len(train_set) // args.global_batch
-    if steps_per_epoch == 0:
-        raise ValueError(
-            f"{args.data} has {len(train_set)} training images, fewer than one global batch of {args.global_batch}: "
-            f"lower --batch-size"
-        )
-    total_steps = min(steps_per_epoch * args.epochs, args.max_steps or math.inf)
-    if args.warmup_epochs is None:
-        args.warmup_epochs = warmup_for(total_steps / steps_per_epoch, OPTIMIZERS[args.optimizer]["warmup_epochs"])
+    task.resolve(args)
+    train_set, val_set = task.open_data(args)
+    steps_per_epoch, total_steps = task.length(args, train_set)
     if args.ema_decay is None:
         args.ema_decay = ema_decay_for(total_steps)
     torch.manual_seed(args.seed)  # the same first weights on every rank
-    model = make_model(args, len(train_set.classes), args.image_size)
-    if args.batch_size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
-        raise ValueError(f"{args.model} has BatchNorm, which needs --batch-size 2 or more per process")
+    model = task.make_model(args, len(train_set.classes), args.image_size)
     if args.checkpoint:
         report = load_pretrained(model, args.checkpoint)
         if rank() == 0:
             print(f"{args.checkpoint}\n{report}")
     model.to(device)
-    teacher = load_teacher(args, train_set.classes)
-    groups = parameter_groups(model, args.weight_decay)
-    share_of_data = dict(rank=rank(), world=world_size())
     run = Run(
+        task=task,
         args=args,
         device=device,
         classes=train_set.classes,
         model=model,
         net=model,
         ema=averaged(model, args.ema_decay),
-        optimizer=torch.optim.SGD(groups, momentum=0.9) if args.optimizer == "sgd" else torch.optim.AdamW(groups),
-        teacher=None if teacher is None else teacher.to(device),
-        train_loader=make_loader(
-            Augmented(train_set, train_transform(args), args.seed),
-            EpochSampler(len(train_set), **share_of_data, seed=args.seed, multiple=args.global_batch),
-            args.batch_size,
-            args.workers,
-        ),
-        val_loader=make_loader(
-            Augmented(val_set, eval_transform(args), args.seed),
-            EpochSampler(len(val_set), **share_of_data),
-            args.batch_size,
-            args.workers,
-        ),
+        optimizer=task.make_optimizer(args, model),
+        train_loader=task.train_loader(args, train_set),
+        val_loader=task.val_loader(args, val_set),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
     )
+    task.setup(run)
     begin_or_resume(run)
     if args.compile:
         run.net = torch.compile(run.net)
     if world_size() > 1:
         run.net = DistributedDataParallel(run.net, device_ids=[device.index] if device.type == "cuda" else None)
-    return run
+    return functools.partial(train, run)
 
 
-def prepare_evaluation(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
+def prepare_evaluation(task: Task, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """--eval: prints one JSON object, the metrics of the checkpoint with and without its auxiliary branch."""
-    resolve(args, settings_of(args.checkpoint, read_checkpoint(args.checkpoint)))
-    _, val_set = open_data(args)
-    model, classes = load_model(args, val_set.classes)
+    task.resolve(args, settings_of(args.checkpoint, read_checkpoint(args.checkpoint)))
+    _, val_set = task.open_data(args)
+    model, classes = load_model(task, args, val_set.classes)
     if classes != val_set.classes:
+        some = [", ".join(map(str, known[:3])) for known in (classes, val_set.classes)]
         raise ValueError(
-            f"{args.checkpoint} knows {len(classes)} classes ({', '.join(classes[:3])}, ...), "
-            f"{args.data} has {len(val_set.classes)} ({', '.join(val_set.classes[:3])}, ...)"
+            f"{args.checkpoint} knows {len(classes)} classes ({some[0]}, ...), "
+            f"{args.data} has {len(val_set.classes)} ({some[1]}, ...)"
         )
-    sampler = EpochSampler(len(val_set), rank=rank(), world=world_size())
-    loader = make_loader(Augmented(val_set, eval_transform(args), args.seed), sampler, args.batch_size, args.workers)
+    loader = task.val_loader(args, val_set)
 
     def work() -> None:
-        record = evaluate_castling(model.to(device), loader, args, device)
+        record = evaluate_castling(task, model.to(device), loader, args, device)
         if rank() == 0:
             print(json.dumps(record))
 
     return work
 
 
+def image_paths(source: str) -> list[Path]:
+    """An image file, or the image files of a folder by name. Raises ValueError if there is none."""
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(f"no image or folder {path}")
+    if not path.is_dir():
+        return [path]
+    paths = sorted(file for file in path.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
+    if not paths:
+        raise ValueError(f"no image in {path}: looked for {', '.join(IMG_EXTENSIONS)}")
+    return paths
+
+
 def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """--image: prints the five likeliest classes of a file, or of each image file of a folder."""
     if args.data is None and not settings_of(args.checkpoint, read_checkpoint(args.checkpoint)):
         args.data = "folder"  # somebody else's model: the sizes and crop of photographs
-    model, classes = load_model(args)
-    source = Path(args.image)
-    if not source.exists():
-        raise ValueError(f"no image or folder {source}")
-    paths = [source]
-    if source.is_dir():
-        paths = sorted(path for path in source.iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
-        if not paths:
-            raise ValueError(f"no image in {source}: looked for {', '.join(IMG_EXTENSIONS)}")
+    model, classes = load_model(CLASSIFICATION, args)
+    paths = image_paths(args.image)
     transform = eval_transform(args)
     if args.data == "shapes":  # its images are square: fit others whole
         transform = v2.Compose([v2.Resize((args.image_size, args.image_size)), v2.PILToTensor()])
@@ -1204,17 +1263,14 @@ def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callab
 
 
 def describe(run: Run) -> str:
-    """The settings that shape a run, in a few lines, for the start of the output."""
+    """The settings that shape any run, in a few lines, for the start of the output."""
     a, train_set, val_set = run.args, run.train_loader.dataset, run.val_loader.dataset
-    parameters, batch = sum(p.numel() for p in run.model.parameters()), LR_BATCH[a.optimizer]
+    parameters = sum(p.numel() for p in run.model.parameters())
     return f"""{a.model}, {a.attention}: {parameters / 1e6:.2f} M parameters, {world_size()} x {run.device.type}
 data: {a.data}, {len(train_set)} training and {len(val_set)} validation images of {a.image_size} px, \
 {len(run.classes)} classes
-length: {a.epochs} epochs, {run.total_steps} steps of {a.global_batch} images
-recipe: {a.optimizer}, {a.schedule}, {a.warmup_epochs:.2g} epochs of warm-up to a learning rate of \
-{a.lr * a.global_batch / batch:.4g} ({a.lr} per {batch} images), weight decay {a.weight_decay}, EMA {a.ema_decay:.5f}
-augmentation: mixup {a.mixup}, cutmix {a.cutmix}, randaugment {a.randaugment}, erasing {a.erasing}, \
-smoothing {a.smoothing}
+length: {run.total_steps / run.steps_per_epoch:.4g} epochs, {run.total_steps} steps of {a.global_batch} images
+{run.task.describe(run)}
 mask: threshold {a.epsilon}, {a.mask_schedule}; output: {a.output}"""
 
 
@@ -1230,19 +1286,25 @@ def train(run: Run) -> None:
         progress.close()
     if record is None:  # the run was complete already
         set_threshold(run.ema.module, run.step / run.total_steps)
-        record = evaluate_castling(run.ema.module, run.val_loader, run.args, run.device)
+        record = evaluate_castling(run.task, run.ema.module, run.val_loader, run.args, run.device)
     append_log(run.folder, {"castling_report": castling_report(run, record), "step": run.step})
 
 
 def train_and_evaluate(run: Run, progress: Progress) -> dict:
-    """One epoch, or what is left of it: its record is logged, then its checkpoint saved."""
+    """One epoch, or what is left of it: evaluated if it is its turn, logged, then saved."""
     epoch, ema, args = run.step // run.steps_per_epoch, run.ema.module, run.args
     record = dict(epoch=epoch, **train_one_epoch(run, epoch, progress), step=run.step)
     synchronise_buffers(ema)
     set_threshold(ema, run.step / run.total_steps)
-    record |= evaluate_castling(ema, run.val_loader, args, run.device)
-    check_finite(record["test_loss"], "validation loss", run, record["train_lr"])
-    improved, run.best = deployed_acc1(record) > run.best, max(run.best, deployed_acc1(record))
+    scores, improved = "", False
+    if (epoch + 1) % args.eval_every == 0 or run.step == run.total_steps:
+        record |= evaluate_castling(run.task, ema, run.val_loader, args, run.device)
+        if "test_loss" in record:
+            check_finite(record["test_loss"], "validation loss", run, record["train_lr"])
+        improved, run.best = deployed(run.task, record) > run.best, max(run.best, deployed(run.task, record))
+        scores = " ".join(f"{title} {record[f'test_{key}']:.2f}" for key, title in run.task.metrics.items())
+        castled = f" (castled: {deployed(run.task, record):.2f})" if "castling_gap" in record else ""
+        scores = f"* {scores}{castled}, "
     append_log(run.folder, record)  # before the checkpoint: resuming drops lines that are ahead of it
     if rank() == 0:
         state = dict(
@@ -1257,49 +1319,123 @@ def train_and_evaluate(run: Run, progress: Progress) -> dict:
         save(run.folder / "last.pt", state | dict(model=run.model.state_dict(), optimizer=run.optimizer.state_dict()))
         if improved:
             save(run.folder / "best.pt", state)
-    castled = f", castled {record['test_acc1_castled']:.2f}" if "castling_gap" in record else ""
     progress.say(
-        f"epoch {epoch}: train_loss {record['train_loss']:.4f}, lr {record['train_lr']:.3g}, "
-        f"* Acc@1 {record['test_acc1']:.2f}{castled} Acc@5 {record['test_acc5']:.2f}, "
+        f"epoch {epoch}: train_loss {record['train_loss']:.4f}, lr {record['train_lr']:.3g}, {scores}"
         f"{record['images_per_s']:.0f} images/s, {100 * record['data_wait']:.0f}% waiting for data"
     )
     return record
 
 
-def prepare(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
+def prepare(task: Task, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """What the arguments ask for, checked and ready to go. Raises ValueError for what the user can mend."""
     if (args.eval or args.image) and not args.checkpoint:
         raise ValueError("--eval and --image need --checkpoint")
     if args.eval and args.image:
         raise ValueError("--eval and --image are two different things to do")
     if args.image:
-        return prepare_prediction(args, device)
-    if args.eval:
-        return prepare_evaluation(args, device)
-    return functools.partial(train, prepare_run(args, device))
+        return task.predict(args, device)
+    return (prepare_evaluation if args.eval else prepare_run)(task, args, device)
 
 
-def main(args: argparse.Namespace) -> None:
+def run_script(task: Task, args: argparse.Namespace) -> None:
     """Exit status 2: arguments, checkpoint or data folder are wrong, found before work starts. 1: the work failed.
 
     A process that fails leaves its group without ceremony: the others may be waiting in it, and torchrun ends them.
     """
     try:
-        work = prepare(args, start_processes())
+        work = prepare(task, args, start_processes())
     except ValueError as error:
-        sys.stderr.write(f"train.py: error: {error}\n")
+        sys.stderr.write(f"{task.script}: error: {error}\n")
         sys.exit(2)
     try:
         work()
     except (DataError, NonFiniteLoss) as error:
         # From a loader process the message is a whole traceback, whose last line is what was raised.
-        sys.stderr.write(f"train.py: {str(error).strip().splitlines()[-1]}\n")
+        sys.stderr.write(f"{task.script}: {str(error).strip().splitlines()[-1]}\n")
         sys.exit(1)
     if dist.is_initialized():
         del work  # with its DDP wrapper: one that outlives the group now and then aborts the process at exit
         gc.collect()
         barrier()
         dist.destroy_process_group()
+
+
+# ---- classification --------------------------------------------------------------------------------------------------
+
+
+def length(args: argparse.Namespace, train_set: Dataset) -> tuple[int, int]:
+    """Steps per epoch, and of the run. Raises ValueError if there are fewer images than one global batch."""
+    steps_per_epoch = len(train_set) // args.global_batch
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"{args.data} has {len(train_set)} training images, fewer than one global batch of {args.global_batch}: "
+            f"lower --batch-size"
+        )
+    total_steps = min(steps_per_epoch * args.epochs, args.max_steps or math.inf)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = warmup_for(total_steps / steps_per_epoch, OPTIMIZERS[args.optimizer]["warmup_epochs"])
+    return steps_per_epoch, total_steps
+
+
+def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9, or AdamW; its learning rate is set at every step."""
+    groups = parameter_groups(model, args.weight_decay)
+    return torch.optim.SGD(groups, momentum=0.9) if args.optimizer == "sgd" else torch.optim.AdamW(groups)
+
+
+def train_loader(args: argparse.Namespace, train_set: Dataset) -> DataLoader:
+    """Augmented batches (images, classes), shuffled."""
+    order = dict(rank=rank(), world=world_size(), seed=args.seed, multiple=args.global_batch)
+    dataset = Augmented(train_set, train_transform(args), args.seed)
+    return make_loader(dataset, EpochSampler(len(train_set), **order), args.batch_size, args.workers)
+
+
+def val_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
+    """Batches (images, classes) of this rank's share of the validation set."""
+    sampler = EpochSampler(len(val_set), rank=rank(), world=world_size())
+    dataset = Augmented(val_set, eval_transform(args), args.seed)
+    return make_loader(dataset, sampler, args.batch_size, args.workers)
+
+
+def setup(run: Run) -> None:
+    """The teacher; and BatchNorm1d refuses a single image in training."""
+    if run.args.batch_size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in run.model.modules()):
+        raise ValueError(f"{run.args.model} has BatchNorm, which needs --batch-size 2 or more per process")
+    teacher = load_teacher(run.args, run.classes)
+    run.teacher = None if teacher is None else teacher.to(run.device)
+
+
+def describe_recipe(run: Run) -> str:
+    """Optimiser, learning rate and augmentation."""
+    a, batch = run.args, LR_BATCH[run.args.optimizer]
+    return f"""recipe: {a.optimizer}, {a.schedule}, {a.warmup_epochs:.2g} epochs of warm-up to a learning rate of \
+{a.lr * a.global_batch / batch:.4g} ({a.lr} per {batch} images), weight decay {a.weight_decay}, EMA {a.ema_decay:.5f}
+augmentation: mixup {a.mixup}, cutmix {a.cutmix}, randaugment {a.randaugment}, erasing {a.erasing}, \
+smoothing {a.smoothing}"""
+
+
+CLASSIFICATION = Task(
+    script="train.py",
+    metrics={"acc1": "Acc@1", "acc5": "Acc@5"},
+    resolve=resolve,
+    open_data=open_data,
+    length=length,
+    make_model=make_model,
+    make_optimizer=make_optimizer,
+    train_loader=train_loader,
+    val_loader=val_loader,
+    learning_rate=learning_rate,
+    loss=loss_of_batch,
+    evaluate=evaluate,
+    describe=describe_recipe,
+    unnamed=unnamed_classes,
+    predict=prepare_prediction,
+    setup=setup,
+)
+
+
+def main(args: argparse.Namespace) -> None:
+    run_script(CLASSIFICATION, args)
 
 
 if __name__ == "__main__":
