@@ -1487,7 +1487,8 @@ def test_script_trains_castles_and_evaluates(tmp_path, capsys):
     assert [r["step"] for r in epochs] == [4] and epochs[0]["epoch"] == 0
     curve = epochs[0]["mask_curve"]  # at every step of so short a run, per layer
     assert curve.pop("step") == [0, 1, 2, 3] and curve.keys() == epochs[0]["mask_density"].keys()
-    assert all(len(densities) == 4 and densities[0] > densities[3] for densities in curve.values())
+    assert all(len(densities) == 4 and densities[0] >= densities[3] for densities in curve.values())
+    assert any(densities[0] > densities[3] for densities in curve.values())
     report = report["castling_report"]
     assert report["castling_gap"] == 0 and not any(report["mask_density"].values())
     assert report["macs"]["castled"] < report["macs"]["with branch"]
