@@ -346,7 +346,8 @@ class AttentionCore(nn.Module):
         heads: H.
         kernel: a key of KERNELS.
         auxiliary: train with the masked softmax branch of Eq. (10).
-        conv_kernel: taps of the DWConv on V along the row-major token index (D6: prefix tokens included); odd.
+        conv_kernel: taps of the DWConv on V along the row-major token index (D6: prefix tokens included); odd, or 0
+            for no DWConv.
         epsilon, schedule: the branch's threshold, see `mask_threshold`.
         dropout: on the attention probabilities of the branch, or of the softmax baseline, while training.
     Raises: ValueError for an unknown kernel or schedule, an even conv_kernel, or a branch on the softmax baseline.
@@ -371,8 +372,8 @@ class AttentionCore(nn.Module):
         super().__init__()
         look_up(KERNELS, kernel, "kernel")
         look_up(dict.fromkeys(SCHEDULES), schedule, "mask schedule")
-        if conv_kernel < 1 or conv_kernel % 2 == 0:
-            raise ValueError(f"conv_kernel must be odd, got {conv_kernel}")
+        if conv_kernel < 0 or (conv_kernel > 0 and conv_kernel % 2 == 0):
+            raise ValueError(f"conv_kernel must be odd, or 0 for none, got {conv_kernel}")
         if auxiliary and kernel == "softmax":
             raise ValueError("the softmax baseline has no auxiliary branch: auxiliary=True needs another kernel")
         for name, value in (("epsilon", epsilon), ("dropout", dropout)):
@@ -381,7 +382,7 @@ class AttentionCore(nn.Module):
         self.heads, self.kernel, self.auxiliary = heads, kernel, auxiliary
         self.epsilon, self.schedule, self.dropout = epsilon, schedule, dropout
         self.dconv = None
-        if kernel != "softmax":
+        if kernel != "softmax" and conv_kernel:
             taps = (conv_kernel, 1)
             self.dconv = nn.Conv2d(heads, heads, taps, padding=(conv_kernel // 2, 0), groups=heads, bias=False)
         # A tensor, because a compiled model would be recompiled at every change of a float.
@@ -435,6 +436,8 @@ class AttentionCore(nn.Module):
         y = KERNELS[self.kernel](q, k, v)
         if self.auxiliary and self.active:
             y = y + self.auxiliary_branch(q, k, v, padding)                                      # Eq. (10)
+        if self.dconv is None:
+            return unit(y)                                                                       # D2
         # Channels-last, i.e. heads innermost: the layout in which this convolution is fast on a CPU.
         v = v.to(self.dconv.weight.dtype).contiguous(memory_format=torch.channels_last)
         return unit(y) + self.dconv(v).to(y.dtype)                                               # D2

@@ -7,6 +7,8 @@
 DeiT    Touvron et al., arXiv:2012.12877;  timm 1.0.31, vision_transformer.py
 LeViT   Graham et al., arXiv:2104.01136;   github.com/facebookresearch/LeViT @ 3772b8e, levit.py
 MViTv2  Li et al., arXiv:2112.01526;       timm 1.0.31, mvitv2.py
+LCNet   Cui et al., arXiv:2109.15099;      timm 1.0.31, mobilenetv3.py
+ESNet   Yu et al., arXiv:2111.00902;       github.com/PaddlePaddle/PaddleDetection @ v2.6.0, ppdet/.../esnet.py
 Castling variants: arXiv:2211.10526v4, section 4, and the counts of its Tables 1 and 2, which fix what the text leaves
 out: a depthwise convolution inside the MLPs (D7), 3x3 depthwise pooling of q, k, v, queries added to the output.
 
@@ -66,6 +68,40 @@ MVITV2 = {  # arXiv:2112.01526, Table 1 and released configurations
     "mvitv2_base": dict(depths=(2, 3, 16, 3), drop_path=0.3),
 }
 
+# Depthwise separable convolutions (kernel, stride, squeeze and excitation) of each stage; timm's division into stages.
+LCNET_STAGES = (
+    ((3, 1, False),),
+    ((3, 2, False), (3, 1, False)),
+    ((3, 2, False), (3, 1, False)),
+    ((3, 2, False), (5, 1, False)),
+    ((5, 1, False),) * 4,
+    ((5, 2, True), (5, 1, True)),
+)
+LCNET_DIMS = (32, 64, 128, 256, 256, 512)  # channels at width 1
+
+# Each stride-16 and stride-32 stage of LCNet-ViT is its stride-2 convolution and one transformer block.
+LCNET = {
+    "lcnet_s": dict(width=0.75),
+    "lcnet_m": dict(width=1.5),
+    "lcnet_l": dict(width=2.0),
+    "lcnet_vit_s": dict(width=0.75, heads=(8, 16)),
+    "lcnet_vit_m": dict(width=1.5, heads=(8, 16)),
+    "lcnet_vit_l": dict(width=2.0, heads=(8, 16)),
+}
+
+# Inner channels of each block over the stage's 128, 256, 512 times `width`.
+ESNET_RATIOS_S = ((0.875, 0.5, 0.5), (0.5, 0.625, 0.5, 0.625, 0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+ESNET_RATIOS_ML = ((0.875, 0.5, 1.0), (0.625, 0.5, 0.75, 0.625, 0.625, 0.5, 0.625), (1.0, 0.625, 0.75))
+
+ESNET = {  # the stride-32 stage of ESNet-ViT is its stride-2 block and two transformer blocks
+    "esnet_s": dict(width=0.75, ratios=ESNET_RATIOS_S),
+    "esnet_m": dict(width=1.0, ratios=ESNET_RATIOS_ML),
+    "esnet_l": dict(width=1.25, ratios=ESNET_RATIOS_ML),
+    "esnet_vit_s": dict(width=0.75, ratios=ESNET_RATIOS_S, heads=16),
+    "esnet_vit_m": dict(width=1.0, ratios=ESNET_RATIOS_ML, heads=16),
+    "esnet_vit_l": dict(width=1.25, ratios=ESNET_RATIOS_ML, heads=16),
+}
+
 Grid = tuple[int, int]
 
 
@@ -102,15 +138,17 @@ class MlpDWConv(nn.Conv2d):
     """Depthwise convolution on the token grid, between the two layers of an MLP; starts as the identity.  D7
 
     (B, P + N, C) -> same; the P prefix tokens pass by (D6). The paper says only "DWConv in the middle of MLP layers".
+    With `norm` a BatchNorm follows.
     """
 
-    def __init__(self, channels: int, kernel: int):
+    def __init__(self, channels: int, kernel: int, norm: bool = False):
         super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
         nn.init.dirac_(self.weight, groups=channels)
+        self.norm = nn.BatchNorm2d(channels) if norm else nn.Identity()
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         prefix = x.shape[1] - grid[0] * grid[1]
-        patches = super().forward(rearrange(x[:, prefix:], "b (y x) c -> b c y x", y=grid[0]))
+        patches = self.norm(super().forward(rearrange(x[:, prefix:], "b (y x) c -> b c y x", y=grid[0])))
         patches = rearrange(patches, "b c y x -> b (y x) c")
         return torch.cat([x[:, :prefix], patches], dim=1) if prefix else patches
 
@@ -220,12 +258,12 @@ class SelfAttention(AttentionCore):
 
 
 class Mlp(nn.Module):
-    """Linear, [DWConv,] GELU, linear on (B, N, C); `conv` is the DWConv's kernel size, 0 for none."""
+    """Linear, [DWConv, [BatchNorm,]] GELU, linear on (B, N, C); `conv` is the DWConv's kernel size, 0 for none."""
 
-    def __init__(self, dim: int, hidden: int, conv: int = 0):
+    def __init__(self, dim: int, hidden: int, conv: int = 0, norm: bool = False):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = MlpDWConv(hidden, conv) if conv else None
+        self.dwconv = MlpDWConv(hidden, conv, norm) if conv else None
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
@@ -817,11 +855,251 @@ class MViTv2(nn.Module):
         return self.head(self.norm(x).mean(dim=1))
 
 
+# ---- LCNet, ESNet, and their ViT variants ----------------------------------------------------------------------------
+
+
+def make_divisible(value: float, divisor: int) -> int:
+    """`value` rounded to a multiple of `divisor`, at least one, and not below 90% of `value`."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+def conv_norm(
+    channels_in: int, channels_out: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: bool = True
+) -> nn.Sequential:
+    """Convolution (He initialisation), BatchNorm and, if `act`, Hardswish; (B, C, y, x) -> (B, C', y', x')."""
+    conv = nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(channels_out), *([nn.Hardswish()] if act else []))
+
+
+class SqueezeExcitation(nn.Module):
+    """Channels scaled by a gate in 0..1 from their means; torchvision's module under timm's parameter names."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv_reduce = nn.Conv2d(channels, channels // 4, 1)
+        self.conv_expand = nn.Conv2d(channels // 4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = F.adaptive_avg_pool2d(x, 1)
+        return x * F.hardsigmoid(self.conv_expand(F.relu(self.conv_reduce(gate))))
+
+
+class DepthSeparable(nn.Module):
+    """Depthwise and pointwise convolution, each with BatchNorm and Hardswish; no residual. timm's names."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, squeeze: bool = False):
+        super().__init__()
+        self.conv_dw, self.bn1, self.act1 = conv_norm(channels_in, channels_in, kernel, stride, groups=channels_in)
+        self.se = SqueezeExcitation(channels_in) if squeeze else nn.Identity()
+        self.conv_pw, self.bn2, self.act2 = conv_norm(channels_in, channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.se(self.act1(self.bn1(self.conv_dw(x))))
+        return self.act2(self.bn2(self.conv_pw(x)))
+
+
+class MapBlock(MViTBlock):
+    """Transformer block on a feature map, (B, C, y, x) -> (B, C, y, x): MViTv2's pooled attention, MLP ratio 2.
+
+    No position embedding, so any y x x. The MLP's DWConv has a BatchNorm. Source: recovered from the counts of the
+    paper's Tables 3, 6 and 7, which say what the text leaves out.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_dw: int, core: Mapping):
+        qkv, proj, head_dim = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), dim // heads
+        attn = PooledAttention(qkv, proj, heads, head_dim, head_dim, core=core)
+        super().__init__(dim, attn, dim, Mlp(dim, 2 * dim, mlp_dw, norm=True), stride=1, drop_path=0.0)
+        self.apply(init_linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = (x.shape[2], x.shape[3])
+        tokens, _ = super().forward(rearrange(x, "b c y x -> b (y x) c"), grid)
+        return rearrange(tokens, "b (y x) c -> b c y x", y=grid[0])
+
+
+class ConvBackbone(nn.Module):
+    """(B, 3, H, W) pixels -> feature maps [C3, C4, C5] of strides 8, 16, 32, or, with `num_classes`, logits.
+
+    Subclasses make `channels`, those of the three maps, and `features`. Sides need not be multiples of 32: each
+    stride-2 step rounds up.
+    """
+
+    channels: tuple[int, int, int]
+
+    def make_classifier(self, num_classes: int | None) -> None:
+        """The published classifier: 1x1 convolution to 1280 channels, Hardswish, linear. timm's names."""
+        self.conv_head = nn.Conv2d(self.channels[-1], 1280, 1) if num_classes else None
+        self.classifier = nn.Linear(1280, num_classes) if num_classes else None
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> list[Tensor] | Tensor:
+        maps = self.features(x)
+        if self.classifier is None:
+            return maps
+        pooled = F.hardswish(self.conv_head(F.adaptive_avg_pool2d(maps[-1], 1)))
+        return self.classifier(pooled.flatten(1))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the published recipe exempts: none."""
+        return set()
+
+
+def mlp_conv_of(mlp_dw: int | None, core: Mapping) -> int:
+    return default_mlp_conv(core) if mlp_dw is None else mlp_dw
+
+
+def without_dconv(core: Mapping, v_dconv: bool) -> dict:
+    """`core`, or the same without the DWConv on V."""
+    return dict(core) if v_dconv else {**core, "conv_kernel": 0}
+
+
+class LCNet(ConvBackbone):
+    """LCNet, and LCNet-ViT where `heads` are given.
+
+    Args:
+        width: factor on all channels.
+        heads: of the transformer block at stride 16, and at stride 32.
+        mlp_dw: kernel of the MLPs' DWConv, 0 for none; None means 5 for every kernel but the softmax baseline (D7).
+        v_dconv: False takes the DWConv on V out of the attention, as in the row "+ Lin." of Tables 6 and 7.
+    """
+
+    def __init__(
+        self,
+        width: float,
+        heads: tuple[int, int] | None = None,
+        num_classes: int | None = None,
+        mlp_dw: int | None = None,
+        v_dconv: bool = True,
+        core: Mapping = ATTENTIONS["castling"],
+    ):
+        super().__init__()
+        core, mlp_dw = without_dconv(core, v_dconv), mlp_conv_of(mlp_dw, core)
+        dims = [make_divisible(dim * width, 8) for dim in LCNET_DIMS]
+        dim = make_divisible(16 * width, 8)
+        self.conv_stem, self.bn1, self.act1 = conv_norm(3, dim, 3, stride=2)
+        self.blocks = nn.ModuleList()
+        for stage, (out_dim, rows) in enumerate(zip(dims, LCNET_STAGES, strict=True)):
+            transformer = heads is not None and stage >= 3
+            blocks = []
+            for kernel, stride, squeeze in rows:
+                if stride == 2 or not transformer:
+                    blocks.append(DepthSeparable(dim, out_dim, kernel, stride, squeeze))
+                elif stage != 4:  # one transformer block for all of stages 3 and 4
+                    blocks.append(MapBlock(dim, heads[stage == 5], mlp_dw, core))
+                dim = out_dim
+            self.blocks.append(nn.Sequential(*blocks))
+        self.channels = (dims[2], dims[4], dims[5])
+        self.make_classifier(num_classes)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        x = self.act1(self.bn1(self.conv_stem(x)))
+        maps = []
+        for stage, blocks in enumerate(self.blocks):
+            x = blocks(x)
+            if stage in (2, 4, 5):
+                maps.append(x)
+        return maps
+
+
+class ESBlockDown(nn.Module):
+    """Stride-2 block of ESNet, (B, C, y, x) -> (B, C', y/2, x/2) with sides rounded up: two branches, then both mixed.
+
+    Args: inner: channels, of which the second branch has half.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, inner: int):
+        super().__init__()
+        half = channels_out // 2
+        self.branch1 = nn.Sequential(
+            conv_norm(channels_in, channels_in, 3, stride=2, groups=channels_in, act=False),
+            conv_norm(channels_in, half),
+        )
+        self.branch2 = nn.Sequential(
+            conv_norm(channels_in, inner // 2),
+            conv_norm(inner // 2, inner // 2, 3, stride=2, groups=inner // 2, act=False),
+            SqueezeExcitation(inner // 2),
+            conv_norm(inner // 2, half),
+        )
+        self.mix = nn.Sequential(
+            conv_norm(channels_out, channels_out, 3, groups=channels_out), conv_norm(channels_out, channels_out)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(torch.cat([self.branch1(x), self.branch2(x)], dim=1))
+
+
+class ESBlock(nn.Module):
+    """Stride-1 block of ESNet, (B, C, y, x) -> same: one half of the channels passes, then the halves are shuffled."""
+
+    def __init__(self, channels: int, inner: int):
+        super().__init__()
+        half = channels // 2
+        self.expand = conv_norm(half, inner // 2)
+        self.depthwise = conv_norm(inner // 2, inner // 2, 3, groups=inner // 2, act=False)
+        self.se = SqueezeExcitation(inner)
+        self.project = conv_norm(inner, half)
+
+    def forward(self, x: Tensor) -> Tensor:
+        passed, x = x.chunk(2, dim=1)
+        x = self.expand(x)
+        x = self.project(self.se(torch.cat([x, self.depthwise(x)], dim=1)))
+        return rearrange([passed, x], "halves b c y x -> b (c halves) y x")
+
+
+class ESNet(ConvBackbone):
+    """ESNet, and ESNet-ViT where `heads` are given.
+
+    Args:
+        width: factor on all channels but the stem's 24.
+        ratios: inner channels of each block of each stage, over the stage's.
+        heads: of the two transformer blocks at stride 32.
+        mlp_dw, v_dconv: see `LCNet`.
+    """
+
+    def __init__(
+        self,
+        width: float,
+        ratios: tuple[tuple[float, ...], ...],
+        heads: int | None = None,
+        num_classes: int | None = None,
+        mlp_dw: int | None = None,
+        v_dconv: bool = True,
+        core: Mapping = ATTENTIONS["castling"],
+    ):
+        super().__init__()
+        core, mlp_dw = without_dconv(core, v_dconv), mlp_conv_of(mlp_dw, core)
+        self.channels = tuple(make_divisible(dim * width, 16) for dim in (128, 256, 512))
+        self.stem = nn.Sequential(conv_norm(3, 24, 3, stride=2), nn.MaxPool2d(3, stride=2, padding=1))
+        self.stages, dim = nn.ModuleList(), 24
+        for stage, (out_dim, row) in enumerate(zip(self.channels, ratios, strict=True)):
+            inner = [make_divisible(int(out_dim * ratio), 8) for ratio in row]
+            blocks = [ESBlockDown(dim, out_dim, inner[0])]
+            if heads is not None and stage == 2:
+                blocks += [MapBlock(out_dim, heads, mlp_dw, core) for _ in inner[1:]]
+            else:
+                blocks += [ESBlock(out_dim, channels) for channels in inner[1:]]
+            self.stages.append(nn.Sequential(*blocks))
+            dim = out_dim
+        self.make_classifier(num_classes)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        x = self.stem(x)
+        maps = []
+        for blocks in self.stages:
+            x = blocks(x)
+            maps.append(x)
+        return maps
+
+
 # ---- builders --------------------------------------------------------------------------------------------------------
 
 MODELS = {
     name: (family, row)
-    for family, table in ((DeiT, DEIT), (LeViT, LEVIT), (MViTv2, MVITV2))
+    for family, table in ((DeiT, DEIT), (LeViT, LEVIT), (MViTv2, MVITV2), (LCNet, LCNET), (ESNet, ESNET))
     for name, row in table.items()
 }
 
@@ -834,7 +1112,7 @@ def list_models() -> list[str]:
 def build_model(
     name: str,
     attention: str = "castling",
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     image_size: int | tuple[int, int] = 224,
     castle_downsample: bool = True,
     **overrides,
@@ -845,7 +1123,8 @@ def build_model(
         name: one of `list_models()`.
         attention: "castling" (linear-angular with the auxiliary branch), "softmax" (the published architecture), or
             another kernel of Table 5 in the castling architecture, without the branch unless `auxiliary=True`.
-        num_classes: length of the logits.
+        num_classes: length of the logits. None means 1000, and for the detection backbones LCNet and ESNet, that the
+            model returns its feature maps [C3, C4, C5] instead.
         image_size: pixels, one number or (height, width); the model runs at other sizes too.
         castle_downsample: see `LeViT`; no effect on families without down-sampling blocks.
         overrides: further arguments of the model (dims, depth, drop_path, distilled, mlp_conv, ...) or of its
@@ -854,7 +1133,7 @@ def build_model(
     """
     family, row = look_up(MODELS, name, "model")
     core = dict(look_up(ATTENTIONS, attention, "attention"))
-    if num_classes < 1:
+    if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     core_options = set(inspect.signature(AttentionCore).parameters) - {"heads", "kernel"}
     core |= {key: overrides.pop(key) for key in core_options & set(overrides)}
@@ -862,12 +1141,14 @@ def build_model(
     for key in set(overrides) - known:
         choices = sorted(core_options | known)
         raise ValueError(f"{name} has no option {key!r}: choose from {', '.join(choices)}")
-    if overrides.get("mlp_conv") and overrides["mlp_conv"] % 2 == 0:
-        raise ValueError(f"mlp_conv must be odd, or 0 for none, got {overrides['mlp_conv']}")
-    options = dict(num_classes=num_classes, image_size=image_size, core=core) | row | overrides
-    if "castle_downsample" in known:
-        options["castle_downsample"] = castle_downsample
-    return family(**options)
+    for key in {"mlp_conv", "mlp_dw"} & set(overrides):
+        if overrides[key] and (overrides[key] < 0 or overrides[key] % 2 == 0):
+            raise ValueError(f"{key} must be odd, or 0 for none, got {overrides[key]}")
+    options = dict(image_size=image_size, castle_downsample=castle_downsample)
+    options = {key: value for key, value in options.items() if key in known}
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    return family(core=core, **(options | row | overrides))
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -893,8 +1174,9 @@ def read_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-# Names of the class head's weights, (classes, C): DeiT, LeViT, MViTv2, and the last two in their official files.
-HEADS = ("head.weight", "head.linear.weight", "head.fc.weight", "head.l.weight", "head.projection.weight")
+# Names of the class head's weights, (classes, C): LCNet and ESNet, DeiT, LeViT, MViTv2; the last two are official.
+HEADS = ("classifier.weight", "head.weight", "head.linear.weight", "head.fc.weight",
+         "head.l.weight", "head.projection.weight")  # fmt: skip
 
 
 def weights_in(checkpoint: dict) -> dict[str, Tensor]:
@@ -1058,6 +1340,8 @@ def load_pretrained(model: nn.Module, path: str | Path) -> LoadReport:
             return getattr(model, "head_dist", None) is None
         if kind in ("attention_biases", "rel_pos_h", "rel_pos_w"):
             return kernels.get(layer, "softmax") != "softmax"
+        if name.startswith(("conv_head.", "classifier.")):
+            return getattr(model, "classifier", model) is None  # a detector's backbone
         # a published LeViT's down-sampling attention projects kv and q apart
         return castling and bool(re.search(r"\.attn_downsample\.(kv|q\.ln)\.", name))
 

@@ -288,6 +288,20 @@ class Shapes(Dataset):
         return torch.from_numpy(scene.image).permute(2, 0, 1), index % len(SHAPES)
 
 
+class Scenes(Shapes):
+    """Rendered scenes of one to `most` shapes of random classes, for tasks that say where things are."""
+
+    def __init__(self, split: str, length: int, size: int, seed: int = 0, most: int = 4):
+        super().__init__(split, length, size, seed)
+        self.most = most
+
+    def scene(self, index: int) -> Scene:
+        if not 0 <= index < self.length:
+            raise IndexError(f"scene {index} of {self.length}")
+        rng = np.random.default_rng([self.seed, self.split, index])
+        return render_scene(rng, self.size, rng.integers(0, len(SHAPES), rng.integers(1, self.most + 1)).tolist())
+
+
 # ---- data: folders, CIFAR, augmentation, order -----------------------------------------------------------------------
 
 
@@ -304,6 +318,14 @@ def read_image(path: str | Path) -> Image.Image:
         raise DataError(f"cannot read image {path}: {error}") from None
 
 
+@contextlib.contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Within, torch's random numbers on the CPU are a function of the numbers alone; outside, nothing has changed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mixed_seed(*numbers))
+        yield
+
+
 class Augmented(Dataset):
     """`base` with its images transformed, by randomness that is a function of (seed, epoch, index) alone.
 
@@ -318,10 +340,8 @@ class Augmented(Dataset):
         return len(self.base)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
-        image, label = self.base[index]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mixed_seed(self.seed, epoch, index))
+        image, label = self.base[key[1]]
+        with seeded(self.seed, *key):
             return self.transform(image), label
 
 
@@ -405,12 +425,15 @@ def open_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     return open_folder(Path(args.data))
 
 
-def make_loader(dataset: Dataset, sampler: Sampler, batch_size: int, workers: int) -> DataLoader:
+def make_loader(
+    dataset: Dataset, sampler: Sampler, batch_size: int, workers: int, collate: Callable | None = None
+) -> DataLoader:
     """Batches (B, ...) in the sampler's order. Draws nothing from the global random generator."""
     return DataLoader(
         dataset,
         batch_size,
         sampler=sampler,
+        collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
@@ -925,6 +948,7 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict] = DA
     add("--resume", default="auto", help="auto (continue the run in --output if there is one), never, or a last.pt")
     add("--checkpoint", help="weights to start from, to evaluate or to predict with; a run's own or any state dict")
     add("--eval", action="store_true", help="evaluate --checkpoint and stop")
+    add("--split", choices=("val", "train"), default="val", help="what --eval evaluates on; default val")
     add("--image", help="an image or a folder of images to predict with --checkpoint")
     bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     add("--amp", action=on_off, default=bfloat16, help="bfloat16 autocast; default on GPUs that have bfloat16")
@@ -971,7 +995,7 @@ def parser() -> argparse.ArgumentParser:
 
 # Flags that may differ between a run and its continuation.
 FREE_ON_RESUME = {"output", "resume", "workers", "eval", "image", "amp", "compile", "channels_last", "checkpoint",
-                  "batch_size", "accumulate", "teacher_checkpoint", "eval_every"}  # fmt: skip
+                  "batch_size", "accumulate", "teacher_checkpoint", "eval_every", "split"}  # fmt: skip
 # Flags that a checkpoint answers for when they are not given.
 TRAINED_FLAGS = ("model", "attention", "image_size", "castle_downsample", "distilled", "epsilon", "mask_schedule",
                  "data", "shapes_length", "seed")  # fmt: skip
@@ -1206,7 +1230,7 @@ def prepare_run(task: Task, args: argparse.Namespace, device: torch.device) -> C
 def prepare_evaluation(task: Task, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """--eval: prints one JSON object, the metrics of the checkpoint with and without its auxiliary branch."""
     task.resolve(args, settings_of(args.checkpoint, read_checkpoint(args.checkpoint)))
-    _, val_set = task.open_data(args)
+    val_set = task.open_data(args)[args.split == "val"]
     model, classes = load_model(task, args, val_set.classes)
     if classes != val_set.classes:
         some = [", ".join(map(str, known[:3])) for known in (classes, val_set.classes)]
@@ -1363,7 +1387,7 @@ def run_script(task: Task, args: argparse.Namespace) -> None:
 # ---- classification --------------------------------------------------------------------------------------------------
 
 
-def length(args: argparse.Namespace, train_set: Dataset) -> tuple[int, int]:
+def epochs_and_steps(args: argparse.Namespace, train_set: Dataset) -> tuple[int, int]:
     """Steps per epoch, and of the run. Raises ValueError if there are fewer images than one global batch."""
     steps_per_epoch = len(train_set) // args.global_batch
     if steps_per_epoch == 0:
@@ -1371,7 +1395,12 @@ def length(args: argparse.Namespace, train_set: Dataset) -> tuple[int, int]:
             f"{args.data} has {len(train_set)} training images, fewer than one global batch of {args.global_batch}: "
             f"lower --batch-size"
         )
-    total_steps = min(steps_per_epoch * args.epochs, args.max_steps or math.inf)
+    return steps_per_epoch, min(steps_per_epoch * args.epochs, args.max_steps or math.inf)
+
+
+def length(args: argparse.Namespace, train_set: Dataset) -> tuple[int, int]:
+    """Steps per epoch, and of the run, to which warm-up is fitted."""
+    steps_per_epoch, total_steps = epochs_and_steps(args, train_set)
     if args.warmup_epochs is None:
         args.warmup_epochs = warmup_for(total_steps / steps_per_epoch, OPTIMIZERS[args.optimizer]["warmup_epochs"])
     return steps_per_epoch, total_steps

@@ -1,0 +1,885 @@
+"""Train a Castling-ViT detector on COCO, evaluate it, castle it, draw its boxes. The same script on any machine.
+
+    python detect.py                                                   built-in rendered scenes, no download
+    torchrun detect.py --model lcnet_vit_s                             the same, under torchrun
+    torchrun --nproc-per-node=8 detect.py --model esnet_vit_m --data /data/coco     the paper's recipe on eight GPUs
+    python detect.py --eval --checkpoint runs/X/best.pt                AP with and without the auxiliary branch
+    python detect.py --checkpoint runs/X/best.pt --image photo.jpg --output boxes.png
+
+PicoDet v1 on ESNet-ViT or LCNet-ViT: arXiv:2211.10526v4, section 4.2, which follows "PicoDet's detection head design as
+well as their training recipe". PicoDet: Yu et al., arXiv:2111.00902; PaddleDetection @ v2.6.0; its PyTorch port,
+github.com/Bo396543018/Picodet_Pytorch. The paper's Tables 3, 6 and 7 fix what the text leaves out, by their counts.
+
+Shapes: B images, P points (feature map cells of all levels), K classes, G ground-truth boxes of an image.
+Boxes are xyxy in pixels everywhere but in COCO's files. A point is (x, y, stride): the centre of its cell, in pixels.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import itertools
+import json
+import math
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, generalized_box_iou, generalized_box_iou_loss
+from torchvision.transforms import v2
+from torchvision.utils import draw_bounding_boxes
+
+import train
+from attention import look_up
+from models import ESNET, LCNET, ConvBackbone, DepthSeparable, build_model, conv_norm, load_pretrained
+from train import SHAPES, DataError, EpochSampler, Run, Scenes, Task, at_least, share
+
+STRIDES = (8, 16, 32, 64)  # of the levels, pixels
+BINS = 8  # a side of a box is the mean of a distribution over 0..7 strides
+SIMOTA = dict(radius=2.5, top=10, iou_weight=6.0)
+VARIFOCAL = dict(alpha=0.75, gamma=2.0)
+BOX_WEIGHT, BINS_WEIGHT = 2.0, 0.25  # of GIoU and distribution focal loss, beside 1 for varifocal loss
+MIN_SCORE, LEVEL_TOP, NMS_IOU, MAX_BOXES = 0.025, 1000, 0.6, 100  # of evaluation
+COLOURS = ("red", "blue", "green", "orange", "purple", "deeppink", "teal", "brown")  # of drawn boxes, in turn
+LR_BATCH = 640  # `lr` is the peak at a global batch of this size, the paper's 8 x 80; it scales with the batch
+SIZES = {"s": dict(channels=96, convs=2), "m": dict(channels=128, convs=4), "l": dict(channels=160, convs=4)}
+
+DETECTORS = {  # backbone: neck, and the channels and depth of the head
+    **{name: dict(neck="lc", **SIZES[name[-1]]) for name in LCNET},
+    **{name: dict(neck="csp", **SIZES[name[-1]]) for name in ESNET},
+}
+
+# Defaults by kind of data. COCO: the paper's batch, PicoDet's recipe; S models are for 320 px, M and L for 416. The
+# rendered scenes have a small, short recipe of their own, made for two CPU cores.
+DATA_DEFAULTS = {
+    "coco": dict(epochs=300, batch_size=80, lr=0.4, multi_scale=2, augment=True, eval_every=10),
+    "shapes": dict(image_size=128, epochs=6, batch_size=32, lr=0.8, multi_scale=0, augment=False, eval_every=1),
+}
+
+
+# ---- neck ------------------------------------------------------------------------------------------------------------
+
+
+class CSPBlock(nn.Module):
+    """(B, 2C, y, x) -> (B, C, y, x): half of the width is mixed further.  CSP-PAN, arXiv:2111.00902"""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        half = channels // 2
+        self.main, self.short = conv_norm(2 * channels, half), conv_norm(2 * channels, half)
+        self.inner = nn.Sequential(conv_norm(half, half), DepthSeparable(half, half, 5))
+        self.out = conv_norm(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.cat([self.inner(self.main(x)), self.short(x)], dim=1))
+
+
+def lc_block(channels: int) -> nn.Sequential:
+    """(B, 2C, y, x) -> (B, C, y, x): two depthwise separable convolutions.  LC-PAN, PaddleDetection @ v2.6.0"""
+    return nn.Sequential(DepthSeparable(2 * channels, 2 * channels, 5), DepthSeparable(2 * channels, channels, 5))
+
+
+NECKS = {"csp": CSPBlock, "lc": lc_block}
+
+
+class PAN(nn.Module):
+    """[C3, C4, C5] -> [P3, P4, P5, P6] of `channels` each, strides 8 to 64: top-down, then bottom-up."""
+
+    def __init__(self, channels_in: tuple[int, int, int], channels: int, block: Callable[[int], nn.Module]):
+        super().__init__()
+        self.reduce = nn.ModuleList(conv_norm(c, channels) for c in channels_in)
+        self.top_down = nn.ModuleList(block(channels) for _ in range(2))
+        self.down = nn.ModuleList(DepthSeparable(channels, channels, 5, stride=2) for _ in range(2))
+        self.bottom_up = nn.ModuleList(block(channels) for _ in range(2))
+        self.extra_in = DepthSeparable(channels, channels, 5, stride=2)
+        self.extra_out = DepthSeparable(channels, channels, 5, stride=2)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        t3, t4, t5 = (reduce(x) for reduce, x in zip(self.reduce, maps, strict=True))
+        m4 = self.top_down[0](torch.cat([enlarged(t5, t4), t4], dim=1))
+        p3 = self.top_down[1](torch.cat([enlarged(m4, t3), t3], dim=1))
+        p4 = self.bottom_up[0](torch.cat([self.down[0](p3), m4], dim=1))
+        p5 = self.bottom_up[1](torch.cat([self.down[1](p4), t5], dim=1))
+        return [p3, p4, p5, self.extra_in(t5) + self.extra_out(p5)]
+
+
+def enlarged(x: Tensor, like: Tensor) -> Tensor:
+    """Nearest-neighbour upsampling to the size of `like`: by 2 where the image's sides are multiples of 32."""
+    return F.interpolate(x, size=like.shape[2:], mode="nearest")
+
+
+# ---- head and detector -----------------------------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """PicoDet's first head: per level a tower shared by both outputs and one 1x1 convolution; levels share nothing.
+
+    [(B, C, y, x)] -> logits (B, P, K), bins (B, P, 4, 8): the distributions of left, top, right, bottom, as logits.
+    """
+
+    def __init__(self, channels: int, convs: int, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.towers = nn.ModuleList(
+            nn.Sequential(*(DepthSeparable(channels, channels, 5) for _ in range(convs))) for _ in STRIDES
+        )
+        self.predict = nn.ModuleList(nn.Conv2d(channels, num_classes + 4 * BINS, 1) for _ in STRIDES)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+        for layer in self.predict:
+            nn.init.constant_(layer.bias, -math.log(99))  # every class starts at 1%; to the bins it is no difference
+
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        layers = zip(self.predict, self.towers, maps, strict=True)
+        out = torch.cat([predict(tower(x)).flatten(2).mT for predict, tower, x in layers], dim=1)      # (B, P, K + 32)
+        logits, bins = out.split([self.num_classes, 4 * BINS], dim=-1)
+        return logits, bins.unflatten(-1, (4, BINS))
+
+
+def make_points(sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
+    """(P, 3) points of feature maps of the given sizes (y, x), one per level, row by row: x, y, stride in pixels."""
+    points = []
+    for (height, width), stride in zip(sizes, STRIDES, strict=True):
+        y = (torch.arange(height, device=device) + 0.5) * stride
+        x = (torch.arange(width, device=device) + 0.5) * stride
+        x, y = x.expand(height, width), y[:, None].expand(height, width)
+        points.append(torch.stack([x, y, torch.full_like(x, stride)], dim=-1).flatten(0, 1))
+    return torch.cat(points)
+
+
+def decode(bins: Tensor, points: Tensor) -> Tensor:
+    """Boxes (B, P, 4) from bins (B, P, 4, 8): each side's distance is the mean of its distribution, in strides."""
+    distance = bins.softmax(dim=-1) @ torch.arange(BINS, dtype=bins.dtype, device=bins.device)        # (B, P, 4)
+    centre, stride = points[:, :2], points[:, 2:]
+    return torch.cat([centre - stride * distance[..., :2], centre + stride * distance[..., 2:]], dim=-1)
+
+
+class Detector(nn.Module):
+    """(B, 3, H, W) -> logits (B, P, K), bins (B, P, 4, 8), points (P, 3). Any H x W."""
+
+    def __init__(self, backbone: ConvBackbone, neck: str, channels: int, convs: int, num_classes: int):
+        super().__init__()
+        self.backbone = backbone
+        self.neck = PAN(backbone.channels, channels, look_up(NECKS, neck, "neck"))
+        self.head = Head(channels, convs, num_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        maps = self.neck(self.backbone(x))
+        logits, bins = self.head(maps)
+        return logits, bins, make_points([(p.shape[2], p.shape[3]) for p in maps], x.device)
+
+
+def build_detector(
+    name: str,
+    attention: str = "castling",
+    num_classes: int = 80,
+    image_size: int | tuple[int, int] = 320,
+    **overrides,
+) -> Detector:
+    """A detector by its backbone's name, randomly initialised.
+
+    Args:
+        name: a key of DETECTORS.
+        attention, overrides: see `build_model`; also neck ("csp" or "lc"), channels, convs.
+        num_classes: K.
+        image_size: pixels; for the signature that all builders share, no weight depends on it.
+    Raises: ValueError for an unknown name, attention or override, with what is known.
+    """
+    row = look_up(DETECTORS, name, "detector")
+    row = row | {key: overrides.pop(key) for key in row.keys() & overrides.keys()}
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    return Detector(build_model(name, attention, image_size=image_size, **overrides), **row, num_classes=num_classes)
+
+
+# ---- assignment and losses -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def simota(
+    logits: Tensor, boxes: Tensor, points: Tensor, gt_boxes: Tensor, gt_labels: Tensor,
+    *, radius: float = SIMOTA["radius"], top: int = SIMOTA["top"], iou_weight: float = SIMOTA["iou_weight"],
+) -> Tensor:
+    """Which ground-truth box each point of one image is to predict: (P,) index into gt_boxes, -1 for background.
+
+    Each box takes its k points of least cost, classification plus `iou_weight` (1 - GIoU), among those inside it or
+    within `radius` strides of its centre; k is the sum of its `top` largest IoUs, at least 1. A point taken by several
+    boxes keeps the one it costs least for.
+
+    Args: logits: (P, K); boxes: (P, 4) predicted; points: (P, 3); gt_boxes: (G, 4); gt_labels: (G,).
+    Source: SimOTA, YOLOX, arXiv:2107.08430, with PicoDet's varifocal cost, arXiv:2111.00902, section 3.3.
+    """
+    matched = torch.full((len(points),), -1, device=points.device)
+    centre, stride = points[:, None, :2], points[:, None, 2:]                                # (P, 1, 2), (P, 1, 1)
+    inside = torch.cat([centre - gt_boxes[:, :2], gt_boxes[:, 2:] - centre], dim=-1).amin(-1) > 0       # (P, G)
+    middle = (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2
+    near = ((centre - middle).abs() < radius * stride).all(-1)                               # (P, G)
+    candidates = (inside | near).any(1).nonzero()[:, 0]                                      # (V,)
+    if len(candidates) == 0:
+        return matched
+    logits, boxes, inside, near = (x[candidates] for x in (logits, boxes, inside, near))
+    iou = box_iou(boxes, gt_boxes)                                                           # (V, G)
+    # Varifocal loss of every pair, were the point to predict the box: of all classes as background, but for the box's.
+    background = varifocal_elements(logits, torch.zeros_like(logits))                        # (V, K)
+    own = logits[:, gt_labels]                                                               # (V, G)
+    cost = background.sum(1, keepdim=True) - background[:, gt_labels] + varifocal_elements(own, iou)
+    cost = cost + iou_weight * (1 - generalized_box_iou(boxes, gt_boxes))
+    # Points that are not both inside and near come last. In float64: 1e8 would swallow a float32's cost.
+    cost = cost.double() + 1e8 * ~(inside & near)
+
+    counts = iou.topk(min(top, len(iou)), dim=0).values.sum(0).int().clamp_min(1)            # (G,)
+    cheapest = cost.topk(int(counts.max()), dim=0, largest=False).indices                    # (k, G)
+    first = torch.arange(len(cheapest), device=cost.device)[:, None] < counts
+    taken = torch.zeros_like(cost, dtype=torch.bool).scatter_(0, cheapest, first)            # (V, G)
+    choice = torch.where(taken.sum(1) > 1, cost.argmin(1), taken.int().argmax(1))
+    matched[candidates] = torch.where(taken.any(1), choice, -1)
+    return matched
+
+
+def varifocal_elements(logits: Tensor, targets: Tensor) -> Tensor:
+    """Varifocal loss of each logit: cross entropy to q = `targets` in 0..1, weighted by q, or alpha p^gamma if q = 0.
+
+    Source: VarifocalNet, arXiv:2008.13367, Eq. (2). Its gradient flows through p in the weight too, as in PicoDet.
+    """
+    weight = VARIFOCAL["alpha"] * logits.sigmoid() ** VARIFOCAL["gamma"]
+    weight = torch.where(targets > 0, targets, weight)
+    return weight * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+def distribution_focal_elements(bins: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of (..., 8) bins to the two neighbours of each real target (...), 0 <= target < 7.
+
+    Source: Generalized Focal Loss, arXiv:2006.04388, Eq. (6).
+    """
+    log_p, lower = bins.log_softmax(dim=-1), targets.long()[..., None]
+    upper_share = targets - lower[..., 0]
+    at = lambda index: log_p.gather(-1, index)[..., 0]  # noqa: E731
+    return -(1 - upper_share) * at(lower) - upper_share * at(lower + 1)
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean over processes, so that their averaged gradients are those of one process with the whole batch."""
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+def detection_losses(
+    logits: Tensor, bins: Tensor, points: Tensor, targets: list[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """The three losses of a batch, weighted; their sum is what is minimised. In float32 whatever comes in.
+
+    Args:
+        logits: (B, P, K); bins: (B, P, 4, 8); points: (P, 3).
+        targets: of each image, boxes (G, 4) and labels (G,); G may be 0, in all images too.
+    Returns: cls: varifocal loss of all points; box: GIoU loss, dfl: distribution focal loss, both of positive points
+        and weighted by their score. Normalisers are averaged over ranks and at least 1.
+    Source: Picodet_Pytorch, mmdet/models/dense_heads/pico_head.py; PaddleDetection @ v2.6.0, pico_head.py.
+    """
+    logits, bins = logits.float(), bins.float()
+    boxes = decode(bins, points)                                                             # (B, P, 4)
+    matched = torch.stack([
+        simota(logits[i].detach(), boxes[i].detach(), points, *target) for i, target in enumerate(targets)
+    ])  # fmt: skip                                                                            (B, P)
+    positive = matched >= 0
+    gt_boxes = torch.cat([gt[m[m >= 0]] for m, (gt, _) in zip(matched, targets, strict=True)])          # (N, 4)
+    gt_labels = torch.cat([gt[m[m >= 0]] for m, (_, gt) in zip(matched, targets, strict=True)])         # (N,)
+    boxes, bins, points = boxes[positive], bins[positive], points.expand(len(logits), -1, -1)[positive]
+
+    quality = torch.zeros_like(logits)
+    image, point = positive.nonzero(as_tuple=True)
+    quality[image, point, gt_labels] = paired_iou(boxes.detach(), gt_boxes).clamp_min(1e-6)
+    count = mean_over_ranks(positive.sum(1).clamp_min(1).sum().float()).clamp_min(1)
+    losses = dict(cls=varifocal_elements(logits, quality).sum() / count)
+
+    weight = logits.detach()[positive].sigmoid().amax(-1)                                    # (N,)
+    total = mean_over_ranks(weight.sum()).clamp_min(1)
+    giou = generalized_box_iou_loss(boxes, gt_boxes, eps=1e-7)
+    losses["box"] = BOX_WEIGHT * (weight * giou).sum() / total
+    centre, stride = points[:, :2], points[:, 2:]
+    sides = torch.cat([centre - gt_boxes[:, :2], gt_boxes[:, 2:] - centre], dim=-1) / stride
+    dfl = distribution_focal_elements(bins, sides.clamp(0, BINS - 1 - 0.1)).mean(-1)
+    losses["dfl"] = BINS_WEIGHT * (weight * dfl).sum() / total
+    return losses
+
+
+def paired_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of (N, 4) boxes with (N, 4) others, one by one: (N,)."""
+    overlap = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp_min(0).prod(-1)
+    area_a, area_b = ((x[:, 2:] - x[:, :2]).prod(-1) for x in (a, b))
+    return overlap / (area_a + area_b - overlap).clamp_min(1e-7)
+
+
+# ---- from outputs to boxes -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def detections(
+    logits: Tensor, bins: Tensor, points: Tensor, size: tuple[int, int], *, min_score: float = MIN_SCORE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes (n, 4) in pixels of an input of `size` (H, W), scores (n,) and labels (n,) of one image, best first.
+
+    Args: logits: (P, K); bins: (P, 4, 8); points: (P, 3). A point may give several classes; n <= 100.
+    """
+    logits, bins = logits.float(), bins.float()
+    boxes, scores = decode(bins[None], points)[0], logits.sigmoid()
+    kept = []
+    for stride in STRIDES:
+        level = (points[:, 2:] == stride) & (scores > min_score)                             # (P, K)
+        index = level.flatten().nonzero()[:, 0]
+        kept.append(index[scores.flatten()[index].topk(min(LEVEL_TOP, len(index))).indices])
+    kept = torch.cat(kept)
+    scores, labels = scores.flatten()[kept], kept % logits.shape[1]
+    boxes = clip_boxes_to_image(boxes[kept // logits.shape[1]], size)
+    best = batched_nms(boxes, scores, labels, NMS_IOU)[:MAX_BOXES]
+    return boxes[best], scores[best], labels[best]
+
+
+# ---- data: COCO files and rendered scenes ----------------------------------------------------------------------------
+
+
+AN_ID = (lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer")
+A_TEXT = (lambda value: isinstance(value, str), "a text")
+A_SIDE = (lambda value: isinstance(value, int | float) and value >= 1, "a number of pixels, at least 1")
+A_BOX = (
+    lambda value: isinstance(value, list) and len(value) == 4
+    and all(isinstance(number, int | float) and math.isfinite(number) for number in value),
+    "four finite numbers: x, y, width, height",
+)  # fmt: skip
+COCO_FIELDS = {  # of each part of an annotation file: field, and what it has to be
+    "images": dict(id=AN_ID, file_name=A_TEXT, width=A_SIDE, height=A_SIDE),
+    "categories": dict(id=AN_ID, name=A_TEXT),
+    "annotations": dict(id=AN_ID, image_id=AN_ID, category_id=AN_ID, bbox=A_BOX),
+}
+
+
+def read_annotations(path: Path) -> dict:
+    """A COCO annotation file. Raises ValueError that names the file, the record and the field that is wrong."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    for part, fields in COCO_FIELDS.items():
+        rows = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path} has no list of records {part!r}: expected COCO's {', '.join(COCO_FIELDS)}")
+        for i, row in enumerate(rows):
+            for name, (fits, expected) in fields.items():
+                if name not in row:
+                    hint = ", only a segmentation: detection needs boxes" if "segmentation" in row else ""
+                    raise ValueError(f"{path}: {part}[{i}] has no {name!r}{hint}")
+                if not fits(row[name]):
+                    raise ValueError(f"{path}: {part}[{i}] has {name!r} {row[name]!r}, expected {expected}")
+        key, times = Counter(row["id"] for row in rows).most_common(1)[0] if rows else (None, 1)
+        if times > 1:
+            raise ValueError(f"{path}: {part} has {times} records of 'id' {key}")
+    for part, name in (("images", "image_id"), ("categories", "category_id")):
+        known = {row["id"] for row in content[part]}
+        for row in content["annotations"]:
+            if row[name] not in known:
+                raise ValueError(f"{path}: annotation {row['id']} has {name!r} {row[name]}, which is none of {part}")
+    return content
+
+
+class CocoFolder(Dataset):
+    """Images and boxes of one COCO annotation file, with the file's own classes.
+
+    Boxes are clipped to their image; those of no area then are dropped and counted in `dropped`. For training, crowds
+    are no targets, and images without a target are left out; evaluation keeps all images, and knows crowds.
+
+    classes: [{"id", "name"}] by id; a label is an index into it. An item is as `sample` makes it.
+    Raises: ValueError for what is wrong in the file, or an image that is not there.
+    """
+
+    def __init__(self, annotations: Path, images: Path, training: bool):
+        content = read_annotations(annotations)
+        self.folder = images
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        self.classes = [{"id": category["id"], "name": category["name"]} for category in categories]
+        labels = {category["id"]: label for label, category in enumerate(self.classes)}
+        sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+        self.targets, self.annotations, self.dropped = {key: ([], []) for key in sizes}, [], 0
+        for row in content["annotations"]:
+            (x, y, width, height), (right, bottom) = row["bbox"], sizes[row["image_id"]]
+            box = max(0, x), max(0, y), min(right, x + width), min(bottom, y + height)
+            if box[2] <= box[0] or box[3] <= box[1]:
+                self.dropped += 1
+                continue
+            row = dict(area=width * height, iscrowd=0) | row
+            fields = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+            self.annotations.append({field: row[field] for field in fields})
+            if not row["iscrowd"]:
+                boxes, kinds = self.targets[row["image_id"]]
+                boxes.append(box)
+                kinds.append(labels[row["category_id"]])
+        self.images = [image for image in content["images"] if self.targets[image["id"]][0] or not training]
+        if not self.images or not self.annotations:
+            raise ValueError(f"{annotations} has no {'images' if not self.images else 'boxes'} to use")
+        there = set()
+        with contextlib.suppress(FileNotFoundError):
+            there = {str(path.relative_to(images)) for path in images.rglob("*")}
+        missing = [image["file_name"] for image in self.images if image["file_name"] not in there]
+        if missing:
+            raise ValueError(f"{len(missing)} images of {annotations} are not in {images}: {missing[0]}, ...")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.images[index]
+        image = v2.functional.pil_to_tensor(train.read_image(self.folder / row["file_name"]))
+        if image.shape[1:] != (row["height"], row["width"]):
+            raise DataError(
+                f"{self.folder / row['file_name']} is {image.shape[2]} x {image.shape[1]}, "
+                f"its annotations say {row['width']} x {row['height']}"
+            )
+        return sample(image, *self.targets[row["id"]], row["id"])
+
+    def ground_truth(self) -> dict:
+        """COCO's dictionary of what is to be found in these images."""
+        images = [{"id": row["id"]} for row in self.images]
+        known = {row["id"] for row in images}
+        annotations = [row for row in self.annotations if row["image_id"] in known]
+        return dict(images=images, annotations=annotations, categories=self.classes)
+
+
+class SceneBoxes(Scenes):
+    """Rendered scenes with their boxes, as `sample` makes them."""
+
+    classes = [{"id": i + 1, "name": name} for i, name in enumerate(SHAPES)]
+
+    def __getitem__(self, index: int) -> dict:
+        scene = self.scene(index)
+        return sample(torch.from_numpy(scene.image).permute(2, 0, 1), scene.boxes, scene.labels, index)
+
+    def ground_truth(self) -> dict:
+        """COCO's dictionary of what is to be found in these images."""
+        annotations = []
+        for index in range(len(self)):
+            scene = self.scene(index)
+            for (x1, y1, x2, y2), label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):
+                box = [x1, y1, x2 - x1, y2 - y1]
+                row = dict(id=len(annotations) + 1, image_id=index, category_id=self.classes[label]["id"])
+                annotations.append(row | dict(bbox=box, area=box[2] * box[3], iscrowd=0))
+        return dict(images=[{"id": i} for i in range(len(self))], annotations=annotations, categories=self.classes)
+
+
+def sample(image: Tensor, boxes, labels, image_id: int) -> dict:
+    """What data sets give: image uint8 (3, H, W), boxes (G, 4), labels (G,), image_id, and size (H, W) as it is now."""
+    size = tuple(image.shape[1:])
+    boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    return dict(
+        image=tv_tensors.Image(image),
+        boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+        labels=torch.as_tensor(labels, dtype=torch.int64),
+        image_id=image_id,
+        size=size,
+    )
+
+
+class Resized(Dataset):
+    """`base`, augmented if a transform is given, then resized to a square, its aspect not kept.
+
+    Keys are (epoch, index, side in pixels); the randomness of an item follows from (seed, epoch, index).
+    """
+
+    def __init__(self, base: Dataset, transform: Callable | None, seed: int):
+        self.base, self.transform, self.seed = base, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, key: tuple[int, int, int]) -> dict:
+        epoch, index, side = key
+        item = self.base[index]
+        if self.transform is not None:
+            with train.seeded(self.seed, epoch, index):
+                item = self.transform(item)
+        return v2.Resize((side, side), antialias=False)(item)
+
+
+def collate(items: list[dict]) -> tuple[Tensor, list[dict]]:
+    """Images (B, 3, S, S) uint8, and the rest of each item with plain tensors."""
+    images = torch.stack([item.pop("image").as_subclass(Tensor) for item in items])
+    return images, [item | {"boxes": item["boxes"].as_subclass(Tensor)} for item in items]
+
+
+def augmentation(augment: bool) -> Callable:
+    """Flips; with `augment` also crops that keep a box, and colours.  PaddleDetection's RandomCrop, RandomDistort"""
+    steps = [v2.RandomHorizontalFlip()]
+    if augment:
+        steps = [
+            CropWithBoxes(min_scale=0.3, max_scale=1.0, min_aspect_ratio=0.5, max_aspect_ratio=2.0, trials=50,
+                          sampler_options=[0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]),
+            *steps,
+            v2.RandomPhotometricDistort(brightness=(0.5, 1.5), contrast=(0.5, 1.5), saturation=(0.5, 1.5),
+                                        hue=(-0.07, 0.07)),
+        ]  # fmt: skip
+    return v2.Compose([*steps, v2.SanitizeBoundingBoxes(min_size=1)])
+
+
+class CropWithBoxes(v2.RandomIoUCrop):
+    """torchvision's crop, which cannot do without boxes, leaves images without them as they are."""
+
+    def forward(self, item: dict) -> dict:
+        return super().forward(item) if len(item["boxes"]) else item
+
+
+class ScaleSampler(EpochSampler):
+    """(epoch, index, side): all images of a step, on all ranks, have one side, drawn by (seed, epoch, step)."""
+
+    def __init__(self, length: int, *, sides: list[int], per_step: int, **order):
+        """`per_step` is the number of images that this rank takes in one optimiser step."""
+        super().__init__(length, **order)
+        self.sides, self.per_step = sides, per_step
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        for position, (epoch, index) in enumerate(super().__iter__()):
+            drawn = random.Random(train.mixed_seed(self.seed or 0, epoch, position // self.per_step))
+            yield epoch, index, drawn.choice(self.sides)
+
+
+def coco_files(root: Path, split: str) -> tuple[Path, Path]:
+    """Annotation file and image folder of "train" or "val" in a COCO folder: 2017, or else the only ones there."""
+    found = sorted((root / "annotations").glob(f"instances_{split}*.json"))
+    found = [path for path in found if path.stem.endswith("2017")] or found
+    if len(found) != 1:
+        what = "several" if found else "no"
+        raise ValueError(f"{what} files {root}/annotations/instances_{split}*.json: expected one, or that of 2017")
+    name = found[0].stem.removeprefix("instances_")
+    folders = [root / name, root / "images" / name]
+    return found[0], next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+def open_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """Training and validation set of `args.data`, each with `.classes` and `ground_truth()`."""
+    coco_library()
+    if args.data == "shapes":
+        sizes = dict(train=args.shapes_length, val=max(1, args.shapes_length // 20))
+        return tuple(SceneBoxes(split, length, args.image_size, args.seed) for split, length in sizes.items())
+    if not Path(args.data).is_dir():
+        raise ValueError(f"unknown data {args.data!r}: shapes, or a folder with annotations/instances_train*.json")
+    sets = []
+    for split in ("train", "val"):
+        annotations, images = coco_files(Path(args.data), split)
+        sets.append(CocoFolder(annotations, images, training=split == "train"))
+        if sets[-1].dropped and train.rank() == 0:
+            print(f"{annotations}: {sets[-1].dropped} boxes outside their image or of zero area dropped")
+    if sets[0].classes != sets[1].classes:
+        raise ValueError(f"the training and validation files of {args.data} have different categories")
+    return tuple(sets)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def coco_library() -> tuple[type, type]:
+    """COCO and its evaluator from faster-coco-eval, else from pycocotools, which gives the same numbers, slower."""
+    with contextlib.suppress(ImportError):
+        from faster_coco_eval import COCO, COCOeval_faster
+
+        return COCO, COCOeval_faster
+    with contextlib.suppress(ImportError):
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        return COCO, COCOeval
+    raise ValueError("evaluation needs faster-coco-eval or pycocotools: pip install faster-coco-eval")
+
+
+def coco_metrics(ground_truth: dict, results: list[dict], library: tuple[type, type] | None = None) -> dict:
+    """COCO's box metrics in percent, None where there is nothing to find (of that size).
+
+    Args: ground_truth: COCO's dictionary; results: COCO's [{"image_id", "category_id", "bbox": xywh, "score"}].
+    """
+    COCO, Evaluator = library or coco_library()
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth, found = COCO(), COCO()
+        truth.dataset = dict(ground_truth)
+        extra = [dict(id=i + 1, area=row["bbox"][2] * row["bbox"][3], iscrowd=0) for i, row in enumerate(results)]
+        results = [row | more for row, more in zip(results, extra, strict=True)]
+        found.dataset = dict(ground_truth) | {"annotations": results}
+        truth.createIndex()
+        found.createIndex()
+        evaluator = Evaluator(truth, found, "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    stats = [float(value) for value in evaluator.stats[:6]]
+    return {name: 100 * value if value >= 0 else None for name, value in zip(STATISTICS, stats, strict=True)}
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, device: torch.device) -> dict:
+    """COCO's metrics in percent over the whole set, each image once over all ranks.
+
+    Rank 0 writes what was found to coco_results.json (castled: coco_results_castled.json), in COCO's result format.
+    """
+    model.eval()
+    dataset, found = loader.dataset.base, []
+    ids = torch.tensor([category["id"] for category in dataset.classes])
+    for images, targets in loader:
+        with train.autocast(args, device):
+            logits, bins, points = model(train.to_model_input(images, device, args.channels_last))
+        for i, target in enumerate(targets):
+            boxes, scores, labels = (x.cpu() for x in detections(logits[i], bins[i], points, images.shape[2:]))
+            boxes = restored(boxes, images.shape[2:], target["size"])
+            boxes[:, 2:] -= boxes[:, :2]
+            rows = zip(boxes.tolist(), scores.tolist(), ids[labels].tolist(), strict=True)
+            found += [dict(image_id=target["image_id"], category_id=c, bbox=box, score=s) for box, s, c in rows]
+    parts = [found]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, found)
+    metrics = [None]
+    if train.rank() == 0:
+        results = sorted((row for part in parts for row in part), key=lambda row: row["image_id"])
+        branch = any(core.auxiliary for core in train.cores(model).values())
+        folder = Path(args.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"coco_results{'' if branch else '_castled'}.json").write_text(json.dumps(results))
+        metrics = [coco_metrics(dataset.ground_truth(), results)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(metrics, 0)
+    return metrics[0]
+
+
+def restored(boxes: Tensor, size: tuple[int, int], original: tuple[int, int]) -> Tensor:
+    """Boxes in pixels of an input of `size` (H, W) as boxes in pixels of the `original`."""
+    (height, width), (full_height, full_width) = size, original
+    return boxes * torch.tensor([full_width / width, full_height / height] * 2)
+
+
+# ---- the task --------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int, total_steps: int) -> float:
+    """Learning rate of optimiser step `step` (0-based): linear warm-up from a tenth, and a cosine to 0 over the run."""
+    peak = args.lr * args.global_batch / LR_BATCH
+    if step < args.warmup_steps:
+        return peak * (0.1 + 0.9 * step / args.warmup_steps)
+    return peak * (1 + math.cos(math.pi * step / total_steps)) / 2
+
+
+def length(args: argparse.Namespace, train_set: Dataset) -> tuple[int, int]:
+    """Steps per epoch, and of the run."""
+    steps_per_epoch, total_steps = train.epochs_and_steps(args, train_set)
+    args.warmup_steps = min(args.warmup_steps, total_steps // 10)
+    return steps_per_epoch, total_steps
+
+
+def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> Detector:
+    """The detector that resolved flags describe. Raises ValueError as `build_detector` does."""
+    options = dict(epsilon=args.epsilon, schedule=args.mask_schedule, mlp_dw=args.mlp_dw, v_dconv=args.v_dconv)
+    model = build_detector(args.model, args.attention, num_classes, image_size, **options)
+    return model.to(memory_format=torch.channels_last) if args.channels_last else model
+
+
+def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9 and weight decay on all parameters, norms included, as in Picodet_Pytorch."""
+    return torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
+
+
+def train_loader(args: argparse.Namespace, train_set: Dataset) -> DataLoader:
+    """Augmented batches in the order of (seed, epoch), the side of the images drawn for each step."""
+    sides = [args.image_size + 32 * i for i in range(-args.multi_scale, args.multi_scale + 1)]
+    order = dict(rank=train.rank(), world=train.world_size(), seed=args.seed, multiple=args.global_batch)
+    sampler = ScaleSampler(len(train_set), sides=sides, per_step=args.batch_size * args.accumulate, **order)
+    dataset = Resized(train_set, augmentation(args.augment), args.seed)
+    return train.make_loader(dataset, sampler, args.batch_size, args.workers, collate)
+
+
+def val_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
+    """This rank's share of the validation set, at the image size."""
+    order = dict(rank=train.rank(), world=train.world_size())
+    sampler = ScaleSampler(len(val_set), sides=[args.image_size], per_step=1, **order)
+    return train.make_loader(Resized(val_set, None, args.seed), sampler, args.batch_size, args.workers, collate)
+
+
+def loss_of_batch(run: Run, batch: tuple[Tensor, list[dict]]) -> Tensor:
+    """Sum of the three losses; assignment and losses are float32, whatever the network computes in."""
+    images, targets = batch
+    with train.autocast(run.args, run.device):
+        outputs = run.net(train.to_model_input(images, run.device, run.args.channels_last))
+    targets = [(target["boxes"].to(run.device), target["labels"].to(run.device)) for target in targets]
+    return sum(detection_losses(*outputs, targets).values())
+
+
+def setup(run: Run) -> None:
+    """The backbone's first weights, where --backbone says."""
+    args = run.args
+    if args.backbone:
+        report = load_pretrained(run.model.backbone, args.backbone)
+        if train.rank() == 0:
+            print(f"{args.backbone}\n{report}")
+    if args.image_size - 32 * args.multi_scale < 32:
+        raise ValueError(f"--image-size {args.image_size} is too small for --multi-scale {args.multi_scale}")
+    if args.batch_size == 1 and args.image_size - 32 * args.multi_scale <= STRIDES[-1]:
+        raise ValueError(f"BatchNorm needs --batch-size 2 or more where images are {STRIDES[-1]} px or smaller")
+
+
+def begin_epoch(run: Run, epoch: int) -> None:
+    """The average starts anew every --ema-reset epochs.  PaddleDetection @ v2.6.0, ModelEMA, cycle_epoch"""
+    if run.args.ema_reset and epoch and epoch % run.args.ema_reset == 0 and run.step == epoch * run.steps_per_epoch:
+        run.ema.n_averaged.zero_()
+
+
+def describe_recipe(run: Run) -> str:
+    """Optimiser, learning rate and augmentation."""
+    a = run.args
+    reset = f", anew every {a.ema_reset} epochs" if a.ema_reset else ""
+    return f"""recipe: SGD, {a.warmup_steps} steps of warm-up to a learning rate of \
+{a.lr * a.global_batch / LR_BATCH:.4g} ({a.lr} per {LR_BATCH} images), cosine to 0, weight decay {a.weight_decay}, \
+EMA {a.ema_decay}{reset}
+augmentation: {'crops, flips, colours' if a.augment else 'flips'}, sides {a.image_size} +- {32 * a.multi_scale} px"""
+
+
+def unnamed_classes(path: str, weights: dict[str, Tensor]) -> list[dict]:
+    """Numbered classes, as many as the head among `weights`, from file `path`, has."""
+    head = weights.get("head.predict.0.weight")
+    if head is None:
+        raise ValueError(f"{path} has no head.predict.0.weight: it is no detector of this project")
+    return [{"id": i + 1, "name": f"class {i + 1}"} for i in range(len(head) - 4 * BINS)]
+
+
+def draw(image: Tensor, rows: list[dict], target: Path) -> None:
+    """Write the image (3, H, W) uint8 to `target` with a labelled box for each row; one colour for each label."""
+    if rows:
+        names = sorted({row["label"] for row in rows})
+        colours = dict(zip(names, itertools.cycle(COLOURS)))  # noqa: B905
+        image = draw_bounding_boxes(
+            image,
+            torch.tensor([row["box"] for row in rows]),
+            [f"{row['label']} {row['score']:.2f}" for row in rows],
+            colors=[colours[row["label"]] for row in rows],
+            width=2,
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        v2.functional.to_pil_image(image).save(target)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot write {target}: {error}") from None
+
+
+def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
+    """--image: what is found in a file, or in each image file of a folder, drawn to --output, printed with --json."""
+    paths, output = train.image_paths(args.image), args.output
+    folder = Path(args.image).is_dir()
+    if output is None and not args.json:
+        output = "boxes" if folder else f"{paths[0].stem}_boxes.png"
+    model, classes = train.load_model(DETECTION, args)
+    side = args.image_size
+
+    @torch.inference_mode()
+    def work() -> None:
+        model.to(device)
+        printed = []
+        for path in paths if train.rank() == 0 else []:
+            image = v2.functional.pil_to_tensor(train.read_image(path))
+            resized = v2.functional.resize(image, [side, side], antialias=False)
+            logits, bins, points = model(train.to_model_input(resized[None], device, args.channels_last))
+            found = detections(logits[0], bins[0], points, (side, side), min_score=args.min_score)
+            boxes, scores, labels = (x.cpu() for x in found)
+            boxes = restored(boxes, (side, side), image.shape[1:])
+            rows = [
+                dict(label=classes[label]["name"], score=score, box=box)
+                for label, score, box in zip(labels.tolist(), scores.tolist(), boxes.tolist(), strict=True)
+            ]
+            printed.append(dict(image=str(path), boxes=rows))
+            if output:
+                target = Path(output) / f"{path.stem}.png" if folder else Path(output)
+                draw(image, rows, target)
+                print(f"{path}: {len(rows)} boxes, drawn to {target}", file=sys.stderr if args.json else sys.stdout)
+        if args.json and train.rank() == 0:
+            print(json.dumps(printed, indent=1))
+
+    return work
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+# Flags that a checkpoint answers for when they are not given.
+TRAINED_FLAGS = ("model", "attention", "image_size", "mlp_dw", "v_dconv", "epsilon", "mask_schedule",
+                 "data", "shapes_length", "seed")  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of detect.py; what is left None is filled in by `resolve`."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(
+        prog="detect.py", description=__doc__, formatter_class=formatter,
+        epilog=f"models: {', '.join(DETECTORS)}; default lcnet_vit_s\n"
+        "data: shapes, or a folder with annotations/instances_{train,val}2017.json, train2017/ and val2017/",
+    )  # fmt: skip
+    train.shared_flags(p, DATA_DEFAULTS)
+    add, on_off = p.add_argument, argparse.BooleanOptionalAction
+    by_data = functools.partial(train.by_data, defaults=DATA_DEFAULTS)
+    add("--weight-decay", type=at_least(0, float), default=4e-5, help="of all parameters; default 4e-5")
+    add("--warmup-steps", type=at_least(0), default=300, help="default 300, at most a tenth of the run")
+    add("--ema-decay", type=share, default=0.9998, help="of the averaged weights; default 0.9998")
+    add("--ema-reset", type=at_least(0), default=40, help="epochs after which the average starts anew, 0 for never")
+    add("--multi-scale", type=at_least(0), help=f"a batch's side varies by this many 32 px; {by_data('multi_scale')}")
+    add("--augment", action=on_off, help=f"crops and colours, beside flips; {by_data('augment')}")
+    add("--clip-grad", type=at_least(0, float), default=0.0, help="largest gradient norm, 0 for no limit")
+    add("--channels-last", action=on_off, default=False, help="memory format of images and convolutions")
+    add("--backbone", help="classification checkpoint that the backbone starts from")
+    add("--mlp-dw", type=at_least(0), help="kernel of the MLPs' DWConv, 0 for none; default 5, softmax 0 (D7)")
+    add("--v-dconv", action=on_off, help="the DWConv on V; default on")
+    add("--shapes-length", type=at_least(1), help="rendered training scenes, default 16000; a twentieth validate")
+    add("--min-score", type=share, default=0.3, help="least score of a box that --image shows; default 0.3")
+    add("--json", action="store_true", help="with --image: print the boxes, xyxy in pixels")
+    return p
+
+
+def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
+    """Fill in every flag that was not given: from `trained`, a checkpoint's settings, else from the recipe tables."""
+    train.take_over(args, trained or {}, TRAINED_FLAGS)
+    row = DATA_DEFAULTS["shapes" if args.data in (None, "shapes") else "coco"]
+    args.model = args.model or "lcnet_vit_s"
+    look_up(DETECTORS, args.model, "detector")
+    sides = dict(image_size=320 if args.model.endswith("_s") else 416)
+    train.fill_in(args, dict(v_dconv=True, shapes_length=16000) | sides | row)
+
+
+DETECTION = Task(
+    script="detect.py",
+    metrics={"AP": "AP", "AP50": "AP50", "AP75": "AP75"},
+    resolve=resolve,
+    open_data=open_data,
+    length=length,
+    make_model=make_model,
+    make_optimizer=make_optimizer,
+    train_loader=train_loader,
+    val_loader=val_loader,
+    learning_rate=learning_rate,
+    loss=loss_of_batch,
+    evaluate=evaluate,
+    describe=describe_recipe,
+    unnamed=unnamed_classes,
+    predict=prepare_prediction,
+    setup=setup,
+    begin_epoch=begin_epoch,
+)
+
+
+def main(args: argparse.Namespace) -> None:
+    train.run_script(DETECTION, args)
+
+
+if __name__ == "__main__":
+    main(parser().parse_args())
