@@ -287,7 +287,8 @@ def detection_losses(
         and weighted by their score. Normalisers are averaged over ranks and at least 1.
     Source: Picodet_Pytorch, mmdet/models/dense_heads/pico_head.py; PaddleDetection @ v2.6.0, pico_head.py.
     """
-    logits, bins = logits.float(), bins.float()
+    logits, bins, points = logits.float(), bins.float(), points.float()
+    targets = [(gt_boxes.float(), gt_labels) for gt_boxes, gt_labels in targets]
     boxes = decode(bins, points)                                                             # (B, P, 4)
     matched = torch.stack([
         simota(logits[i].detach(), boxes[i].detach(), points, *target) for i, target in enumerate(targets)
@@ -333,7 +334,7 @@ def detections(
     Args: logits: (P, K); bins: (P, 4, 8); points: (P, 3). A point may give several classes; n <= 100.
     """
     logits, bins = logits.float(), bins.float()
-    boxes, scores = decode(bins[None], points)[0], logits.sigmoid()
+    boxes, scores = decode(bins, points), logits.sigmoid()
     kept = []
     for stride in STRIDES:
         level = (points[:, 2:] == stride) & (scores > min_score)                             # (P, K)
@@ -427,7 +428,7 @@ class CocoFolder(Dataset):
                 kinds.append(labels[row["category_id"]])
         self.images = [image for image in content["images"] if self.targets[image["id"]][0] or not training]
         if not self.images or not self.annotations:
-            raise ValueError(f"{annotations} has no {'images' if not self.images else 'boxes'} to use")
+            raise ValueError(f"{annotations} has no {'images' if self.annotations else 'boxes'} to use")
         there = set()
         with contextlib.suppress(FileNotFoundError):
             there = {str(path.relative_to(images)) for path in images.rglob("*")}

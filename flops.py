@@ -1,6 +1,6 @@
 """Parameters and multiply-adds of any module, under stated conventions; the paper's tables beside our counts.
 
-    python flops.py --table 2                                                   the paper's Table 2 (or 1), our counts
+    python flops.py --table 2                                                   a table of the paper, our counts beside
     python flops.py --model levit128 --attention castling,softmax --image-size 512
     python flops.py --curve --model deit_tiny                                   MACs against resolution, the crossover
 
@@ -10,6 +10,7 @@ device. Counts are of inference; the auxiliary branch is counted apart.
 
 import argparse
 import contextlib
+import functools
 import json
 import re
 import weakref
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import attention
 from attention import castle
+from detect import build_detector
 from models import ATTENTIONS, DESIGNS, build_model
 
 aten = torch.ops.aten
@@ -103,8 +105,8 @@ FREE = NORMS | {
     "_adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "max_pool2d_with_indices", "upsample_bicubic2d",
     "upsample_bilinear2d", "upsample_linear1d", "upsample_nearest2d",
     # copies, indexing, creation
-    "_to_copy", "_unsafe_view", "arange", "cat", "clone", "constant_pad_nd", "contiguous", "copy_", "detach",
-    "embedding", "empty", "empty_like", "eye", "fill_", "full", "full_like", "gather", "index", "lift_fresh",
+    "_to_copy", "_unsafe_index", "_unsafe_view", "arange", "cat", "clone", "constant_pad_nd", "contiguous", "copy_",
+    "detach", "embedding", "empty", "empty_like", "eye", "fill_", "full", "full_like", "gather", "index", "lift_fresh",
     "new_empty", "new_full", "new_ones", "new_zeros", "one_hot", "ones", "ones_like", "rand", "rand_like", "randn",
     "repeat", "roll", "scalar_tensor", "scatter", "stack", "tril", "triu", "zero_", "zeros", "zeros_like",
     "_fused_sdp_choice", "_local_scalar_dense",
@@ -127,6 +129,11 @@ def norm_terms(batch_norm: int, layer_norm: int) -> dict[str, Callable]:
     return terms | dict.fromkeys(("native_layer_norm", "native_group_norm"), lambda a, o: layer_norm * in_numel(a, o))
 
 
+def global_pool(args: tuple, out) -> int:
+    """Elements that adaptive_avg_pool2d(x, 1) reads, which dispatches to a mean over the last two axes."""
+    return args[0].numel() if args[0].ndim == 4 and sorted(args[1]) == [-2, -1] else 0
+
+
 # Convention: operation -> what it adds to the MACs of products and convolutions.
 CONVENTIONS: dict[str, dict[str, Callable]] = {
     # Every multiply-add of convolutions, linear layers and matrix products, as executed. Ours.
@@ -138,8 +145,10 @@ CONVENTIONS: dict[str, dict[str, Callable]] = {
     "paper-det": norm_terms(2, 2) | {
         "convolution": lambda a, o: o.numel() if a[2] is not None else 0,
         **dict.fromkeys(("relu", "relu_", "hardswish", "hardswish_", "hardtanh", "hardtanh_"), out_numel),
-        **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d"), out_numel),
+        # nearest-neighbour upsampling is decomposed to an index on its way here
+        **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d", "_unsafe_index"), out_numel),
         **dict.fromkeys(("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d"), in_numel),
+        "mean": global_pool,
     },
     # fvcore's FlopCountAnalysis (which counts MACs): also norms. Unlike it, fused attention is counted.
     "fvcore-like": norm_terms(2, 5),
@@ -274,6 +283,19 @@ TABLE_2 = {  # model: (parameters in M, MACs in G) as the paper prints them, sof
     "levit384": ((39.1, 2.35), (45.8, 2.90)),
 }
 
+TABLE_3 = [  # model, pixels: parameters in M, MACs in G
+    ("esnet_vit_s", 320, 3.25, 0.62),
+    ("esnet_vit_s", 416, 3.25, 1.06),
+    ("esnet_vit_m", 416, 6.01, 2.00),
+    ("esnet_vit_l", 416, 9.32, 3.03),
+    ("lcnet_vit_l", 416, 13.10, 5.31),
+]
+
+TABLES_6_AND_7 = {  # table: size, pixels, and the (parameters in M, MACs in G) of its rows
+    6: ("s", 320, (1.10, 0.48), (2.14, 0.69), (2.14, 0.62)),
+    7: ("m", 416, (3.32, 2.15), (7.53, 3.51), (7.53, 3.15)),
+}
+
 
 def meta_model(
     name: str, attention_name: str = "castling", image_size: int = 224, **options
@@ -331,7 +353,61 @@ def table_2() -> list[dict]:
     return rows
 
 
-TABLES = {1: table_1, 2: table_2}
+def detector_row(
+    name: str,
+    attention_name: str,
+    image_size: int,
+    paper: tuple[float, float],
+    note: str,
+    branch: bool = False,
+    **options,
+) -> dict:
+    """A row for a detector, castled unless with its `branch`: the paper's convention, and `pure_macs_g` without it."""
+    with torch.device("meta"):
+        model = build_detector(name, attention_name, image_size=image_size, **options)
+        attention.record_masks(model, False)
+        image = torch.empty(1, 3, image_size, image_size)
+    model = model if branch else castle(model)
+    cost, pure = count(model, image, convention="paper-det"), count(model, image).macs / 1e9
+    note = f"{image_size} px, {note}; pure MACs {pure:.4f} G"
+    return table_row(name, attention_name, cost, cost.params, *paper, note) | dict(pure_macs_g=pure)
+
+
+def table_3() -> list[dict]:
+    """COCO detectors. The paper's ESNet-ViT rows come out with the auxiliary branch in the graph, which castling drops;
+    its LCNet-ViT row without it, and without the MLPs' DWConv."""
+    rows = []
+    for name, size, *paper in TABLE_3:
+        if name.startswith("esnet"):
+            rows.append(detector_row(name, "castling", size, paper, "with auxiliary branch, as printed", branch=True))
+        else:
+            rows.append(detector_row(name, "castling", size, paper, "castled, no DWConv in MLPs, as printed", mlp_dw=0))
+        rows.append(detector_row(name, "castling", size, paper, "castled: what inference costs"))
+    return rows
+
+
+def table_6_or_7(table: int) -> list[dict]:
+    """Ablation of LCNet-ViT. The paper prints the same parameters with and without "DW.": only the DWConv on V fits
+    that; the last row is the model as built here, with the MLPs' DWConv too."""
+    size, pixels, lcnet, softmax, linear = TABLES_6_AND_7[table]
+    vit = f"lcnet_vit_{size}"
+    return [
+        detector_row(f"lcnet_{size}", "softmax", pixels, lcnet, "LCNet, no attention"),
+        detector_row(vit, "softmax", pixels, softmax, "LCNet-ViT"),
+        detector_row(vit, "linear_angular", pixels, linear, "+ Lin.", v_dconv=False, mlp_dw=0),
+        detector_row(vit, "linear_angular", pixels, linear, "+ Lin. + DW. on V", mlp_dw=0),
+        detector_row(vit, "castling", pixels, linear, "+ Lin. + DW. on V + SparseAttn., castled", mlp_dw=0),
+        detector_row(vit, "castling", pixels, linear, "the same + DW. 5x5 in MLPs, castled"),
+    ]
+
+
+TABLES = {
+    1: table_1,
+    2: table_2,
+    3: table_3,
+    6: functools.partial(table_6_or_7, 6),
+    7: functools.partial(table_6_or_7, 7),
+}
 
 
 def deviation(ours: float, paper: float | None) -> str:
