@@ -44,8 +44,6 @@ from train import SHAPES, DataError, EpochSampler, Run, Scenes, Task, at_least, 
 
 STRIDES = (8, 16, 32, 64)  # of the levels, pixels
 BINS = 8  # a side of a box is the mean of a distribution over 0..7 strides
-SIMOTA = dict(radius=2.5, top=10, iou_weight=6.0)
-VARIFOCAL = dict(alpha=0.75, gamma=2.0)
 BOX_WEIGHT, BINS_WEIGHT = 2.0, 0.25  # of GIoU and distribution focal loss, beside 1 for varifocal loss
 MIN_SCORE, LEVEL_TOP, NMS_IOU, MAX_BOXES = 0.025, 1000, 0.6, 100  # of evaluation
 COLOURS = ("red", "blue", "green", "orange", "purple", "deeppink", "teal", "brown")  # of drawn boxes, in turn
@@ -61,7 +59,7 @@ DETECTORS = {  # backbone: neck, and the channels and depth of the head
 # rendered scenes have a small, short recipe of their own, made for two CPU cores.
 DATA_DEFAULTS = {
     "coco": dict(epochs=300, batch_size=80, lr=0.4, multi_scale=2, augment=True, eval_every=10),
-    "shapes": dict(image_size=128, epochs=6, batch_size=32, lr=0.8, multi_scale=0, augment=False, eval_every=1),
+    "shapes": dict(image_size=128, epochs=6, batch_size=16, lr=1.6, multi_scale=0, augment=False, eval_every=1),
 }
 
 
@@ -204,10 +202,19 @@ def build_detector(
 # ---- assignment and losses -------------------------------------------------------------------------------------------
 
 
+def varifocal_elements(logits: Tensor, targets: Tensor, *, alpha: float = 0.75, gamma: float = 2.0) -> Tensor:
+    """Varifocal loss of each logit: cross entropy to q = `targets` in 0..1, weighted by q, or alpha p^gamma if q = 0.
+
+    Source: VarifocalNet, arXiv:2008.13367, Eq. (2). Its gradient flows through p in the weight too, as in PicoDet.
+    """
+    weight = torch.where(targets > 0, targets, alpha * logits.sigmoid() ** gamma)
+    return weight * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
 @torch.no_grad()
 def simota(
     logits: Tensor, boxes: Tensor, points: Tensor, gt_boxes: Tensor, gt_labels: Tensor,
-    *, radius: float = SIMOTA["radius"], top: int = SIMOTA["top"], iou_weight: float = SIMOTA["iou_weight"],
+    *, radius: float = 2.5, top: int = 10, iou_weight: float = 6.0,
 ) -> Tensor:
     """Which ground-truth box each point of one image is to predict: (P,) index into gt_boxes, -1 for background.
 
@@ -245,16 +252,6 @@ def simota(
     return matched
 
 
-def varifocal_elements(logits: Tensor, targets: Tensor) -> Tensor:
-    """Varifocal loss of each logit: cross entropy to q = `targets` in 0..1, weighted by q, or alpha p^gamma if q = 0.
-
-    Source: VarifocalNet, arXiv:2008.13367, Eq. (2). Its gradient flows through p in the weight too, as in PicoDet.
-    """
-    weight = VARIFOCAL["alpha"] * logits.sigmoid() ** VARIFOCAL["gamma"]
-    weight = torch.where(targets > 0, targets, weight)
-    return weight * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-
-
 def distribution_focal_elements(bins: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of (..., 8) bins to the two neighbours of each real target (...), 0 <= target < 7.
 
@@ -264,6 +261,13 @@ def distribution_focal_elements(bins: Tensor, targets: Tensor) -> Tensor:
     upper_share = targets - lower[..., 0]
     at = lambda index: log_p.gather(-1, index)[..., 0]  # noqa: E731
     return -(1 - upper_share) * at(lower) - upper_share * at(lower + 1)
+
+
+def paired_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of (N, 4) boxes with (N, 4) others, one by one: (N,)."""
+    overlap = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp_min(0).prod(-1)
+    area_a, area_b = ((x[:, 2:] - x[:, :2]).prod(-1) for x in (a, b))
+    return overlap / (area_a + area_b - overlap).clamp_min(1e-7)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
@@ -315,13 +319,6 @@ def detection_losses(
     return losses
 
 
-def paired_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of (N, 4) boxes with (N, 4) others, one by one: (N,)."""
-    overlap = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp_min(0).prod(-1)
-    area_a, area_b = ((x[:, 2:] - x[:, :2]).prod(-1) for x in (a, b))
-    return overlap / (area_a + area_b - overlap).clamp_min(1e-7)
-
-
 # ---- from outputs to boxes -------------------------------------------------------------------------------------------
 
 
@@ -348,7 +345,6 @@ def detections(
 
 
 # ---- data: COCO files and rendered scenes ----------------------------------------------------------------------------
-
 
 AN_ID = (lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer")
 A_TEXT = (lambda value: isinstance(value, str), "a text")
@@ -569,7 +565,7 @@ def open_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """Training and validation set of `args.data`, each with `.classes` and `ground_truth()`."""
     coco_library()
     if args.data == "shapes":
-        sizes = dict(train=args.shapes_length, val=max(1, args.shapes_length // 20))
+        sizes = dict(train=args.shapes_length, val=max(1, args.shapes_length // 10))
         return tuple(SceneBoxes(split, length, args.image_size, args.seed) for split, length in sizes.items())
     if not Path(args.data).is_dir():
         raise ValueError(f"unknown data {args.data!r}: shapes, or a folder with annotations/instances_train*.json")
@@ -837,11 +833,11 @@ def parser() -> argparse.ArgumentParser:
     add("--multi-scale", type=at_least(0), help=f"a batch's side varies by this many 32 px; {by_data('multi_scale')}")
     add("--augment", action=on_off, help=f"crops and colours, beside flips; {by_data('augment')}")
     add("--clip-grad", type=at_least(0, float), default=0.0, help="largest gradient norm, 0 for no limit")
-    add("--channels-last", action=on_off, default=False, help="memory format of images and convolutions")
+    add("--channels-last", action=on_off, default=True, help="memory format of images and convolutions; default on")
     add("--backbone", help="classification checkpoint that the backbone starts from")
     add("--mlp-dw", type=at_least(0), help="kernel of the MLPs' DWConv, 0 for none; default 5, softmax 0 (D7)")
     add("--v-dconv", action=on_off, help="the DWConv on V; default on")
-    add("--shapes-length", type=at_least(1), help="rendered training scenes, default 16000; a twentieth validate")
+    add("--shapes-length", type=at_least(1), help="rendered training scenes, default 4000; a tenth as many validate")
     add("--min-score", type=share, default=0.3, help="least score of a box that --image shows; default 0.3")
     add("--json", action="store_true", help="with --image: print the boxes, xyxy in pixels")
     return p
@@ -854,7 +850,7 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
     args.model = args.model or "lcnet_vit_s"
     look_up(DETECTORS, args.model, "detector")
     sides = dict(image_size=320 if args.model.endswith("_s") else 416)
-    train.fill_in(args, dict(v_dconv=True, shapes_length=16000) | sides | row)
+    train.fill_in(args, dict(v_dconv=True, shapes_length=4000) | sides | row)
 
 
 DETECTION = Task(

@@ -2346,7 +2346,7 @@ def test_detection_script(tmp_path, capsys):
     """A whole run on rendered scenes; --eval of its files gives the logged numbers; --image draws and prints."""
     *epochs, report = run_detect(tmp_path / "run", "--ema-reset=1")
     printed = capsys.readouterr().out
-    assert "castling gap          0.00 points of AP" in printed and "learning rate of 0.005 (0.8 per 640" in printed
+    assert "castling gap          0.00 points of AP" in printed and "learning rate of 0.01 (1.6 per 640" in printed
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "config.json", "log.jsonl", "last.pt", "best.pt", "castled.pt",
         "coco_results.json", "coco_results_castled.json",
@@ -2365,7 +2365,7 @@ def test_detection_script(tmp_path, capsys):
     for level in range(4):
         confident["ema"][f"head.predict.{level}.bias"] += 3
     train.save(tmp_path / "confident.pt", confident)
-    for split, images in (("val", 2), ("train", 40)):
+    for split, images in (("val", 4), ("train", 40)):
         detect.main(detect.parser().parse_args(["--eval", f"--split={split}", f"--checkpoint={tmp_path}/confident.pt",
                                                 "--workers=0", f"--output={tmp_path}"]))  # fmt: skip
         rows = json.loads((tmp_path / "coco_results.json").read_text())
@@ -2407,7 +2407,7 @@ def test_average_starts_anew(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", [
     ("--model=esnet_vit_s", "--amp", "--accumulate=2", "--multi-scale=1"),
-    ("--attention=softmax", "--channels-last", "--augment"),
+    ("--attention=softmax", "--no-channels-last", "--augment"),
     ("--attention=relu_e", "--no-v-dconv", "--mlp-dw=0", "--clip-grad=1"),
     ("--model=lcnet_s",),
 ])  # fmt: skip
