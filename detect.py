@@ -18,11 +18,10 @@ import argparse
 import contextlib
 import functools
 import io
-import itertools
 import json
 import math
+import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,8 +37,19 @@ from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes
 
 import train
-from attention import look_up
-from models import ESNET, LCNET, ConvBackbone, DepthSeparable, build_model, conv_norm, load_pretrained
+from attention import cores, look_up
+from models import (
+    ESNET,
+    LCNET,
+    ConvBackbone,
+    DepthSeparable,
+    LoadReport,
+    build_model,
+    conv_norm,
+    load_pretrained,
+    read_checkpoint,
+    weights_in,
+)
 from train import SHAPES, DataError, EpochSampler, Run, Scenes, Task, at_least, share
 
 STRIDES = (8, 16, 32, 64)  # of the levels, pixels
@@ -59,7 +69,7 @@ DETECTORS = {  # backbone: neck, and the channels and depth of the head
 # rendered scenes have a small, short recipe of their own, made for two CPU cores.
 DATA_DEFAULTS = {
     "coco": dict(epochs=300, batch_size=80, lr=0.4, multi_scale=2, augment=True, eval_every=10),
-    "shapes": dict(image_size=128, epochs=6, batch_size=16, lr=1.6, multi_scale=0, augment=False, eval_every=1),
+    "shapes": dict(image_size=128, epochs=4, batch_size=16, lr=1.6, multi_scale=0, augment=False, eval_every=1),
 }
 
 
@@ -156,7 +166,8 @@ def make_points(sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
 
 def decode(bins: Tensor, points: Tensor) -> Tensor:
     """Boxes (B, P, 4) from bins (B, P, 4, 8): each side's distance is the mean of its distribution, in strides."""
-    distance = bins.softmax(dim=-1) @ torch.arange(BINS, dtype=bins.dtype, device=bins.device)        # (B, P, 4)
+    steps = torch.arange(BINS, dtype=bins.dtype, device=bins.device)
+    distance = (bins.softmax(dim=-1) * steps).sum(-1)       # no matrix product, which autocast would round   (B, P, 4)
     centre, stride = points[:, :2], points[:, 2:]
     return torch.cat([centre - stride * distance[..., :2], centre + stride * distance[..., 2:]], dim=-1)
 
@@ -346,25 +357,31 @@ def detections(
 
 # ---- data: COCO files and rendered scenes ----------------------------------------------------------------------------
 
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 AN_ID = (lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer")
 A_TEXT = (lambda value: isinstance(value, str), "a text")
-A_SIDE = (lambda value: isinstance(value, int | float) and value >= 1, "a number of pixels, at least 1")
+A_SIDE = (lambda value: is_number(value) and value >= 1, "a number of pixels, at least 1")
+AN_AREA = (is_number, "a number")
 A_BOX = (
-    lambda value: isinstance(value, list) and len(value) == 4
-    and all(isinstance(number, int | float) and math.isfinite(number) for number in value),
+    lambda value: isinstance(value, list) and len(value) == 4 and all(map(is_number, value)),
     "four finite numbers: x, y, width, height",
-)  # fmt: skip
+)
+A_SWITCH = (lambda value: value in (0, 1), "0 or 1")
 COCO_FIELDS = {  # of each part of an annotation file: field, and what it has to be
     "images": dict(id=AN_ID, file_name=A_TEXT, width=A_SIDE, height=A_SIDE),
     "categories": dict(id=AN_ID, name=A_TEXT),
-    "annotations": dict(id=AN_ID, image_id=AN_ID, category_id=AN_ID, bbox=A_BOX),
+    "annotations": dict(id=AN_ID, image_id=AN_ID, category_id=AN_ID, bbox=A_BOX, area=AN_AREA, iscrowd=A_SWITCH),
 }
+OPTIONAL = {"area": lambda row: row["bbox"][2] * row["bbox"][3], "iscrowd": lambda row: 0}  # and what they are then
 
 
 def read_annotations(path: Path) -> dict:
     """A COCO annotation file. Raises ValueError that names the file, the record and the field that is wrong."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
@@ -375,10 +392,12 @@ def read_annotations(path: Path) -> dict:
             raise ValueError(f"{path} has no list of records {part!r}: expected COCO's {', '.join(COCO_FIELDS)}")
         for i, row in enumerate(rows):
             for name, (fits, expected) in fields.items():
-                if name not in row:
+                if name not in row and name in OPTIONAL:
+                    row[name] = OPTIONAL[name](row)
+                elif name not in row:
                     hint = ", only a segmentation: detection needs boxes" if "segmentation" in row else ""
                     raise ValueError(f"{path}: {part}[{i}] has no {name!r}{hint}")
-                if not fits(row[name]):
+                elif not fits(row[name]):
                     raise ValueError(f"{path}: {part}[{i}] has {name!r} {row[name]!r}, expected {expected}")
         key, times = Counter(row["id"] for row in rows).most_common(1)[0] if rows else (None, 1)
         if times > 1:
@@ -391,19 +410,24 @@ def read_annotations(path: Path) -> dict:
     return content
 
 
+def existing(name: str, images: Path) -> Path | None:
+    """The file of that name in the folder of images, or in the one above; None if it is in neither."""
+    return next((path for path in (images / name, images.parent / name) if path.is_file()), None)
+
+
 class CocoFolder(Dataset):
     """Images and boxes of one COCO annotation file, with the file's own classes.
 
-    Boxes are clipped to their image; those of no area then are dropped and counted in `dropped`. For training, crowds
-    are no targets, and images without a target are left out; evaluation keeps all images, and knows crowds.
+    Targets are clipped to their image; boxes of no area then are dropped and counted in `dropped`. For training,
+    crowds are no targets, and images without a target are left out; evaluation keeps all images, and knows crowds.
 
+    Args: images: the folder that file names are relative to; else they are to the folder above.
     classes: [{"id", "name"}] by id; a label is an index into it. An item is as `sample` makes it.
     Raises: ValueError for what is wrong in the file, or an image that is not there.
     """
 
     def __init__(self, annotations: Path, images: Path, training: bool):
         content = read_annotations(annotations)
-        self.folder = images
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.classes = [{"id": category["id"], "name": category["name"]} for category in categories]
         labels = {category["id"]: label for label, category in enumerate(self.classes)}
@@ -415,20 +439,20 @@ class CocoFolder(Dataset):
             if box[2] <= box[0] or box[3] <= box[1]:
                 self.dropped += 1
                 continue
-            row = dict(area=width * height, iscrowd=0) | row
-            fields = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-            self.annotations.append({field: row[field] for field in fields})
+            if not training:
+                fields = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+                self.annotations.append({field: row[field] for field in fields})
             if not row["iscrowd"]:
                 boxes, kinds = self.targets[row["image_id"]]
                 boxes.append(box)
                 kinds.append(labels[row["category_id"]])
+        if not any(boxes for boxes, _ in self.targets.values()):
+            raise ValueError(f"{annotations} has no boxes to find (crowds are none)")
         self.images = [image for image in content["images"] if self.targets[image["id"]][0] or not training]
-        if not self.images or not self.annotations:
-            raise ValueError(f"{annotations} has no {'images' if self.annotations else 'boxes'} to use")
-        there = set()
-        with contextlib.suppress(FileNotFoundError):
-            there = {str(path.relative_to(images)) for path in images.rglob("*")}
-        missing = [image["file_name"] for image in self.images if image["file_name"] not in there]
+        there = set(os.listdir(images)) if images.is_dir() else set()  # one look instead of 100,000
+        names = [image["file_name"] for image in self.images]
+        self.paths = [images / name if name in there else existing(name, images) for name in names]
+        missing = [name for name, path in zip(names, self.paths, strict=True) if path is None]
         if missing:
             raise ValueError(f"{len(missing)} images of {annotations} are not in {images}: {missing[0]}, ...")
 
@@ -436,21 +460,19 @@ class CocoFolder(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
-        row = self.images[index]
-        image = v2.functional.pil_to_tensor(train.read_image(self.folder / row["file_name"]))
+        row, path = self.images[index], self.paths[index]
+        image = v2.functional.pil_to_tensor(train.read_image(path))
         if image.shape[1:] != (row["height"], row["width"]):
             raise DataError(
-                f"{self.folder / row['file_name']} is {image.shape[2]} x {image.shape[1]}, "
-                f"its annotations say {row['width']} x {row['height']}"
+                f"{path} is {image.shape[2]} x {image.shape[1]} pixels as stored, its annotations say "
+                f"{row['width']} x {row['height']}"
             )
         return sample(image, *self.targets[row["id"]], row["id"])
 
     def ground_truth(self) -> dict:
-        """COCO's dictionary of what is to be found in these images."""
+        """COCO's dictionary of what is to be found, as in the file; for a set that is not for training."""
         images = [{"id": row["id"]} for row in self.images]
-        known = {row["id"] for row in images}
-        annotations = [row for row in self.annotations if row["image_id"] in known]
-        return dict(images=images, annotations=annotations, categories=self.classes)
+        return dict(images=images, annotations=self.annotations, categories=self.classes)
 
 
 class SceneBoxes(Scenes):
@@ -475,7 +497,7 @@ class SceneBoxes(Scenes):
 
 
 def sample(image: Tensor, boxes, labels, image_id: int) -> dict:
-    """What data sets give: image uint8 (3, H, W), boxes (G, 4), labels (G,), image_id, and size (H, W) as it is now."""
+    """What data sets give: image uint8 (3, H, W), boxes (G, 4), labels (G,), image_id and the file's size (H, W)."""
     size = tuple(image.shape[1:])
     boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     return dict(
@@ -515,7 +537,10 @@ def collate(items: list[dict]) -> tuple[Tensor, list[dict]]:
 
 
 def augmentation(augment: bool) -> Callable:
-    """Flips; with `augment` also crops that keep a box, and colours.  PaddleDetection's RandomCrop, RandomDistort"""
+    """Flips; with `augment` also crops that keep a box, and colours. Boxes under a pixel wide or high then go.
+
+    Source: PaddleDetection @ v2.6.0, RandomCrop and RandomDistort.
+    """
     steps = [v2.RandomHorizontalFlip()]
     if augment:
         steps = [
@@ -545,8 +570,10 @@ class ScaleSampler(EpochSampler):
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         for position, (epoch, index) in enumerate(super().__iter__()):
-            drawn = random.Random(train.mixed_seed(self.seed or 0, epoch, position // self.per_step))
-            yield epoch, index, drawn.choice(self.sides)
+            if position % self.per_step == 0:
+                drawn = random.Random(train.mixed_seed(self.seed or 0, epoch, position // self.per_step))
+                side = drawn.choice(self.sides)
+            yield epoch, index, side
 
 
 def coco_files(root: Path, split: str) -> tuple[Path, Path]:
@@ -565,7 +592,7 @@ def open_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """Training and validation set of `args.data`, each with `.classes` and `ground_truth()`."""
     coco_library()
     if args.data == "shapes":
-        sizes = dict(train=args.shapes_length, val=max(1, args.shapes_length // 10))
+        sizes = dict(train=args.shapes_length, val=max(1, args.shapes_length // 15))
         return tuple(SceneBoxes(split, length, args.image_size, args.seed) for split, length in sizes.items())
     if not Path(args.data).is_dir():
         raise ValueError(f"unknown data {args.data!r}: shapes, or a folder with annotations/instances_train*.json")
@@ -605,12 +632,14 @@ def coco_metrics(ground_truth: dict, results: list[dict], library: tuple[type, t
     Args: ground_truth: COCO's dictionary; results: COCO's [{"image_id", "category_id", "bbox": xywh, "score"}].
     """
     COCO, Evaluator = library or coco_library()
+    # The evaluators take an annotation's id for "matched", so that 0 would mean unmatched.
+    truths = [row | dict(id=i + 1) for i, row in enumerate(ground_truth["annotations"])]
     with contextlib.redirect_stdout(io.StringIO()):
         truth, found = COCO(), COCO()
-        truth.dataset = dict(ground_truth)
+        truth.dataset = ground_truth | {"annotations": truths}
         extra = [dict(id=i + 1, area=row["bbox"][2] * row["bbox"][3], iscrowd=0) for i, row in enumerate(results)]
         results = [row | more for row, more in zip(results, extra, strict=True)]
-        found.dataset = dict(ground_truth) | {"annotations": results}
+        found.dataset = ground_truth | {"annotations": results}
         truth.createIndex()
         found.createIndex()
         evaluator = Evaluator(truth, found, "bbox")
@@ -625,11 +654,11 @@ def coco_metrics(ground_truth: dict, results: list[dict], library: tuple[type, t
 def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, device: torch.device) -> dict:
     """COCO's metrics in percent over the whole set, each image once over all ranks.
 
-    Rank 0 writes what was found to coco_results.json (castled: coco_results_castled.json), in COCO's result format.
+    Rank 0 writes what was found to coco_results.json, or, where a model with a branch has been castled, to
+    coco_results_castled.json, in COCO's result format.
     """
     model.eval()
     dataset, found = loader.dataset.base, []
-    ids = torch.tensor([category["id"] for category in dataset.classes])
     for images, targets in loader:
         with train.autocast(args, device):
             logits, bins, points = model(train.to_model_input(images, device, args.channels_last))
@@ -637,8 +666,10 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
             boxes, scores, labels = (x.cpu() for x in detections(logits[i], bins[i], points, images.shape[2:]))
             boxes = restored(boxes, images.shape[2:], target["size"])
             boxes[:, 2:] -= boxes[:, :2]
-            rows = zip(boxes.tolist(), scores.tolist(), ids[labels].tolist(), strict=True)
-            found += [dict(image_id=target["image_id"], category_id=c, bbox=box, score=s) for box, s, c in rows]
+            found += [
+                dict(image_id=target["image_id"], category_id=dataset.classes[label]["id"], bbox=box, score=score)
+                for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
+            ]
     parts = [found]
     if dist.is_initialized():
         parts = [None] * dist.get_world_size()
@@ -646,10 +677,13 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
     metrics = [None]
     if train.rank() == 0:
         results = sorted((row for part in parts for row in part), key=lambda row: row["image_id"])
-        branch = any(core.auxiliary for core in train.cores(model).values())
-        folder = Path(args.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"coco_results{'' if branch else '_castled'}.json").write_text(json.dumps(results))
+        castled = args.attention == "castling" and not any(core.auxiliary for core in cores(model).values())
+        path = Path(args.output) / f"coco_results{'_castled' if castled else ''}.json"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(results))
+        except OSError as error:
+            raise DataError(f"cannot write {path}: {error}") from None
         metrics = [coco_metrics(dataset.ground_truth(), results)]
     if dist.is_initialized():
         dist.broadcast_object_list(metrics, 0)
@@ -717,10 +751,17 @@ def loss_of_batch(run: Run, batch: tuple[Tensor, list[dict]]) -> Tensor:
     return sum(detection_losses(*outputs, targets).values())
 
 
+def load_start(model: Detector, path: str) -> LoadReport:
+    """A detector's weights to start from; all but the last layers if it knows another number of classes."""
+    head = weights_in(read_checkpoint(path)).get("head.predict.0.weight")
+    other = head is not None and len(head) != len(model.head.predict[0].weight)
+    return load_pretrained(model, path, fresh="head.predict." if other else None)
+
+
 def setup(run: Run) -> None:
     """The backbone's first weights, where --backbone says."""
     args = run.args
-    if args.backbone:
+    if args.backbone and train.starts_fresh(args):
         report = load_pretrained(run.model.backbone, args.backbone)
         if train.rank() == 0:
             print(f"{args.backbone}\n{report}")
@@ -754,31 +795,25 @@ def unnamed_classes(path: str, weights: dict[str, Tensor]) -> list[dict]:
     return [{"id": i + 1, "name": f"class {i + 1}"} for i in range(len(head) - 4 * BINS)]
 
 
-def draw(image: Tensor, rows: list[dict], target: Path) -> None:
-    """Write the image (3, H, W) uint8 to `target` with a labelled box for each row; one colour for each label."""
-    if rows:
-        names = sorted({row["label"] for row in rows})
-        colours = dict(zip(names, itertools.cycle(COLOURS)))  # noqa: B905
-        image = draw_bounding_boxes(
-            image,
-            torch.tensor([row["box"] for row in rows]),
-            [f"{row['label']} {row['score']:.2f}" for row in rows],
-            colors=[colours[row["label"]] for row in rows],
-            width=2,
-        )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        v2.functional.to_pil_image(image).save(target)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot write {target}: {error}") from None
+def draw(image: Tensor, rows: list[dict], labels: list[int]) -> Tensor:
+    """The image (3, H, W) uint8 with the labelled box of each row; the colours are the classes'."""
+    if not rows:
+        return image
+    return draw_bounding_boxes(
+        image,
+        torch.tensor([row["box"] for row in rows]),
+        [f"{row['label']} {row['score']:.2f}" for row in rows],
+        colors=[COLOURS[label % len(COLOURS)] for label in labels],
+        width=2,
+    )
 
 
 def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """--image: what is found in a file, or in each image file of a folder, drawn to --output, printed with --json."""
-    paths, output = train.image_paths(args.image), args.output
-    folder = Path(args.image).is_dir()
-    if output is None and not args.json:
-        output = "boxes" if folder else f"{paths[0].stem}_boxes.png"
+    targets = train.drawing_paths(args.image, args.output, "boxes")
+    drawn = args.output is not None or not args.json
+    if args.data is None and not train.settings_for(DETECTION, args.checkpoint):
+        args.data = "coco"  # no word about it: the size of photographs, not of rendered scenes
     model, classes = train.load_model(DETECTION, args)
     side = args.image_size
 
@@ -786,24 +821,25 @@ def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callab
     def work() -> None:
         model.to(device)
         printed = []
-        for path in paths if train.rank() == 0 else []:
-            image = v2.functional.pil_to_tensor(train.read_image(path))
-            resized = v2.functional.resize(image, [side, side], antialias=False)
-            logits, bins, points = model(train.to_model_input(resized[None], device, args.channels_last))
-            found = detections(logits[0], bins[0], points, (side, side), min_score=args.min_score)
-            boxes, scores, labels = (x.cpu() for x in found)
-            boxes = restored(boxes, (side, side), image.shape[1:])
-            rows = [
-                dict(label=classes[label]["name"], score=score, box=box)
-                for label, score, box in zip(labels.tolist(), scores.tolist(), boxes.tolist(), strict=True)
-            ]
-            printed.append(dict(image=str(path), boxes=rows))
-            if output:
-                target = Path(output) / f"{path.stem}.png" if folder else Path(output)
-                draw(image, rows, target)
-                print(f"{path}: {len(rows)} boxes, drawn to {target}", file=sys.stderr if args.json else sys.stdout)
-        if args.json and train.rank() == 0:
-            print(json.dumps(printed, indent=1))
+        with contextlib.ExitStack() as stack:
+            if args.json:
+                stack.callback(lambda: print(json.dumps(printed, indent=1)))
+            for path, image in train.read_each(targets):
+                image = v2.functional.pil_to_tensor(image)
+                resized = v2.functional.resize(image, [side, side], antialias=False)
+                logits, bins, points = model(train.to_model_input(resized[None], device, args.channels_last))
+                found = detections(logits[0], bins[0], points, (side, side), min_score=args.min_score)
+                boxes, scores, labels = (x.cpu() for x in found)
+                boxes, labels = restored(boxes, (side, side), image.shape[1:]).tolist(), labels.tolist()
+                rows = [
+                    dict(label=classes[label]["name"], score=score, box=box)
+                    for label, score, box in zip(labels, scores.tolist(), boxes, strict=True)
+                ]
+                printed.append(dict(image=str(path), boxes=rows))
+                if drawn:
+                    train.write_image(v2.functional.to_pil_image(draw(image, rows, labels)), targets[path])
+                if not args.json:
+                    print(f"{path}: {len(rows)} boxes, drawn to {targets[path]}")
 
     return work
 
@@ -821,7 +857,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="detect.py", description=__doc__, formatter_class=formatter,
         epilog=f"models: {', '.join(DETECTORS)}; default lcnet_vit_s\n"
-        "data: shapes, or a folder with annotations/instances_{train,val}2017.json, train2017/ and val2017/",
+        "data: shapes, or a folder with annotations/instances_{train,val}2017.json, train2017/ and val2017/\n"
+        "image size of folders: 320 for S models, 416 for M and L",
     )  # fmt: skip
     train.shared_flags(p, DATA_DEFAULTS)
     add, on_off = p.add_argument, argparse.BooleanOptionalAction
@@ -837,7 +874,7 @@ def parser() -> argparse.ArgumentParser:
     add("--backbone", help="classification checkpoint that the backbone starts from")
     add("--mlp-dw", type=at_least(0), help="kernel of the MLPs' DWConv, 0 for none; default 5, softmax 0 (D7)")
     add("--v-dconv", action=on_off, help="the DWConv on V; default on")
-    add("--shapes-length", type=at_least(1), help="rendered training scenes, default 4000; a tenth as many validate")
+    add("--shapes-length", type=at_least(1), help="rendered training scenes, default 6000; 1 in 15 as many validate")
     add("--min-score", type=share, default=0.3, help="least score of a box that --image shows; default 0.3")
     add("--json", action="store_true", help="with --image: print the boxes, xyxy in pixels")
     return p
@@ -850,7 +887,7 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
     args.model = args.model or "lcnet_vit_s"
     look_up(DETECTORS, args.model, "detector")
     sides = dict(image_size=320 if args.model.endswith("_s") else 416)
-    train.fill_in(args, dict(v_dconv=True, shapes_length=4000) | sides | row)
+    train.fill_in(args, dict(v_dconv=True, shapes_length=6000) | sides | row)
 
 
 DETECTION = Task(
@@ -869,6 +906,7 @@ DETECTION = Task(
     describe=describe_recipe,
     unnamed=unnamed_classes,
     predict=prepare_prediction,
+    load=load_start,
     setup=setup,
     begin_epoch=begin_epoch,
 )

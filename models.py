@@ -907,10 +907,10 @@ class MapBlock(MViTBlock):
     paper's Tables 3, 6 and 7, which say what the text leaves out.
     """
 
-    def __init__(self, dim: int, heads: int, mlp_dw: int, core: Mapping):
+    def __init__(self, dim: int, heads: int, mlp_dw: int, drop_path: float, core: Mapping):
         qkv, proj, head_dim = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), dim // heads
         attn = PooledAttention(qkv, proj, heads, head_dim, head_dim, core=core)
-        super().__init__(dim, attn, dim, Mlp(dim, 2 * dim, mlp_dw, norm=True), stride=1, drop_path=0.0)
+        super().__init__(dim, attn, dim, Mlp(dim, 2 * dim, mlp_dw, norm=True), stride=1, drop_path=drop_path)
         self.apply(init_linear)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -965,6 +965,7 @@ class LCNet(ConvBackbone):
         heads: of the transformer block at stride 16, and at stride 32.
         mlp_dw: kernel of the MLPs' DWConv, 0 for none; None means 5 for every kernel but the softmax baseline (D7).
         v_dconv: False takes the DWConv on V out of the attention, as in the row "+ Lin." of Tables 6 and 7.
+        drop_path: stochastic depth of the transformer blocks.
     """
 
     def __init__(
@@ -974,6 +975,7 @@ class LCNet(ConvBackbone):
         num_classes: int | None = None,
         mlp_dw: int | None = None,
         v_dconv: bool = True,
+        drop_path: float = 0.0,
         core: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
@@ -989,7 +991,7 @@ class LCNet(ConvBackbone):
                 if stride == 2 or not transformer:
                     blocks.append(DepthSeparable(dim, out_dim, kernel, stride, squeeze))
                 elif stage != 4:  # one transformer block for all of stages 3 and 4
-                    blocks.append(MapBlock(dim, heads[stage == 5], mlp_dw, core))
+                    blocks.append(MapBlock(dim, heads[stage == 5], mlp_dw, drop_path, core))
                 dim = out_dim
             self.blocks.append(nn.Sequential(*blocks))
         self.channels = (dims[2], dims[4], dims[5])
@@ -1057,7 +1059,7 @@ class ESNet(ConvBackbone):
         width: factor on all channels but the stem's 24.
         ratios: inner channels of each block of each stage, over the stage's.
         heads: of the two transformer blocks at stride 32.
-        mlp_dw, v_dconv: see `LCNet`.
+        mlp_dw, v_dconv, drop_path: see `LCNet`.
     """
 
     def __init__(
@@ -1068,6 +1070,7 @@ class ESNet(ConvBackbone):
         num_classes: int | None = None,
         mlp_dw: int | None = None,
         v_dconv: bool = True,
+        drop_path: float = 0.0,
         core: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
@@ -1079,7 +1082,7 @@ class ESNet(ConvBackbone):
             inner = [make_divisible(int(out_dim * ratio), 8) for ratio in row]
             blocks = [ESBlockDown(dim, out_dim, inner[0])]
             if heads is not None and stage == 2:
-                blocks += [MapBlock(out_dim, heads, mlp_dw, core) for _ in inner[1:]]
+                blocks += [MapBlock(out_dim, heads, mlp_dw, drop_path, core) for _ in inner[1:]]
             else:
                 blocks += [ESBlock(out_dim, channels) for channels in inner[1:]]
             self.stages.append(nn.Sequential(*blocks))
@@ -1299,13 +1302,14 @@ def value_rows(name: str, weights: dict[str, Tensor], own: Tensor, model: nn.Mod
     return result.flatten(0, 1)
 
 
-def load_pretrained(model: nn.Module, path: str | Path) -> LoadReport:
+def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None) -> LoadReport:
     """Load a checkpoint: this project's, timm's names, or the official files of DeiT, LeViT, MViTv2 and MAE.
 
     A castling model takes over all that carries over from a published softmax one; what it has beyond that keeps its
     initialisation, in which the MLP's DWConv is the identity. Tables for another image size are resized; files do not
     say their grid, so it is taken as square, or, if the length is the model's, as the model's.
 
+    Args: fresh: what parameters' names start with that keep their initialisation, whatever the file has for them.
     Returns: what was loaded, resized, partly loaded, newly initialised and ignored; printing it lists them.
     Raises: ValueError that names the file and whatever is missing, left over or of another shape without an
         explanation; the model is then unchanged.
@@ -1348,7 +1352,9 @@ def load_pretrained(model: nn.Module, path: str | Path) -> LoadReport:
     final, wrong = {}, []
     for name, value in own.items():
         found = weights.get(name)
-        if found is not None and not isinstance(found, Tensor):
+        if fresh and name.startswith(fresh):
+            report.new.append(name)
+        elif found is not None and not isinstance(found, Tensor):
             wrong.append(f"{name} is no tensor")
         elif found is not None and found.shape == value.shape:
             final[name] = found

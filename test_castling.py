@@ -649,8 +649,6 @@ def tiny(family, attention="castling", image_size=64, seed=0, **options):
         "levit": ("levit128", TINY_LEVIT), "deit": ("deit_tiny", TINY_DEIT), "mvit": ("mvitv2_tiny", TINY_MVIT),
         "lcnet": ("lcnet_vit_s", TINY_LCNET), "esnet": ("esnet_vit_s", TINY_ESNET),
     }[family]  # fmt: skip
-    if family in ("lcnet", "esnet"):  # always 0
-        options.pop("drop_path", None)
     torch.manual_seed(seed)
     return shaken(build_model(name, attention, 5, image_size, **(row | options))).eval()
 
@@ -1321,7 +1319,7 @@ def test_shuffle_alternates_the_halves():
 def test_map_block_equals_timms_pooled_attention():
     """The softmax T-block's attention is MViTv2's without relative positions, residual pooling included."""
     mvitv2 = pytest.importorskip("timm.models.mvitv2")
-    block = shaken(models.MapBlock(24, 3, 0, models.ATTENTIONS["softmax"])).eval()
+    block = shaken(models.MapBlock(24, 3, 0, 0.0, models.ATTENTIONS["softmax"])).eval()
     reference = mvitv2.MultiScaleAttention(
         24, 24, (5, 4), num_heads=3, mode="conv", kernel_q=(3, 3), kernel_kv=(3, 3), has_cls_token=False,
         rel_pos_type="none", residual_pooling=True, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
@@ -1659,6 +1657,8 @@ def test_interrupted_run_continues(tmp_path, monkeypatch, capsys):
     ("--model=deit_tiny", "--mixup=0.8", "--cutmix=1", "--smoothing=0.1", "--erasing=0.5", "--channels-last"),
     ("--mask-schedule=fixed", "--no-castle-downsample", "--drop-path=0.1", "--schedule=exponential"),
     ("--amp", "--mask-schedule=anneal"),
+    ("--model=lcnet_vit_s", "--drop-path=0.1"),
+    ("--model=esnet_vit_s",),
 ])  # fmt: skip
 def test_every_option_trains(tmp_path, options):
     """Each combination runs to its report; a model without a branch reports no gap."""
@@ -2010,11 +2010,12 @@ def test_images_without_boxes_train(boxes):
 
 
 def test_losses_are_float32_under_autocast():
-    """bfloat16 outputs are widened before assignment and losses."""
+    """bfloat16 outputs are widened before assignment and losses; autocast around them changes no bit."""
     _, _, logits, bins, points, targets = golden_outputs()
-    losses = detect.detection_losses(logits.bfloat16(), bins.bfloat16(), points, targets)
-    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     widened = detect.detection_losses(logits.bfloat16().float(), bins.bfloat16().float(), points, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = detect.detection_losses(logits.bfloat16(), bins.bfloat16(), points, targets)
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     assert_close(losses, widened, rtol=0, atol=0)
 
 
@@ -2165,7 +2166,10 @@ def test_coco_folder_is_read(coco, capsys):
     (lambda c: c["images"][1].update(id=100), "images has 2 records of 'id' 100"),
     (lambda c: c["images"][1].update(file_name="gone.jpg"), "gone.jpg"),
     (lambda c: c["images"][1].update(width="wide"), "expected a number of pixels"),
-    (lambda c: c["annotations"].clear(), "has no boxes to use"),
+    (lambda c: c["annotations"].clear(), "has no boxes to find"),
+    (lambda c: [row.update(iscrowd=1) for row in c["annotations"]], "has no boxes to find"),
+    (lambda c: c["annotations"][1].update(iscrowd="0"), "'iscrowd' '0', expected 0 or 1"),
+    (lambda c: c["annotations"][1].update(area=None), "'area' None, expected a number"),
     (lambda c: c["categories"][0].update(name="cat"), "different categories"),
 ])  # fmt: skip
 def test_annotation_errors_name_file_and_field(coco, change, message):
@@ -2183,8 +2187,11 @@ def test_other_data_errors(coco, tmp_path):
             detect.open_data(detect_flags(f"--data={data}"))
     Image.new("RGB", (9, 9)).save(coco.root / "train2017" / "2.jpg")
     train_set, _ = detect.open_data(detect_flags(f"--data={coco.root}"))
-    with pytest.raises(train.DataError, match="2.jpg is 9 x 9, its annotations say 74 x 70"):
+    with pytest.raises(train.DataError, match="2.jpg is 9 x 9 pixels as stored, its annotations say 74 x 70"):
         train_set[1]
+    Image.new("I;16", (81, 65)).save(coco.root / "train2017" / "3.png")
+    with pytest.raises(train.DataError, match="3.png: more than 8 bits"):
+        train.read_image(coco.root / "train2017" / "3.png")
     (coco.root / "train2017" / "3.jpg").write_text("no picture")
     with pytest.raises(train.DataError, match="3.jpg"):
         train_set[2]
@@ -2256,6 +2263,14 @@ def random_results(seed, images=12, classes=4):
                 results.append(dict(image_id=image, category_id=kind, bbox=[float(v) for v in box], score=rng.random()))
     categories = [dict(id=i + 1, name=str(i)) for i in range(classes)]
     return dict(images=[dict(id=i) for i in range(images)], annotations=truth, categories=categories), results
+
+
+@pytest.mark.parametrize("first", [0, -7, 2**70])
+def test_annotation_ids_do_not_matter(first):
+    """Any numbering of annotations gives the same metrics: the evaluators would take an id of 0 for "not matched"."""
+    truth, results = random_results(1)
+    renumbered = [row | dict(id=first + i) for i, row in enumerate(truth["annotations"])]
+    assert detect.coco_metrics(truth | dict(annotations=renumbered), results) == detect.coco_metrics(truth, results)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -2342,8 +2357,21 @@ def run_detect(folder, *options):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def confident(checkpoint, path):
+    """A detector's checkpoint, trained to be sure of anything: with few steps nothing else would be found at all."""
+    state = models.read_checkpoint(checkpoint)
+    for level in range(4):
+        state["ema"][f"head.predict.{level}.bias"] += 3
+    train.save(path, state)
+    return path
+
+
+def run_detect_with(*options):
+    detect.main(detect.parser().parse_args(list(options)))
+
+
 def test_detection_script(tmp_path, capsys):
-    """A whole run on rendered scenes; --eval of its files gives the logged numbers; --image draws and prints."""
+    """A whole run on rendered scenes: its files, its log, its report; --eval finds what its model finds."""
     *epochs, report = run_detect(tmp_path / "run", "--ema-reset=1")
     printed = capsys.readouterr().out
     assert "castling gap          0.00 points of AP" in printed and "learning rate of 0.01 (1.6 per 640" in printed
@@ -2357,37 +2385,75 @@ def test_detection_script(tmp_path, capsys):
         "backbone.blocks.3.1.attn", "backbone.blocks.5.1.attn",
     }  # fmt: skip
     assert report["castling_report"]["macs"]["castled"] < report["castling_report"]["macs"]["with branch"]
-    for name in ("best.pt", "castled.pt"):
-        detect.main(detect.parser().parse_args(["--eval", f"--checkpoint={tmp_path}/run/{name}", "--workers=0",
-                                                f"--output={tmp_path}/eval"]))  # fmt: skip
-        assert json.loads(capsys.readouterr().out.splitlines()[-1])["test_AP"] == pytest.approx(record["test_AP"])
-    confident = models.read_checkpoint(tmp_path / "run" / "best.pt")  # trained to be sure of anything
-    for level in range(4):
-        confident["ema"][f"head.predict.{level}.bias"] += 3
-    train.save(tmp_path / "confident.pt", confident)
-    for split, images in (("val", 4), ("train", 40)):
-        detect.main(detect.parser().parse_args(["--eval", f"--split={split}", f"--checkpoint={tmp_path}/confident.pt",
-                                                "--workers=0", f"--output={tmp_path}"]))  # fmt: skip
-        rows = json.loads((tmp_path / "coco_results.json").read_text())
-        assert [row["image_id"] for row in rows] == sorted(row["image_id"] for row in rows)
-        assert {row["image_id"] for row in rows} == set(range(images))
-    (tmp_path / "photos").mkdir()
-    for i in range(2):
-        Image.fromarray(detect.SceneBoxes("val", 5, 90).scene(i).image).save(tmp_path / "photos" / f"{i}.png")
-    common = [f"--checkpoint={tmp_path}/run/castled.pt", "--min-score=0.01"]
+    sure = confident(tmp_path / "run" / "best.pt", tmp_path / "sure.pt")
+    found = {}
+    for split, images in (("val", 2), ("train", 40)):
+        run_detect_with("--eval", f"--split={split}", f"--checkpoint={sure}", "--workers=0")
+        folder = tmp_path / f"eval-shapes-{split}"
+        found[split] = [json.loads((folder / f"coco_results{x}.json").read_text()) for x in ("", "_castled")]
+        assert {row["image_id"] for row in found[split][0]} == set(range(images))
+        assert found[split][0] == found[split][1] and len(found[split][0]) > images  # the masks are empty: no gap
+        assert json.loads(capsys.readouterr().out)["castling_gap"] == 0
+    # the castled weights alone, in another folder, and a branch that still holds something
+    model, _ = train.load_model(detect.DETECTION, detect.parser().parse_args([f"--checkpoint={sure}"]))
+    train.save(tmp_path / "castled.pt", castle(copy.deepcopy(model)).state_dict())
+    shape = ("--data=shapes", "--image-size=64", "--shapes-length=40")
+    run_detect_with("--eval", f"--checkpoint={tmp_path}/castled.pt", f"--output={tmp_path}/alone", *shape)
+    assert json.loads((tmp_path / "alone" / "coco_results_castled.json").read_text()) == found["val"][0]
+    model.load_state_dict({key: 5 * value if "qkv" in key else value for key, value in model.state_dict().items()})
+    args = detect_flags(*shape, f"--output={tmp_path}/branch", "--workers=0")
+    loader = detect.val_loader(args, detect.open_data(args)[1])
+    set_threshold(model, 0.0)
+    train.evaluate_castling(detect.DETECTION, model, loader, args, torch.device("cpu"))
+    hybrid, castled = ((tmp_path / "branch" / f"coco_results{x}.json").read_text() for x in ("", "_castled"))
+    assert hybrid != castled
+
+
+def test_detection_draws_and_prints(tmp_path, capsys):
+    """--image draws an image or a folder, upright, in the image's size; --json prints classes, scores and boxes."""
+    run_detect(tmp_path / "run", "--max-steps=1")
+    sure = confident(tmp_path / "run" / "best.pt", tmp_path / "sure.pt")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, name in enumerate(("a.png", "b.jpg", "b.png")):
+        image = Image.fromarray(detect.SceneBoxes("val", 5, 90).scene(i).image[: 90 - 20 * i])
+        exif = Image.Exif()
+        exif[0x0112] = 6 if i == 1 else 1  # turned by a quarter
+        image.save(photos / name, exif=exif)
+    common = [f"--checkpoint={sure}", "--min-score=0.1"]
     capsys.readouterr()
-    detect.main(detect.parser().parse_args([*common, f"--image={tmp_path}/photos", f"--output={tmp_path}/drawn"]))
-    assert capsys.readouterr().out.count("drawn to") == 2
-    drawn, photo = (np.asarray(Image.open(tmp_path / folder / "0.png")) for folder in ("drawn", "photos"))
-    assert drawn.shape == photo.shape and (drawn != photo).any()
-    detect.main(detect.parser().parse_args([*common, f"--image={tmp_path}/photos/1.png", "--json"]))
+    run_detect_with(*common, f"--image={photos}", f"--output={tmp_path}/drawn")
+    assert capsys.readouterr().out.count("drawn to") == 3
+    drawn = {path.name: np.asarray(Image.open(path)) for path in (tmp_path / "drawn").iterdir()}
+    assert {name: image.shape for name, image in drawn.items()} == {
+        "a.png": (90, 90, 3), "b.jpg.png": (90, 70, 3), "b.png.png": (50, 90, 3),
+    }  # fmt: skip
+    assert (drawn["a.png"] != np.asarray(Image.open(photos / "a.png"))).any()
+    run_detect_with(*common, f"--image={photos}/b.png", "--json")
     found = json.loads(capsys.readouterr().out)
-    assert found[0]["image"].endswith("1.png") and found[0]["boxes"][0].keys() == {"label", "score", "box"}
-    assert all(box["label"] in train.SHAPES and 0 <= box["box"][0] <= box["box"][2] <= 90 for box in found[0]["boxes"])
+    assert found[0]["image"].endswith("b.png") and found[0]["boxes"][0].keys() == {"label", "score", "box"}
+    assert all(box["label"] in train.SHAPES and box["box"][3] <= 50 for box in found[0]["boxes"])
+    run_detect_with(f"--checkpoint={sure}", "--min-score=1", f"--image={photos}/a.png", f"--output={tmp_path}/none.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "none.png")), np.asarray(Image.open(photos / "a.png")))
+    (photos / "c.png").write_text("no picture")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:  # the rest is printed, the failure too
+        run_detect_with(*common, f"--image={photos}", "--json")
+    streams = capsys.readouterr()
+    assert stopped.value.code == 1 and len(json.loads(streams.out)) == 3 and "c.png" in streams.err
+    (tmp_path / "file").write_text("")
+    for output, message in ((photos, "would overwrite"), (tmp_path / "file", "is a file")):
+        with pytest.raises(SystemExit) as stopped:
+            run_detect_with(*common, f"--image={photos}", f"--output={output}")
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    for output in ("drawn", "nowhere/x.png"):
+        with pytest.raises(SystemExit) as stopped:
+            run_detect_with(*common, f"--image={photos}/a.png", f"--output={tmp_path}/{output}")
+        assert stopped.value.code == 2 and "no image file in an existing folder" in capsys.readouterr().err
 
 
 def test_average_starts_anew(tmp_path, monkeypatch):
-    """Every --ema-reset epochs the average of weights is set to the current ones; resuming does so once as well."""
+    """Every --ema-reset epochs the average of weights is set to the current ones."""
     counts = []
     monkeypatch.setattr(train, "append_log", lambda folder, record: counts.append(record.get("epoch")))
     updates = []
@@ -2423,6 +2489,11 @@ def test_detection_on_coco_files(coco, tmp_path, capsys):
     run = (f"--data={coco.root}", "--batch-size=2", f"--backbone={tmp_path}/backbone.pt", "--multi-scale=0")
     *_, report = run_detect(tmp_path / "run", *run)
     assert "ignored: classifier.bias" in capsys.readouterr().out and report["castling_report"]["castling_gap"] == 0
+    (tmp_path / "backbone.pt").unlink()
+    run_detect(tmp_path / "run", *run)  # complete: its first weights are no longer asked for
+    assert "resumed" in capsys.readouterr().out
+    run_detect(tmp_path / "shapes", f"--checkpoint={tmp_path}/run/best.pt", "--max-steps=1")  # other classes
+    assert "new: head.predict.*.bias x 4, head.predict.*.weight x 4" in capsys.readouterr().out
     classes = [dict(id=3, name="owl"), dict(id=7, name="kite")]
     assert models.read_checkpoint(tmp_path / "run" / "best.pt")["classes"] == classes
     common = [f"--checkpoint={tmp_path}/run/best.pt", "--eval", f"--output={tmp_path}/e"]
@@ -2437,6 +2508,7 @@ def test_detection_on_coco_files(coco, tmp_path, capsys):
     (("--image-size=64", "--multi-scale=2"), "too small for --multi-scale 2"),
     (("--batch-size=1",), "--batch-size 2 or more"),
     (("--image=x.png",), "need --checkpoint"),
+    (("--eval", "--checkpoint=gone.pt"), "no checkpoint file gone.pt"),
 ])  # fmt: skip
 def test_detection_arguments_are_checked(tmp_path, capsys, options, message):
     """Wrong arguments end with status 2 and say what is wrong, before work starts."""
@@ -2445,14 +2517,30 @@ def test_detection_arguments_are_checked(tmp_path, capsys, options, message):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_detection_trains_on_two_processes(tmp_path):
-    """Two processes share data and metrics: one log, every validation image once."""
+def test_detection_trains_on_two_processes(tmp_path, capsys):
+    """Two processes share data and metrics: one log, one gradient; every image is evaluated once over both."""
     torchrun(2, "detect.py", *DETECT_SMALL, "--batch-size=2", f"--output={tmp_path}/two")
     records = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
     assert len(records) == 2 and records[0]["step"] == 4
-    launch(sys.executable, "detect.py", "--eval", f"--checkpoint={tmp_path}/two/best.pt", f"--output={tmp_path}/one")
-    one, two = (json.loads((tmp_path / name / "coco_results_castled.json").read_text()) for name in ("one", "two"))
-    assert len(one) == len(two) and [row["image_id"] for row in one] == [row["image_id"] for row in two]
+    sure = confident(tmp_path / "two" / "best.pt", tmp_path / "sure.pt")
+    torchrun(2, "detect.py", "--eval", f"--checkpoint={sure}", "--workers=0", f"--output={tmp_path}/by-two")
+    run_detect_with("--eval", f"--checkpoint={sure}", "--workers=0", f"--output={tmp_path}/by-one")
+    one, two = (json.loads((tmp_path / name / "coco_results.json").read_text()) for name in ("by-one", "by-two"))
+    assert len(one) == len(two) > 2
+    for a, b in zip(one, two, strict=True):
+        assert (a["image_id"], a["category_id"]) == (b["image_id"], b["category_id"])
+
+
+def test_checkpoints_know_their_script(tmp_path, capsys):
+    """A classifier's checkpoint is no detector's, and the other way round; a classifier's backbone is."""
+    run_train(tmp_path / "c", "--model=lcnet_vit_s", "--max-steps=1")
+    *_, report = run_detect(tmp_path / "d", "--max-steps=1", f"--backbone={tmp_path}/c/best.pt")
+    assert "castling_report" in report
+    for module, folder, other in ((detect, "c", "train.py"), (train, "d", "detect.py")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            module.main(module.parser().parse_args(["--eval", f"--checkpoint={tmp_path}/{folder}/best.pt"]))
+        assert f"is a checkpoint of {other}" in capsys.readouterr().err
 
 
 # ---- flops.py --------------------------------------------------------------------------------------------------------

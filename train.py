@@ -25,7 +25,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -309,11 +310,13 @@ class DataError(RuntimeError):
     """A file of the data set cannot be used; the message names it."""
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """An image file as RGB; DataError names the file that cannot be read."""
+def read_image(path: str | Path, upright: bool = False) -> Image.Image:
+    """An image file as RGB, `upright` as its EXIF orientation says; DataError names the file that cannot be read."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            if image.mode.startswith("I"):
+                raise ValueError("more than 8 bits per channel, which would be clipped")
+            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read image {path}: {error}") from None
 
@@ -665,6 +668,7 @@ class Task:
     describe(run) -> the recipe in a line or more, for the start of the output.
     unnamed(path, weights) -> numbered classes, as many as a plain state dict has; ValueError if it is no such model.
     predict(args, device) -> what --image does, checked and ready to go.
+    load(model, path) -> LoadReport: weights to start from.
     setup(run): what else has to be made, or checked, before a run starts. begin_epoch(run, epoch).
     """
 
@@ -683,6 +687,7 @@ class Task:
     describe: Callable
     unnamed: Callable
     predict: Callable
+    load: Callable = load_pretrained
     setup: Callable = lambda run: None
     begin_epoch: Callable = lambda run, epoch: None
 
@@ -995,7 +1000,8 @@ def parser() -> argparse.ArgumentParser:
 
 # Flags that may differ between a run and its continuation.
 FREE_ON_RESUME = {"output", "resume", "workers", "eval", "image", "amp", "compile", "channels_last", "checkpoint",
-                  "batch_size", "accumulate", "teacher_checkpoint", "eval_every", "split"}  # fmt: skip
+                  "batch_size", "accumulate", "teacher_checkpoint", "eval_every", "split",
+                  "backbone"}  # fmt: skip
 # Flags that a checkpoint answers for when they are not given.
 TRAINED_FLAGS = ("model", "attention", "image_size", "castle_downsample", "distilled", "epsilon", "mask_schedule",
                  "data", "shapes_length", "seed")  # fmt: skip
@@ -1016,6 +1022,8 @@ def fill_in(args: argparse.Namespace, defaults: Mapping) -> None:
     for flag, value in (shared | dict(defaults)).items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
+    if args.output is None and args.eval:
+        args.output = str(Path(args.checkpoint).parent / f"eval-{Path(args.data).resolve().name}-{args.split}")
     if args.output is None:
         short = f"-{args.max_steps}steps" if args.max_steps else ""
         args.output = f"runs/{args.model}-{args.attention}-{Path(args.data).resolve().name}{short}"
@@ -1061,6 +1069,14 @@ def settings_of(path: str, checkpoint: dict) -> dict:
     return settings if ours else {}  # others too write args, and files of that name
 
 
+def settings_for(task: Task, path: str) -> dict:
+    """`settings_of` a file. Raises ValueError if it is another script's."""
+    settings = settings_of(path, read_checkpoint(path))
+    if settings.get("script", task.script) != task.script:
+        raise ValueError(f"{path} is a checkpoint of {settings['script']}, not of {task.script}")
+    return settings
+
+
 def load_model(task: Task, args: argparse.Namespace, classes: list | None = None) -> tuple[nn.Module, list]:
     """The model in --checkpoint, in eval mode, at the mask threshold it had reached; and the classes it knows.
 
@@ -1069,7 +1085,7 @@ def load_model(task: Task, args: argparse.Namespace, classes: list | None = None
     Args: classes: what to assume where the file does not say; None numbers them.
     """
     checkpoint = read_checkpoint(args.checkpoint)
-    trained = settings_of(args.checkpoint, checkpoint)
+    trained = settings_for(task, args.checkpoint)
     task.resolve(args, trained)
     classes = trained.get("classes") or classes or task.unnamed(args.checkpoint, weights_in(checkpoint))
     model = task.make_model(args, len(classes), trained.get("image_size") or args.image_size)
@@ -1162,11 +1178,15 @@ def whole_records(log: Path) -> Iterator[dict]:
             yield json.loads(line)
 
 
+def starts_fresh(args: argparse.Namespace) -> bool:
+    """Whether --resume leads to a new run: then first weights are loaded from the files that flags name."""
+    return args.resume == "never" or (args.resume == "auto" and not (Path(args.output) / "last.pt").exists())
+
+
 def begin_or_resume(run: Run) -> None:
     """What --resume says. Lines of the log that are ahead of the checkpoint are dropped."""
     last, log = run.folder / "last.pt", run.folder / "log.jsonl"
-    path = last if run.args.resume == "auto" else Path(run.args.resume)
-    fresh = run.args.resume == "never" or (run.args.resume == "auto" and not last.exists())
+    path, fresh = last if run.args.resume == "auto" else Path(run.args.resume), starts_fresh(run.args)
     barrier()  # every rank has looked before rank 0 writes
     if not fresh:
         resume(run, path)
@@ -1199,8 +1219,8 @@ def prepare_run(task: Task, args: argparse.Namespace, device: torch.device) -> C
         args.ema_decay = ema_decay_for(total_steps)
     torch.manual_seed(args.seed)  # the same first weights on every rank
     model = task.make_model(args, len(train_set.classes), args.image_size)
-    if args.checkpoint:
-        report = load_pretrained(model, args.checkpoint)
+    if args.checkpoint and starts_fresh(args):
+        report = task.load(model, args.checkpoint)
         if rank() == 0:
             print(f"{args.checkpoint}\n{report}")
     model.to(device)
@@ -1229,7 +1249,7 @@ def prepare_run(task: Task, args: argparse.Namespace, device: torch.device) -> C
 
 def prepare_evaluation(task: Task, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """--eval: prints one JSON object, the metrics of the checkpoint with and without its auxiliary branch."""
-    task.resolve(args, settings_of(args.checkpoint, read_checkpoint(args.checkpoint)))
+    task.resolve(args, settings_for(task, args.checkpoint))
     val_set = task.open_data(args)[args.split == "val"]
     model, classes = load_model(task, args, val_set.classes)
     if classes != val_set.classes:
@@ -1261,9 +1281,57 @@ def image_paths(source: str) -> list[Path]:
     return paths
 
 
+def drawing_paths(source: str, output: str | None, suffix: str) -> dict[Path, Path]:
+    """{image file: file to draw it to} for an image or a folder of images.
+
+    By default NAME_suffix.png here, or NAME.png in a folder NAME_suffix. Raises ValueError for an `output` that cannot
+    be drawn to, or that would overwrite an image.
+    """
+    images, folder = image_paths(source), Path(source).is_dir()
+    if not folder:
+        target = Path(output or f"{images[0].stem}_{suffix}.png")
+        if target.suffix.lower() not in Image.registered_extensions() or not target.parent.is_dir():
+            raise ValueError(f"--output {target} is no image file in an existing folder")
+        targets = {images[0]: target}
+    else:
+        root = Path(output or f"{Path(source).resolve().name}_{suffix}")
+        if root.exists() and not root.is_dir():
+            raise ValueError(f"--output {root} is a file; a folder of images is drawn to a folder")
+        stems = Counter(path.stem for path in images)
+        targets = {path: root / f"{path.stem if stems[path.stem] == 1 else path.name}.png" for path in images}
+    overwritten = {path.resolve() for path in images} & {path.resolve() for path in targets.values()}
+    if overwritten:
+        raise ValueError(f"--output would overwrite {min(overwritten)}")
+    return targets
+
+
+def read_each(paths: Iterable[Path]) -> Iterator[tuple[Path, Image.Image]]:
+    """The images of files that can be read, upright, on rank 0; then DataError if there were others, each named."""
+    unread = 0
+    for path in paths if rank() == 0 else ():
+        try:
+            image = read_image(path, upright=True)
+        except DataError as error:
+            sys.stderr.write(f"{error}\n")
+            unread += 1
+            continue
+        yield path, image
+    if unread:
+        raise DataError(f"{unread} images could not be read")
+
+
+def write_image(image: Image.Image, target: Path) -> None:
+    """Save a drawing; DataError names the file that cannot be written."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image.save(target)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot write {target}: {error}") from None
+
+
 def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """--image: prints the five likeliest classes of a file, or of each image file of a folder."""
-    if args.data is None and not settings_of(args.checkpoint, read_checkpoint(args.checkpoint)):
+    if args.data is None and not settings_for(CLASSIFICATION, args.checkpoint):
         args.data = "folder"  # somebody else's model: the sizes and crop of photographs
     model, classes = load_model(CLASSIFICATION, args)
     paths = image_paths(args.image)
@@ -1274,8 +1342,8 @@ def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callab
     @torch.inference_mode()
     def work() -> None:
         model.to(device)
-        for path in paths if rank() == 0 else []:
-            images = to_model_input(transform(read_image(path))[None], device, args.channels_last)
+        for path, image in read_each(paths):
+            images = to_model_input(transform(image)[None], device, args.channels_last)
             top = model(images)[0].softmax(0).topk(min(5, len(classes)))
             found = zip(top.indices.tolist(), top.values.tolist(), strict=True)
             print(f"{path}: " + ", ".join(f"{classes[i]} {probability:.1%}" for i, probability in found))
@@ -1366,6 +1434,7 @@ def run_script(task: Task, args: argparse.Namespace) -> None:
 
     A process that fails leaves its group without ceremony: the others may be waiting in it, and torchrun ends them.
     """
+    args.script = task.script  # for its checkpoints
     try:
         work = prepare(task, args, start_processes())
     except ValueError as error:
