@@ -45,7 +45,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from attention import SCHEDULES, castle, cores, mask_density, mask_statistics, record_masks, set_threshold
-from models import ATTENTIONS, HEADS, MODELS, build_model, load_pretrained, read_checkpoint, weights_in
+from models import ATTENTIONS, HEADS, MODELS, VIT_DENSE, build_model, load_pretrained, read_checkpoint, weights_in
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1; used for all data
 
@@ -317,12 +317,16 @@ class Augmented(Dataset):
     def __len__(self) -> int:
         return len(self.base)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
         epoch, index = key
-        image, label = self.base[index]
+        item = self.base[index]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed_seed(self.seed, epoch, index))
-            return self.transform(image), label
+            return self.apply(*item)
+
+    def apply(self, image, label: int) -> tuple[Tensor, int]:
+        """One item of `base`, transformed; where more than the image changes, a subclass says how."""
+        return self.transform(image), label
 
 
 class EpochSampler(Sampler):
@@ -643,6 +647,7 @@ class Task:
     unnamed(path, weights) -> numbered classes, as many as a plain state dict has; ValueError if it is no such model.
     predict(args, device) -> what --image does, checked and ready to go.
     setup(run): what else has to be made, or checked, before a run starts. begin_epoch(run, epoch).
+    load(model, path) -> LoadReport: weights to start from.
     """
 
     script: str
@@ -662,6 +667,7 @@ class Task:
     predict: Callable
     setup: Callable = lambda run: None
     begin_epoch: Callable = lambda run, epoch: None
+    load: Callable = load_pretrained
 
     @property
     def metric(self) -> str:
@@ -904,7 +910,8 @@ share = at_least(0, float, most=1)
 
 def by_data(flag: str, defaults: dict[str, dict] = DATA_DEFAULTS) -> str:
     """The part of a flag's help that says what its default is for each kind of data."""
-    return "default " + ", ".join(f"{row[flag]} for {data}" for data, row in defaults.items() if flag in row)
+    given = [f"{row[flag]} for {data}" for data, row in defaults.items() if flag in row]
+    return f"default {', '.join(given) or 'none'}"
 
 
 def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict] = DATA_DEFAULTS) -> None:
@@ -939,7 +946,7 @@ def parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(
         prog="train.py", description=__doc__, formatter_class=formatter,
-        epilog=f"models: {', '.join(MODELS)}; default levit128\n"
+        epilog=f"models: {', '.join(name for name in MODELS if name not in VIT_DENSE)}; default levit128\n"
         "data: shapes, cifar10, cifar100 (downloaded to ./data), or a folder with train/<class>/ and val/<class>/ "
         "(or test/)",
     )  # fmt: skip
@@ -1011,7 +1018,9 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
 
 
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> nn.Module:
-    """The model that resolved flags describe. Raises ValueError as `build_model` does."""
+    """The model that resolved flags describe. Raises ValueError as `build_model` does, and for one without classes."""
+    if args.model in VIT_DENSE:
+        raise ValueError(f"{args.model} gives feature maps, not classes: it is a backbone of segment.py")
     options = dict(epsilon=args.epsilon, schedule=args.mask_schedule)
     options |= {key: getattr(args, key) for key in ("drop_path", "distilled") if getattr(args, key) is not None}
     model = build_model(args.model, args.attention, num_classes, image_size, args.castle_downsample, **options)
@@ -1176,7 +1185,7 @@ def prepare_run(task: Task, args: argparse.Namespace, device: torch.device) -> C
     torch.manual_seed(args.seed)  # the same first weights on every rank
     model = task.make_model(args, len(train_set.classes), args.image_size)
     if args.checkpoint:
-        report = load_pretrained(model, args.checkpoint)
+        report = task.load(model, args.checkpoint)
         if rank() == 0:
             print(f"{args.checkpoint}\n{report}")
     model.to(device)
