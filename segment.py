@@ -429,7 +429,7 @@ class MaskedDecoder(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """(B, 3, H, W) normalised pixels -> the predictions of `MaskedDecoder`, masks at a quarter of the padded size.
+    """(B, 3, H, W) normalised pixels -> the predictions of `MaskedDecoder`, masks at the pyramid's finest stride.
 
     Images are padded with zeros, at the bottom and right, to a multiple of `stride`.
     """
@@ -480,8 +480,8 @@ def build_segmenter(
     backbone = look_up(SEGMENTERS, name, "segmenter")
     if num_classes < 1 or num_classes > IGNORE:
         raise ValueError(f"num_classes must be within 1..{IGNORE}, got {num_classes}")
-    if width < 32 or width % 32 or width % heads:
-        raise ValueError(f"width must be a multiple of 32 (groups of GroupNorm) and of heads {heads}, got {width}")
+    if width < 64 or width % 64 or width % heads:
+        raise ValueError(f"width must be a multiple of 64 (GroupNorm has 32 groups) and of heads {heads}, got {width}")
     for what, value in dict(queries=queries, layers=layers, encoder_layers=encoder_layers).items():
         if value < 1:
             raise ValueError(f"{what} must be at least 1, got {value}")
@@ -1017,7 +1017,7 @@ def parser() -> argparse.ArgumentParser:
                    "default 150")  # fmt: skip
     add("eval-steps", at_least(1), "optimiser steps from one evaluation to the next, an epoch of the log")
     add("patch-size", at_least(4), "pixels; the pyramid has strides of 1/4, 1/2, 1 and 2 patches")
-    add("width", at_least(32), "channels of pyramid and decoders")
+    add("width", at_least(64), "channels of pyramid and decoders")
     add("queries", at_least(1), "masks that are predicted per image")
     add("layers", at_least(1), "of the masked decoder")
     add("encoder-layers", at_least(1), "of the pixel decoder")
