@@ -587,14 +587,15 @@ def prediction_loss(classes: Tensor, masks: Tensor, targets: Targets, num_masks:
     Mask losses are sums over matched pairs, divided by `num_masks`; without any target they are 0, with a gradient.
     """
     classes, masks = widened(classes), widened(masks)
+    pairs = [match(classes[i], masks[i], *target, points) for i, target in enumerate(targets)]
+    image = torch.cat([torch.full_like(queries, i) for i, (queries, _) in enumerate(pairs)])
+    query = torch.cat([queries for queries, _ in pairs])
+    labels, truths = (
+        torch.cat([target[kind][order] for target, (_, order) in zip(targets, pairs, strict=True)]) for kind in (0, 1)
+    )
     wanted = torch.full(classes.shape[:2], classes.shape[2] - 1, device=classes.device)  # no object
-    logits, truths = [], []
-    for i, (labels, truth) in enumerate(targets):
-        queries, order = match(classes[i], masks[i], labels, truth, points)
-        wanted[i, queries] = labels[order]
-        logits.append(masks[i, queries])
-        truths.append(truth[order])
-    logits, truths = torch.cat(logits), torch.cat(truths)                             # (M, y, x), (M, H, W)
+    wanted[image, query] = labels
+    logits = masks[image, query]                                                      # (M, y, x), truths (M, H, W)
     weight = classes.new_ones(classes.shape[2])
     weight[-1] = NO_OBJECT
     label = F.cross_entropy(classes.flatten(0, 1), wanted.flatten(), weight)
@@ -707,7 +708,7 @@ def evaluate(model: Segmenter, loader: DataLoader, args: argparse.Namespace, dev
 
 
 class ShapeScenes(train.Shapes):
-    """Rendered scenes of one to four shapes: (uint8 image (3, S, S), uint8 labels (S, S)); background is class 0."""
+    """Rendered scenes of one to three shapes: (uint8 image (3, S, S), uint8 labels (S, S)); background is class 0."""
 
     classes = ["background", *train.SHAPES]
 
@@ -715,7 +716,7 @@ class ShapeScenes(train.Shapes):
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
         rng = np.random.default_rng([self.seed, self.split, index])
-        return render_scene(rng, self.size, rng.integers(0, len(train.SHAPES), rng.integers(1, 5)).tolist())
+        return render_scene(rng, self.size, rng.integers(0, len(train.SHAPES), rng.integers(1, 4)).tolist())
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         scene = self.scene(index)
