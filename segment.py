@@ -1,8 +1,8 @@
 """Train a semantic segmenter, Mask2Former on a dense ViT, and castle it at the end. Any number of processes.
 
-    python segment.py                                                built-in rendered scenes, one process, no download
-    torchrun --nproc-per-node=8 segment.py --model vit_base --data ADEChallengeData2016 --checkpoint mae_vit_base.pth
-    python segment.py --eval --checkpoint runs/X/best.pt             mIoU with and without the auxiliary branch
+    python segment.py                                              built-in rendered scenes, one process, no download
+    torchrun --nproc-per-node=8 segment.py --data ADE20K --batch-size 2 --checkpoint mae_pretrain_vit_base.pth
+    python segment.py --eval --checkpoint runs/X/best.pt           mIoU with and without the auxiliary branch
     python segment.py --image photo.jpg --checkpoint runs/X/best.pt --output overlay.png
 
 Mask2Former  Cheng et al., arXiv:2112.01527;  facebookresearch/Mask2Former @ 161be51, mask2former/ and the
@@ -795,8 +795,10 @@ def class_names(root: Path, num_classes: int | None) -> list[str]:
 def open_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """Training and validation set of `args.data`, each with `.classes`, neither augmented."""
     if args.data == "shapes":
+        if args.num_classes not in (None, len(ShapeScenes.classes)):
+            raise ValueError(f"--num-classes {args.num_classes}, but shapes has {len(ShapeScenes.classes)}")
         train_set = ShapeScenes("train", args.shapes_length, args.image_size, args.seed)
-        return train_set, ShapeScenes("val", max(1, args.shapes_length // 20), args.image_size, args.seed)
+        return train_set, ShapeScenes("val", max(1, args.shapes_length // 40), args.image_size, args.seed)
     root = Path(args.data)
     if not root.is_dir():
         raise ValueError(f"unknown data {args.data!r}: shapes or an existing folder")
@@ -1028,7 +1030,7 @@ def parser() -> argparse.ArgumentParser:
     add("backbone-lr", at_least(0, float), "factor on the learning rate of ViT and pyramid")
     add("clip-grad", at_least(0, float), "largest gradient norm over all parameters, 0 for no limit")
     add("ema-decay", train.share, "of the averaged weights, 0 for none; a horizon of 4%% of the run where not given")
-    p.add_argument("--shapes-length", type=at_least(1), help="rendered training scenes, default 20000; 1 in 20 as many "
+    p.add_argument("--shapes-length", type=at_least(1), help="rendered training scenes, default 20000; 1 in 40 as many "
                    "validate")  # fmt: skip
     p.add_argument("--json", action="store_true", help="with --image: print classes and shares of pixels as JSON")
     return p

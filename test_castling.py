@@ -2471,8 +2471,7 @@ def streets(tmp_path):
             Image.fromarray(image).save(tmp_path / "streets" / "images" / split / f"{i}.jpg")
             annotation = Image.fromarray(numbers)
             if i % 2:
-                annotation = Image.fromarray(numbers, "P")
-                annotation.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tobytes())
+                annotation.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tobytes())  # makes it a palette image
             annotation.save(tmp_path / "streets" / "annotations" / split / f"{i}.png")
     (tmp_path / "streets" / "classes.txt").write_text("road\nsky\ntree\nhouse\n")
     return tmp_path / "streets"
@@ -2603,6 +2602,7 @@ def test_segmentation_folder_trains_and_names_what_is_wrong(tmp_path, streets, c
     (streets / "classes.txt").unlink()
     assert f"{streets}/images/validation" in refused(2)
     assert "no-such" in refused(2, "--data=no-such")
+    assert "but shapes has 13" in refused(2, "--data=shapes", "--num-classes=4")
 
 
 def test_two_processes_segment_like_one(tmp_path):
