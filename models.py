@@ -1095,7 +1095,8 @@ def load_pretrained(model: nn.Module, path: str | Path) -> LoadReport:
     """Load a checkpoint: this project's, timm's names, or the official files of DeiT, LeViT, MViTv2 and MAE.
 
     A castling model takes over all that carries over from a published softmax one; what it has beyond that keeps its
-    initialisation, in which the MLP's DWConv is the identity. Tables for another image size are resized; files do not
+    initialisation, in which the MLP's DWConv is the identity. A dense model has no use for class token, final norm and
+    head. Tables for another image size are resized; files do not
     say their grid, so it is taken as square, or, if the length is the model's, as the model's.
 
     Returns: what was loaded, resized, partly loaded, newly initialised and ignored; printing it lists them.
@@ -1120,6 +1121,8 @@ def load_pretrained(model: nn.Module, path: str | Path) -> LoadReport:
             return not file_has_dist
         if name.startswith("head."):  # MAE's encoder has no classifier
             return published and not any(other.startswith(("head.", "fc_norm.")) for other in weights)
+        if name.endswith(".dwconv.bias") and name.removesuffix("bias") + "weight" in weights:
+            return True  # a DeiT's DWConv has none: zero, as it starts, is the same
         added = r"\.(dconv|dwconv|pool_[qkv]|norm_[qkv]|skip)\.|attn_downsample\.qkv\.bn\.num_batches_tracked"
         return castling and published and bool(re.search(added, name))
 

@@ -1998,6 +1998,12 @@ def test_mae_files_load_into_the_backbone(tmp_path):
     for name, message in (("odd", "unknown surprise.weight"), ("short", "missing blocks.1.norm2.bias")):
         with pytest.raises(ValueError, match=message):
             segment.load_start(tiny_segmenter(), tmp_path / f"{name}.pth")
+    deit = tiny("deit", dim=32, heads=4, patch_size=8)  # castling, its DWConvs are 5x5 and have no bias
+    torch.save(deit.state_dict(), tmp_path / "deit.pt")
+    report = segment.load_start(tiny_segmenter(mlp_conv=5), tmp_path / "deit.pt")
+    assert {name for name in report.new if ".vit." in name} == {
+        f"backbone.vit.blocks.{i}.mlp.dwconv.bias" for i in range(2)
+    }  # fmt: skip
     other = tiny_segmenter(image_size=64, seed=1)
     torch.save(other.state_dict(), tmp_path / "whole.pt")
     report = segment.load_start(model, tmp_path / "whole.pt")
@@ -2377,7 +2383,7 @@ def test_segmenter_names_and_options_are_checked():
         (dict(patch_size=6), "patch_size"), (dict(depht=3), "depth"), (dict(queries=0), "queries"),
     ]  # fmt: skip
     for options, message in cases:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message), torch.device("meta"):
             segment.build_segmenter(**options)
 
 
