@@ -49,7 +49,7 @@ VIT_DENSE = {  # ViT without class token or final norm; drop path of MAE's fine-
     "vit_base_dense": dict(dim=768, heads=12, depth=12),
     "vit_small_dense": dict(dim=384, heads=6, depth=12),
     "vit_tiny_dense": dict(dim=192, heads=3, depth=12),
-    "vit_mini_dense": dict(dim=128, heads=4, depth=6),
+    "vit_mini_dense": dict(dim=128, heads=4, depth=4),
 }
 
 LEVIT = {  # arXiv:2104.01136, Table 1 and released specification; key_dim is D, per head, of the stage blocks

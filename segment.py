@@ -58,12 +58,12 @@ DATA_DEFAULTS = {
         patch_size=16, width=256, queries=100, layers=9, encoder_layers=6, points=12544,
     ),
     "shapes": dict(
-        model="vit_mini", image_size=64, batch_size=16, lr=1e-3, backbone_lr=1.0, weight_decay=0.05, clip_grad=0.01,
+        model="vit_mini", image_size=64, batch_size=16, lr=6e-4, backbone_lr=1.0, weight_decay=0.05, clip_grad=0.01,
         drop_path=0.0, eval_steps=250,
         patch_size=8, width=64, queries=20, layers=3, encoder_layers=1, points=512,
     ),
 }  # fmt: skip
-STEPS = {"folder": 160_000, "shapes": 2000}  # of a run, where neither --epochs nor --max-steps bounds it
+STEPS = {"folder": 160_000, "shapes": 2500}  # of a run, where neither --epochs nor --max-steps bounds it
 LR_BATCH = 16  # `lr` is the first learning rate at a global batch of this size; it scales with the batch
 
 
