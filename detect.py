@@ -22,6 +22,7 @@ import json
 import math
 import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -588,23 +589,19 @@ def coco_files(root: Path, split: str) -> tuple[Path, Path]:
     return found[0], next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
-def open_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
-    """Training and validation set of `args.data`, each with `.classes` and `ground_truth()`."""
+def open_split(args: argparse.Namespace, split: str) -> Dataset:
+    """"train" or "val" of `args.data`, with `.classes` and, unless it is for training, `ground_truth()`."""
     coco_library()
     if args.data == "shapes":
-        sizes = dict(train=args.shapes_length, val=max(1, args.shapes_length // 15))
-        return tuple(SceneBoxes(split, length, args.image_size, args.seed) for split, length in sizes.items())
+        length = args.shapes_length if split == "train" else max(1, args.shapes_length // 15)
+        return SceneBoxes(split, length, args.image_size, args.seed)
     if not Path(args.data).is_dir():
         raise ValueError(f"unknown data {args.data!r}: shapes, or a folder with annotations/instances_train*.json")
-    sets = []
-    for split in ("train", "val"):
-        annotations, images = coco_files(Path(args.data), split)
-        sets.append(CocoFolder(annotations, images, training=split == "train"))
-        if sets[-1].dropped and train.rank() == 0:
-            print(f"{annotations}: {sets[-1].dropped} boxes outside their image or of zero area dropped")
-    if sets[0].classes != sets[1].classes:
-        raise ValueError(f"the training and validation files of {args.data} have different categories")
-    return tuple(sets)
+    annotations, images = coco_files(Path(args.data), split)
+    dataset = CocoFolder(annotations, images, training=split == "train" and not args.eval)
+    if dataset.dropped and train.rank() == 0:
+        sys.stderr.write(f"{annotations}: {dataset.dropped} boxes outside their image or of zero area dropped\n")
+    return dataset
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -894,7 +891,7 @@ DETECTION = Task(
     script="detect.py",
     metrics={"AP": "AP", "AP50": "AP50", "AP75": "AP75"},
     resolve=resolve,
-    open_data=open_data,
+    open_split=open_split,
     length=length,
     make_model=make_model,
     make_optimizer=make_optimizer,

@@ -9,6 +9,7 @@ LeViT   Graham et al., arXiv:2104.01136;   github.com/facebookresearch/LeViT @ 3
 MViTv2  Li et al., arXiv:2112.01526;       timm 1.0.31, mvitv2.py
 LCNet   Cui et al., arXiv:2109.15099;      timm 1.0.31, mobilenetv3.py
 ESNet   Yu et al., arXiv:2111.00902;       github.com/PaddlePaddle/PaddleDetection @ v2.6.0, ppdet/.../esnet.py
+ViT     He et al., arXiv:2111.06377 (MAE); dense, for segment.py: feature maps instead of logits
 Castling variants: arXiv:2211.10526v4, section 4, and the counts of its Tables 1 and 2, which fix what the text leaves
 out: a depthwise convolution inside the MLPs (D7), 3x3 depthwise pooling of q, k, v, queries added to the output.
 
@@ -44,6 +45,13 @@ DEIT = {  # arXiv:2012.12877, Table 1; drop path as released
     "deit_tiny": dict(dim=192, heads=3, depth=12),
     "deit_small": dict(dim=384, heads=6, depth=12),
     "deit_base": dict(dim=768, heads=12, depth=12),
+}
+
+VIT_DENSE = {  # ViT without class token or final norm; drop path of MAE's fine-tuning; the last is for small images
+    "vit_base_dense": dict(dim=768, heads=12, depth=12),
+    "vit_small_dense": dict(dim=384, heads=6, depth=12),
+    "vit_tiny_dense": dict(dim=192, heads=3, depth=12),
+    "vit_mini_dense": dict(dim=128, heads=4, depth=4),
 }
 
 LEVIT = {  # arXiv:2104.01136, Table 1 and released specification; key_dim is D, per head, of the stage blocks
@@ -141,9 +149,11 @@ class MlpDWConv(nn.Conv2d):
     With `norm` a BatchNorm follows.
     """
 
-    def __init__(self, channels: int, kernel: int, norm: bool = False):
-        super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
+    def __init__(self, channels: int, kernel: int, bias: bool = False, norm: bool = False):
+        super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=bias)
         nn.init.dirac_(self.weight, groups=channels)
+        if bias:
+            nn.init.zeros_(self.bias)
         self.norm = nn.BatchNorm2d(channels) if norm else nn.Identity()
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
@@ -260,10 +270,10 @@ class SelfAttention(AttentionCore):
 class Mlp(nn.Module):
     """Linear, [DWConv, [BatchNorm,]] GELU, linear on (B, N, C); `conv` is the DWConv's kernel size, 0 for none."""
 
-    def __init__(self, dim: int, hidden: int, conv: int = 0, norm: bool = False):
+    def __init__(self, dim: int, hidden: int, conv: int = 0, conv_bias: bool = False, conv_norm: bool = False):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = MlpDWConv(hidden, conv, norm) if conv else None
+        self.dwconv = MlpDWConv(hidden, conv, conv_bias, conv_norm) if conv else None
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
@@ -276,12 +286,21 @@ class Mlp(nn.Module):
 class ViTBlock(nn.Module):
     """Pre-norm transformer block on (B, N, C)."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: int, mlp_conv: int, drop_path: float, core: dict):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: int,
+        mlp_conv: int,
+        drop_path: float,
+        core: Mapping,
+        conv_bias: bool = False,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = SelfAttention(dim, heads, **core)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, mlp_ratio * dim, mlp_conv)
+        self.mlp = Mlp(dim, mlp_ratio * dim, mlp_conv, conv_bias=conv_bias)
         self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
@@ -358,6 +377,61 @@ class DeiT(nn.Module):
             return self.head(x[:, 0])
         logits = self.head(x[:, 0]), self.head_dist(x[:, 1])
         return logits if self.training else (logits[0] + logits[1]) / 2
+
+
+# ---- dense ViT -------------------------------------------------------------------------------------------------------
+
+
+class DenseViT(nn.Module):
+    """(B, 3, H, W) pixels -> (B, C, h, w), the last blocks' features, h = ceil(H / patch_size): a plain ViT for dense
+    prediction, without class token, final norm or head. Any H x W: images are padded to whole patches, position
+    embeddings resampled to their grid.
+
+    Args: dim, heads, depth, image_size, drop_path, core: as in `DeiT`.
+        mlp_conv: kernel of the MLPs' DWConv, here with a bias, 0 for none; None: 3, for the softmax baseline 0. The
+            paper's 118 M and 147 G for Castling-ViT-B leave no room for a 5x5 (D7).
+    """
+
+    prefix = 1  # rows of pos_embed before the patches': the class token's. As in ViT and MAE files; nothing reads it.
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        depth: int,
+        mlp_ratio: int = 4,
+        patch_size: int = 16,
+        image_size: int | tuple[int, int] = 512,
+        drop_path: float = 0.1,
+        mlp_conv: int | None = None,
+        core: Mapping = ATTENTIONS["castling"],
+    ):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim {dim} must be divisible by heads {heads}")
+        if mlp_conv is None:
+            mlp_conv = 0 if core["kernel"] == "softmax" else 3
+        self.dim, self.patch_size = dim, patch_size
+        self.grid = tuple(-(-side // patch_size) for side in pair(image_size))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid[0] * self.grid[1], dim))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(ViTBlock(dim, heads, mlp_ratio, mlp_conv, rate, core, True) for rate in rates)
+        self.apply(init_linear)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the published recipe exempts, beyond biases and norms."""
+        return {"pos_embed"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, -x.shape[-1] % self.patch_size, 0, -x.shape[-2] % self.patch_size))
+        x = self.patch_embed(x)                                                      # (B, C, y, x)
+        grid = (x.shape[2], x.shape[3])
+        x = rearrange(x, "b c y x -> b (y x) c") + resize_positions(self.pos_embed[:, self.prefix :], self.grid, grid)
+        for block in self.blocks:
+            x = block(x, grid)
+        return rearrange(x, "b (y x) c -> b c y x", y=grid[0])
 
 
 # ---- LeViT -----------------------------------------------------------------------------------------------------------
@@ -910,7 +984,7 @@ class MapBlock(MViTBlock):
     def __init__(self, dim: int, heads: int, mlp_dw: int, drop_path: float, core: Mapping):
         qkv, proj, head_dim = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), dim // heads
         attn = PooledAttention(qkv, proj, heads, head_dim, head_dim, core=core)
-        super().__init__(dim, attn, dim, Mlp(dim, 2 * dim, mlp_dw, norm=True), stride=1, drop_path=drop_path)
+        super().__init__(dim, attn, dim, Mlp(dim, 2 * dim, mlp_dw, conv_norm=True), stride=1, drop_path=drop_path)
         self.apply(init_linear)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1102,7 +1176,9 @@ class ESNet(ConvBackbone):
 
 MODELS = {
     name: (family, row)
-    for family, table in ((DeiT, DEIT), (LeViT, LEVIT), (MViTv2, MVITV2), (LCNet, LCNET), (ESNet, ESNET))
+    for family, table in (
+        (DeiT, DEIT), (LeViT, LEVIT), (MViTv2, MVITV2), (DenseViT, VIT_DENSE), (LCNet, LCNET), (ESNet, ESNET),
+    )  # fmt: skip
     for name, row in table.items()
 }
 
@@ -1127,7 +1203,7 @@ def build_model(
         attention: "castling" (linear-angular with the auxiliary branch), "softmax" (the published architecture), or
             another kernel of Table 5 in the castling architecture, without the branch unless `auxiliary=True`.
         num_classes: length of the logits. None means 1000, and for the detection backbones LCNet and ESNet, that the
-            model returns its feature maps [C3, C4, C5] instead.
+            model returns its feature maps [C3, C4, C5] instead; no effect on dense models, which have no logits.
         image_size: pixels, one number or (height, width); the model runs at other sizes too.
         castle_downsample: see `LeViT`; no effect on families without down-sampling blocks.
         overrides: further arguments of the model (dims, depth, drop_path, distilled, mlp_conv, ...) or of its
@@ -1147,11 +1223,11 @@ def build_model(
     for key in {"mlp_conv", "mlp_dw"} & set(overrides):
         if overrides[key] and (overrides[key] < 0 or overrides[key] % 2 == 0):
             raise ValueError(f"{key} must be odd, or 0 for none, got {overrides[key]}")
-    options = dict(image_size=image_size, castle_downsample=castle_downsample)
-    options = {key: value for key, value in options.items() if key in known}
+    common = dict(image_size=image_size, castle_downsample=castle_downsample)
     if num_classes is not None:
-        options["num_classes"] = num_classes
-    return family(core=core, **(options | row | overrides))
+        common["num_classes"] = num_classes
+    options = {key: value for key, value in common.items() if key in known} | row | overrides
+    return family(core=core, **options)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -1265,7 +1341,8 @@ def official_mvit_names(weights: dict[str, Tensor], depths: list[int]) -> dict[s
 
 def resized_table(name: str, value: Tensor, own: Tensor, model: nn.Module, file_has_dist: bool) -> Tensor | None:
     """A position table of a file in the shape of the model's own, or None if it is no such table or does not fit."""
-    kind = name.rsplit(".", 1)[-1]
+    layer, _, kind = name.rpartition(".")
+    owner = model.get_submodule(layer)
     if value.ndim != own.ndim:
         return None
     if kind == "pos_embed" and value.shape[2] == own.shape[2]:
@@ -1273,13 +1350,13 @@ def resized_table(name: str, value: Tensor, own: Tensor, model: nn.Module, file_
         side = math.isqrt(value.shape[1] - prefix)
         if side**2 != value.shape[1] - prefix:
             return None
-        patches = resize_positions(value[:, prefix:], (side, side), model.grid)
-        kept = value[:, : min(prefix, model.prefix)]
-        return torch.cat([kept, own[:, kept.shape[1] : model.prefix], patches], dim=1)
+        patches = resize_positions(value[:, prefix:], (side, side), owner.grid)
+        kept = value[:, : min(prefix, owner.prefix)]
+        return torch.cat([kept, own[:, kept.shape[1] : owner.prefix], patches], dim=1)
     if kind == "attention_biases" and len(value) == len(own):
-        side, grid = math.isqrt(value.shape[1]), model.get_submodule(name.rsplit(".", 1)[0]).grid
+        side = math.isqrt(value.shape[1])
         if side**2 == value.shape[1]:
-            return resize_offsets(value.unflatten(1, (side, side)), grid).flatten(1)
+            return resize_offsets(value.unflatten(1, (side, side)), owner.grid).flatten(1)
     if kind in ("rel_pos_h", "rel_pos_w") and value.shape[1] == own.shape[1]:
         return resize_relative(value, len(own))
     return None
@@ -1306,7 +1383,8 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None
     """Load a checkpoint: this project's, timm's names, or the official files of DeiT, LeViT, MViTv2 and MAE.
 
     A castling model takes over all that carries over from a published softmax one; what it has beyond that keeps its
-    initialisation, in which the MLP's DWConv is the identity. Tables for another image size are resized; files do not
+    initialisation, in which the MLP's DWConv is the identity. A dense model has no use for class token, final norm and
+    head. Tables for another image size are resized; files do not
     say their grid, so it is taken as square, or, if the length is the model's, as the model's.
 
     Args: fresh: what parameters' names start with that keep their initialisation, whatever the file has for them.
@@ -1332,6 +1410,8 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None
             return not file_has_dist
         if name.startswith("head."):  # MAE's encoder has no classifier
             return published and not any(other.startswith(("head.", "fc_norm.")) for other in weights)
+        if name.endswith(".dwconv.bias") and name.removesuffix("bias") + "weight" in weights:
+            return True  # a DeiT's DWConv has none: zero, as it starts, is the same
         added = r"\.(dconv|dwconv|pool_[qkv]|norm_[qkv]|skip)\.|attn_downsample\.qkv\.bn\.num_batches_tracked"
         return castling and published and bool(re.search(added, name))
 
@@ -1342,6 +1422,8 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None
             return True
         if name.startswith(("head_dist.", "dist_token")):
             return getattr(model, "head_dist", None) is None
+        if isinstance(model, DenseViT) and name.startswith(("cls_token", "norm.", "fc_norm.", "head.")):
+            return True
         if kind in ("attention_biases", "rel_pos_h", "rel_pos_w"):
             return kernels.get(layer, "softmax") != "softmax"
         if name.startswith(("conv_head.", "classifier.")):

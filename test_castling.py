@@ -5,6 +5,7 @@ Oracles are the slow, obvious form in float64. Tolerances come from the dtype.
 
 import copy
 import functools
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ import attention
 import detect
 import flops
 import models
+import segment
 import train
 from attention import (
     KERNELS,
@@ -1042,7 +1044,8 @@ def test_whole_model_castles_bit_for_bit(family):
 
 def test_names_and_options_are_checked():
     """Unknown names and options, and impossible ones, are ValueErrors that name what is known."""
-    assert set(list_models()) == set(models.DEIT) | set(models.LEVIT) | set(models.MVITV2)
+    tables = (models.DEIT, models.LEVIT, models.MVITV2, models.VIT_DENSE)
+    assert set(list_models()) == {name for table in tables for name in table}
     cases = [
         (dict(name="levit_128"), "levit128"),
         (dict(name="deit_tiny", attention="softmx"), "softmax"),
@@ -1509,7 +1512,7 @@ def flags(*options, **extra):
 def test_number_of_workers_changes_nothing(photos):
     """Augmentation is a function of (seed, epoch, index): 0 and 2 workers give the same batches, epochs differ."""
     args = flags(data=photos, image_size=24, erasing=0.5)
-    base, _ = train.open_data(args)
+    base = train.open_split(args, "train")
 
     def images(workers, epoch, seed=0):
         sampler = train.EpochSampler(len(base), seed=seed, multiple=4)
@@ -2141,8 +2144,8 @@ def test_coco_folder_is_read(coco, capsys):
         dict(id=2, image_id=102, category_id=3, bbox=[500, 60, 5, 5]),        # wholly
         dict(id=3, image_id=102, category_id=3, bbox=[5, 6, 0, 5]),           # no area
     ]))  # fmt: skip
-    train_set, val_set = detect.open_data(detect_flags(f"--data={coco.root}"))
-    assert capsys.readouterr().out.count("2 boxes outside their image or of zero area dropped") == 1
+    train_set, val_set = train.open_data(detect.DETECTION, detect_flags(f"--data={coco.root}"))
+    assert capsys.readouterr().err.count("2 boxes outside their image or of zero area dropped") == 1
     assert train_set.classes == [dict(id=3, name="owl"), dict(id=7, name="kite")] == val_set.classes
     assert len(train_set) == 5 and len(val_set) == 4
     item = train_set[1]
@@ -2170,13 +2173,13 @@ def test_coco_folder_is_read(coco, capsys):
     (lambda c: [row.update(iscrowd=1) for row in c["annotations"]], "has no boxes to find"),
     (lambda c: c["annotations"][1].update(iscrowd="0"), "'iscrowd' '0', expected 0 or 1"),
     (lambda c: c["annotations"][1].update(area=None), "'area' None, expected a number"),
-    (lambda c: c["categories"][0].update(name="cat"), "different categories"),
+    (lambda c: c["categories"][0].update(name="cat"), "different classes: .*'cat'"),
 ])  # fmt: skip
 def test_annotation_errors_name_file_and_field(coco, change, message):
     """What is wrong in an annotation file is found before work starts, and named."""
     coco(change)
     with pytest.raises(ValueError, match=message) as raised:
-        detect.open_data(detect_flags(f"--data={coco.root}"))
+        train.open_data(detect.DETECTION, detect_flags(f"--data={coco.root}"))
     assert str(coco.root) in str(raised.value)
 
 
@@ -2184,9 +2187,9 @@ def test_other_data_errors(coco, tmp_path):
     """No annotations, several, no JSON, a picture of another size than its annotations say, an unreadable picture."""
     for data in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(ValueError, match="instances_train"):
-            detect.open_data(detect_flags(f"--data={data}"))
+            train.open_data(detect.DETECTION, detect_flags(f"--data={data}"))
     Image.new("RGB", (9, 9)).save(coco.root / "train2017" / "2.jpg")
-    train_set, _ = detect.open_data(detect_flags(f"--data={coco.root}"))
+    train_set, _ = train.open_data(detect.DETECTION, detect_flags(f"--data={coco.root}"))
     with pytest.raises(train.DataError, match="2.jpg is 9 x 9 pixels as stored, its annotations say 74 x 70"):
         train_set[1]
     Image.new("I;16", (81, 65)).save(coco.root / "train2017" / "3.png")
@@ -2198,16 +2201,16 @@ def test_other_data_errors(coco, tmp_path):
     path = coco.root / "annotations" / "instances_train2017.json"
     path.write_text("{")
     with pytest.raises(ValueError, match="no JSON"):
-        detect.open_data(detect_flags(f"--data={coco.root}"))
+        train.open_data(detect.DETECTION, detect_flags(f"--data={coco.root}"))
     path.rename(path.with_name("instances_train_a.json"))
     path.with_name("instances_train_b.json").write_text("{}")
     with pytest.raises(ValueError, match="several files"):
-        detect.open_data(detect_flags(f"--data={coco.root}"))
+        train.open_data(detect.DETECTION, detect_flags(f"--data={coco.root}"))
 
 
 def test_augmentation_keeps_boxes_on_their_objects(coco):
     """The bright square stays in its box through crops, flips, colours and resizing; items follow from their keys."""
-    train_set, _ = detect.open_data(detect_flags(f"--data={coco.root}"))
+    train_set, _ = train.open_data(detect.DETECTION, detect_flags(f"--data={coco.root}"))
     data, kept = detect.Resized(train_set, detect.augmentation(True), seed=0), 0
     for epoch in range(10):
         item, again, other = data[epoch, 0, 64], data[epoch, 0, 64], data[epoch + 1, 0, 64]
@@ -2402,7 +2405,7 @@ def test_detection_script(tmp_path, capsys):
     assert json.loads((tmp_path / "alone" / "coco_results_castled.json").read_text()) == found["val"][0]
     model.load_state_dict({key: 5 * value if "qkv" in key else value for key, value in model.state_dict().items()})
     args = detect_flags(*shape, f"--output={tmp_path}/branch", "--workers=0")
-    loader = detect.val_loader(args, detect.open_data(args)[1])
+    loader = detect.val_loader(args, detect.open_split(args, "val"))
     set_threshold(model, 0.0)
     train.evaluate_castling(detect.DETECTION, model, loader, args, torch.device("cpu"))
     hybrid, castled = ((tmp_path / "branch" / f"coco_results{x}.json").read_text() for x in ("", "_castled"))
@@ -2719,6 +2722,800 @@ def test_tables_are_printed(capsys):
     assert stopped.value.code == 2 and "levit128" in capsys.readouterr().err
 
 
+# ---- segment.py ------------------------------------------------------------------------------------------------------
+
+DECODERS = list(segment.PIXEL_DECODERS)
+
+
+def tiny_segmenter(attention="castling", pixel_decoder="fpn_transformer", num_classes=5, seed=0, **options):
+    """A small segmenter for 5 classes, in eval mode; constants shaken, so that nothing is zero by accident."""
+    torch.manual_seed(seed)
+    small = dict(dim=32, depth=2, patch_size=8, width=64, heads=4, queries=6, layers=4, encoder_layers=1, image_size=32)
+    model = segment.build_segmenter("vit_mini", attention, num_classes, pixel_decoder, **(small | options))
+    return shaken(model).eval()
+
+
+@pytest.fixture(scope="module")
+def table_4_costs():
+    """{(attention, pixel decoder, mlp_conv or None for the default): (model, Cost)} at 512 x 704."""
+    found = {}
+    for key in [("softmax", "fpn_transformer", None), ("softmax", "msdeform", None),
+                *(("castling", "fpn_transformer", conv) for conv in (None, 0, 5))]:  # fmt: skip
+        options = {} if key[2] is None else dict(mlp_conv=key[2])
+        with torch.device("meta"):
+            model = castle(segment.build_segmenter(attention=key[0], pixel_decoder=key[1], **options)).eval()
+            found[key] = model, flops.count(model, torch.empty(1, 3, *flops.TABLE_4_SIZE))
+    return found
+
+
+@pytest.mark.parametrize(("attention_name", "conv", "params", "macs", "backbone"), [
+    ("softmax", None, 117_595_479, 229_029_574_656, 181_596_585_984),
+    ("castling", 0, 117_596_775, 194_266_527_744, 146_833_539_072),
+    ("castling", None, 117_965_415, 194_733_668_352, 147_300_679_680),
+    ("castling", 5, 118_555_239, 195_564_140_544, 148_131_151_872),
+])  # fmt: skip
+def test_counts_of_table_4(table_4_costs, attention_name, conv, params, macs, backbone):
+    """The integers that fit the paper's 118 M, 229 / 195 G and 182 / 147 G: softmax; DWConv on V only; with the MLPs'
+    3x3, the default; with a 5x5 instead."""
+    _, cost = table_4_costs[attention_name, "fpn_transformer", conv]
+    assert (cost.params, cost.macs, cost.by_module["backbone"]) == (params, macs, backbone)
+
+
+def test_parts_of_table_4(table_4_costs):
+    """Each part by itself, so that no two mistakes cancel. The deformable decoder's samples are 4 MACs a value."""
+    model, cost = table_4_costs["softmax", "fpn_transformer", None]
+    parts = {
+        "backbone.vit.patch_embed": 830_472_192, "backbone.vit.blocks.0": 13_010_731_008,
+        "backbone.vit.blocks.0.attn": 6_366_953_472, "backbone.pyramid.0": 17_716_740_096,
+        "backbone.pyramid.1": 5_536_481_280, "backbone.pyramid.2": 1_107_296_256, "backbone.pyramid.3": 276_824_064,
+        "pixel_decoder": 36_044_800_000, "pixel_decoder.encoder.5": 524_812_288,
+        "pixel_decoder.mask_features": 13_287_555_072, "decoder": 11_388_188_672,
+    }  # fmt: skip
+    assert {name: cost.by_module[name] for name in parts} == parts
+    sizes = [parameters(part) for part in (model.backbone, model.pixel_decoder, model.decoder, *model.backbone.pyramid)]
+    assert sizes == [91_992_256, 11_105_792, 14_497_431, 2_115_904, 1_869_184, 787_456, 787_456]
+    assert table_4_costs["castling", "fpn_transformer", 0][1].by_module["backbone.vit.blocks.0"] == 10_113_810_432
+    assert table_4_costs["castling", "fpn_transformer", None][1].by_module["backbone.vit.blocks.0"] == 10_152_738_816
+    model, cost = table_4_costs["softmax", "msdeform", None]
+    tokens = 22 * 16 + 44 * 32 + 88 * 64
+    assert parameters(model.pixel_decoder) == 5_315_008
+    assert (cost.macs - 6 * 4 * tokens * 8 * 12 * 32) / 1e9 == pytest.approx(242.05, abs=0.005)
+
+
+def test_table_4_is_printed(capsys):
+    """Whole model and backbone, both attentions and pixel decoders; the default decoder's rows are within 0.35%."""
+    flops.main(flops.parser().parse_args(["--table=4", "--json"]))
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 8 and all("512 x 704" in r["note"] or "backbone" in r["model"] for r in rows)
+    for r in rows[:4]:
+        assert abs(r["macs_g"] / r["paper_macs_g"] - 1) < 0.0023
+        assert r["paper_params_m"] is None or abs(r["params_m"] / r["paper_params_m"] - 1) < 0.0035
+    flops.print_rows(rows)
+    assert "194.7337" in capsys.readouterr().out
+
+
+def test_dense_vit_equals_timm(tmp_path):
+    """Softmax: the last block's features of timm's ViT without class token, from a file with one, at another size."""
+    timm = pytest.importorskip("timm")
+    shape = dict(patch_size=8, embed_dim=32, depth=2, num_heads=4, img_size=(40, 56), num_classes=0)
+    theirs = timm.models.vision_transformer.VisionTransformer(**shape, class_token=False, global_pool="avg").eval()
+    shaken(theirs)
+    weights = {name: value for name, value in theirs.state_dict().items() if not name.startswith("fc_norm")}
+    weights["pos_embed"] = torch.cat([torch.randn(1, 1, 32), weights["pos_embed"]], dim=1)
+    torch.save(weights | {"cls_token": torch.zeros(1, 1, 32)}, tmp_path / "vit.pth")
+    ours = build_model("vit_mini_dense", "softmax", image_size=(40, 56), dim=32, depth=2, patch_size=8).eval()
+    report = load_pretrained(ours, tmp_path / "vit.pth")
+    assert not report.new and "cls_token" in report.ignored
+    x = randn(2, 3, 40, 56, dtype=torch.float32)
+    expected = theirs.forward_intermediates(x, norm=False, intermediates_only=True)[-1]
+    assert_close(ours(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", sorted(models.ATTENTIONS))
+def test_dense_vit_takes_any_size_and_attention(kernel):
+    """(B, C, ceil(H / p), ceil(W / p)) for any image; the MLP's DWConv has a bias and starts as the identity."""
+    torch.manual_seed(0)
+    model = build_model("vit_mini_dense", kernel, image_size=32, dim=16, depth=1, patch_size=8).eval()
+    assert model(torch.zeros(2, 3, 30, 65)).shape == (2, 16, 4, 9)
+    conv = model.blocks[0].mlp.dwconv
+    assert (conv is None) == (kernel == "softmax")
+    if conv is not None:
+        x = randn(1, 15, 64, dtype=torch.float32)
+        assert conv.bias.shape == (64,) and conv.kernel_size == (3, 3) and torch.equal(conv(x, (3, 5)), x)
+    with pytest.raises(SystemExit):
+        train.main(train.parser().parse_args(["--model=vit_tiny_dense"]))
+
+
+def test_mae_files_load_into_the_backbone(tmp_path):
+    """Encoder files and files with decoder: class token, final norm and decoder are left out, positions resampled by
+    plain bicubic, pyramid, decoders and DWConvs new; anything else is an error. A segmenter's file loads whole."""
+    donor = build_model("vit_mini_dense", "softmax", image_size=56, dim=32, depth=2, patch_size=8)
+    weights = shaken(donor).state_dict() | {"cls_token": torch.zeros(1, 1, 32)}
+    weights |= {f"norm.{name}": torch.ones(32) for name in ("weight", "bias")}
+    full = {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 50, 8),
+            "decoder_blocks.0.norm1.weight": torch.ones(8), "decoder_pred.bias": torch.ones(3)}  # fmt: skip
+    for extra in ({}, full):
+        torch.save({"model": weights | extra}, tmp_path / "mae.pth")
+        model = tiny_segmenter(image_size=(40, 64))
+        report = segment.load_start(model, tmp_path / "mae.pth")
+        assert set(report.ignored) == {"cls_token", "norm.weight", "norm.bias", *extra}
+        assert report.resized == ["backbone.vit.pos_embed"]
+        old = donor.pos_embed[:, 1:].unflatten(1, (7, 7)).permute(0, 3, 1, 2)
+        new = F.interpolate(old, size=(5, 8), mode="bicubic", align_corners=False).flatten(2).mT
+        assert_close(model.backbone.vit.pos_embed[:, 1:], new)
+        assert torch.equal(model.backbone.vit.blocks[1].attn.qkv.weight, donor.blocks[1].attn.qkv.weight)
+        kinds = {re.sub(r"\.\d+\.", ".", name) for name in report.new if name.startswith("backbone.vit.")}
+        assert kinds == {f"backbone.vit.blocks.{part}" for part in ("attn.dconv.weight", "mlp.dwconv.weight",
+                                                                   "mlp.dwconv.bias")}  # fmt: skip
+        rest = {name for name in model.state_dict() if not name.startswith("backbone.vit.")}
+        assert rest <= set(report.new)
+        assert len(report.loaded + report.resized + report.new) == len(model.state_dict())
+    torch.save({"model": weights | {"surprise.weight": torch.zeros(1)}}, tmp_path / "odd.pth")
+    del weights["blocks.1.norm2.bias"]
+    torch.save({"model": weights}, tmp_path / "short.pth")
+    for name, message in (("odd", "unknown surprise.weight"), ("short", "missing blocks.1.norm2.bias")):
+        with pytest.raises(ValueError, match=message):
+            segment.load_start(tiny_segmenter(), tmp_path / f"{name}.pth")
+    deit = tiny("deit", dim=32, heads=4, patch_size=8)  # castling, its DWConvs are 5x5 and have no bias
+    torch.save(deit.state_dict(), tmp_path / "deit.pt")
+    report = segment.load_start(tiny_segmenter(mlp_conv=5), tmp_path / "deit.pt")
+    assert {name for name in report.new if ".vit." in name} == {
+        f"backbone.vit.blocks.{i}.mlp.dwconv.bias" for i in range(2)
+    }  # fmt: skip
+    other = tiny_segmenter(image_size=64, seed=1)
+    torch.save(other.state_dict(), tmp_path / "whole.pt")
+    report = segment.load_start(model, tmp_path / "whole.pt")
+    assert report.resized == ["backbone.vit.pos_embed"] and not report.new
+    assert torch.equal(model.decoder.class_head.weight, other.decoder.class_head.weight)
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.sampled_from([4, 8, 12]))
+@settings(max_examples=15)
+def test_sine_positions(rows, columns, dim):
+    """Channel by channel: y first, positions from 1 to n as shares of n, sine in even and cosine in odd channels."""
+    table = segment.sine_positions((rows, columns), dim)
+    for y in range(rows):
+        for x in range(columns):
+            for c in range(dim):
+                j, place = c % (dim // 2), (y + 1) / rows if c < dim // 2 else (x + 1) / columns
+                angle = 2 * math.pi * place / 10000 ** (2 * (j // 2) / (dim // 2))
+                expected = math.cos(angle) if j % 2 else math.sin(angle)
+                assert table[y * columns + x, c].item() == pytest.approx(expected, abs=1e-5)
+
+
+def bilinear(value, x, y):
+    """A map (D, H, W) at the point (x, y) in 0..1 of its width and height; 0 beyond its edges."""
+    height, width = value.shape[1:]
+    x, y, result = x * width - 0.5, y * height - 0.5, 0
+    for column in (math.floor(x), math.floor(x) + 1):
+        for row in (math.floor(y), math.floor(y) + 1):
+            if 0 <= column < width and 0 <= row < height:
+                result = result + (1 - abs(x - column)) * (1 - abs(y - row)) * value[:, row, column]
+    return result
+
+
+@given(st.integers(0, 10**6), st.integers(1, 2), st.integers(1, 3), st.integers(1, 3))
+@settings(max_examples=15)
+def test_deformable_sampling_is_its_definition(seed, batch, heads, points):
+    """Maps of several non-square sizes, points on and off them, sample by sample. Catches x for y, a wrong edge rule,
+    swapped levels and heads."""
+    grids, dim, queries = [(2, 3), (5, 2), (1, 4)], 2, 3
+    value = randn(batch, sum(y * x for y, x in grids), heads, dim, seed=seed)
+    locations = 0.5 + 0.6 * randn(batch, queries, heads, len(grids), points, 2, seed=seed + 1)
+    weights = randn(batch, queries, heads, len(grids), points, seed=seed + 2)
+    result = segment.sample_levels(value, grids, locations, weights)
+    expected = torch.zeros(batch, queries, heads, dim, dtype=torch.float64)
+    for b, n, h in np.ndindex(batch, queries, heads):
+        first = 0
+        for level, (rows, columns) in enumerate(grids):
+            tokens = value[b, first : first + rows * columns, h].view(rows, columns, dim).permute(2, 0, 1)
+            first += rows * columns
+            for p in range(points):
+                x, y = locations[b, n, h, level, p].tolist()
+                expected[b, n, h] += weights[b, n, h, level, p] * bilinear(tokens, x, y)
+    assert_close(result, expected.flatten(2))
+
+
+def test_deformable_attention_looks_where_it_says():
+    """Offsets are pixels of their map, softmax runs over all levels and points, tokens refer to their own centres;
+    initially head m looks 1, 2, 3, 4 pixels along its own of 8 directions, with equal weights."""
+    grids = [(2, 3), (4, 5)]
+    layer = segment.DeformableAttention(16, heads=8, levels=2, points=4).double()
+    start = layer.offsets.bias.view(8, 2, 4, 2)
+    for m, way in enumerate([(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]):
+        for p in range(4):
+            expected = torch.tensor(way).expand(2, 2).double() * (p + 1)
+            assert_close(start[m, :, p], expected, atol=1e-5, rtol=0)
+    references = segment.reference_points(grids, torch.zeros((), dtype=torch.float64))
+    tokens = [(rows, columns, y, x) for rows, columns in grids for y in range(rows) for x in range(columns)]
+    assert_close(references, torch.tensor([((x + 0.5) / w, (y + 0.5) / h) for h, w, y, x in tokens]).double())
+    layer = shaken(layer, std=0.3)
+    query, x = randn(2, 2, 26, 16)
+    result = layer(query, x, references, grids)
+    offsets = layer.offsets(query).view(2, 26, 8, 2, 4, 2)
+    weights = layer.weights(query).view(2, 26, 8, 8).softmax(-1).view(2, 26, 8, 2, 4)
+    places = torch.stack([
+        references[None, :, None, None] + offsets[..., level, :, :] / torch.tensor([w, h])
+        for level, (h, w) in enumerate(grids)
+    ], dim=3)  # fmt: skip
+    sampled = segment.sample_levels(layer.value(x).view(2, 26, 8, 2), grids, places, weights)
+    assert_close(result, layer.out(sampled))
+
+
+def slow_attention(layer, query, key, value, blocked=None):
+    """Multi-head attention of one image, (N, C), (M, C), (M, C), head by head; `blocked` is (H, N, M)."""
+    dim, heads = query.shape[1], layer.num_heads
+    weights, biases = layer.in_proj_weight.split(dim), layer.in_proj_bias.split(dim)
+    q, k, v = (x @ w.T + b for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    outputs = []
+    for h, part in enumerate(torch.arange(dim).split(dim // heads)):
+        logits = q[:, part] @ k[:, part].T / math.sqrt(dim // heads)
+        if blocked is not None:
+            logits = logits.masked_fill(blocked[h], -math.inf)
+        outputs.append(logits.softmax(dim=1) @ v[:, part])
+    return layer.out_proj(torch.cat(outputs, dim=1))
+
+
+def slow_mask(masks, grid, heads):
+    """(H, Q, N) of one image's mask logits (Q, y, x): blocked where the probability is below 1/2, but never all."""
+    resized = F.interpolate(masks[None], size=grid, mode="bilinear", align_corners=False)[0].flatten(1)
+    blocked = torch.stack([row.sigmoid() < 0.5 for row in resized])
+    for row in blocked:
+        if row.all():
+            row[:] = False
+    return blocked.expand(heads, -1, -1)
+
+
+def test_masked_decoder_is_its_definition():
+    """float64, two images, three levels of different non-square grids, level after level, attention head by head: cross
+    before self, positions on queries and keys but not on values, each mask from the prediction before it, norms of the
+    heads not fed back. Some queries are masked everywhere, in one image only."""
+    torch.manual_seed(0)
+    decoder = shaken(segment.MaskedDecoder(16, 3, heads=2, queries=5, layers=4).double(), 0.3)
+    features = randn(2, 16, 8, 12)
+    features[1] -= 3 * decoder.mask_head(decoder.norm(decoder.query_feat.weight))[0][:, None, None].detach()
+    levels = [randn(2, 16, *grid, seed=i) for i, grid in enumerate([(2, 3), (4, 6), (8, 12)])]
+    outputs = decoder(features, levels)
+    assert len(outputs) == 5 and torch.isfinite(outputs[-1][0]).all()
+    whole = 0
+    for b in range(2):
+        x, place = decoder.query_feat.weight, decoder.query_embed.weight
+        for i in range(5):
+            y = decoder.norm(x)
+            masks = torch.einsum("qc,cyx->qyx", decoder.mask_head(y), features[b])
+            assert_close(outputs[i][0][b], decoder.class_head(y))
+            assert_close(outputs[i][1][b], masks)
+            if i == 4:
+                break
+            level, layer = levels[i % 3][b], decoder.layers[i]
+            value = level.flatten(1).T + decoder.level_embed.weight[i % 3]
+            key = value + segment.sine_positions(level.shape[1:], 16)
+            blocked = slow_mask(masks, level.shape[1:], 2)
+            resized = F.interpolate(masks[None], size=level.shape[1:], mode="bilinear", align_corners=False)
+            whole += (resized < 0).flatten(2).all(-1).sum().item()
+            x = layer.norm1(x + slow_attention(layer.cross, x + place, key, value, blocked))
+            x = layer.norm2(x + slow_attention(layer.attn, x + place, x + place, x))
+            x = layer.norm3(x + layer.ffn(x))
+    assert whole > 0  # the case that would be nan did occur
+
+
+def pyramid_maps(width=64, seed=0):
+    """Maps of two images, finest first, float64, not square."""
+    return [randn(2, width, 3 * s, 2 * s, seed=seed + s) for s in (8, 4, 2, 1)]
+
+
+def test_fpn_transformer_is_its_definition():
+    """float64: the encoder's queries and keys have positions, its values none; every finer map is added to the nearest
+    neighbour of the coarser; levels come out coarsest first."""
+    decoder = shaken(segment.FPNTransformer(64, heads=4, layers=2).double())
+    maps = pyramid_maps()
+    mask_features, levels = decoder(maps)
+    x = decoder.input(maps[3]).flatten(2).mT
+    place = segment.sine_positions((3, 2), 64).double()
+    for layer in decoder.encoder:
+        x = torch.stack([layer.norm1(t + slow_attention(layer.attn, t + place, t + place, t)) for t in x])
+        x = layer.norm2(x + layer.ffn[2](layer.ffn[0](x).relu()))
+    y = decoder.output[0](x.mT.unflatten(2, (3, 2))).relu()
+    expected = [y]
+    for i in range(3):
+        y = y.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        y = decoder.output[i + 1](decoder.lateral[i](maps[2 - i]) + y).relu()
+        expected.append(y)
+    for ours, theirs in zip([*levels, mask_features], [*expected[:3], decoder.mask_features(y)], strict=True):
+        assert_close(ours, theirs)
+
+
+def test_deformable_encoder_is_its_definition():
+    """float64: strides 32, 16, 8 in this order, positions and level embeddings on queries only, the finest map added to
+    the bilinear enlargement of the encoder's finest; levels are the encoder's outputs."""
+    decoder = shaken(segment.DeformableEncoder(64, heads=4, layers=2).double())
+    maps = pyramid_maps()
+    mask_features, levels = decoder(maps)
+    inputs = [conv(x) for conv, x in zip(decoder.input, maps[:0:-1], strict=True)]
+    grids = [tuple(x.shape[2:]) for x in inputs]
+    assert grids == [(3, 2), (6, 4), (12, 8)] == [tuple(level.shape[2:]) for level in levels]
+    x = torch.cat([level.flatten(2).mT for level in inputs], dim=1)
+    place = torch.cat([segment.sine_positions(g, 64) + e for g, e in zip(grids, decoder.level_embed, strict=True)])
+    for layer in decoder.encoder:
+        x = layer.norm1(x + layer.attn(x + place, x, segment.reference_points(grids, x), grids))
+        x = layer.norm2(x + layer.ffn[2](layer.ffn[0](x).relu()))
+    assert_close(torch.cat([level.flatten(2).mT for level in levels], dim=1), x)
+    up = F.interpolate(levels[2], scale_factor=2, mode="bilinear", align_corners=False)
+    assert_close(mask_features, decoder.mask_features(decoder.output(decoder.lateral(maps[0]) + up).relu()))
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(0, 5))
+@settings(max_examples=30)
+def test_matching_is_the_best_of_all(seed, queries, count):
+    """Brute force over assignments: none costs less. The cost is 2 class + 5 mask + 5 dice, of each pair by itself, at
+    the points drawn; more targets than queries, and none at all, work."""
+    torch.manual_seed(seed)
+    classes, masks = randn(queries, 4, seed=seed), 3 * randn(queries, 6, 5, seed=seed + 1)
+    labels, targets = torch.randint(3, (count,)), torch.rand(count, 12, 9) < 0.5
+    state = torch.get_rng_state()
+    rows, columns = segment.match(classes, masks, labels, targets, 40)
+    assert len(rows) == len(columns) == len(set(rows.tolist())) == len(set(columns.tolist())) == min(queries, count)
+    torch.set_rng_state(state)
+    places = segment.random_points(1, 40, torch.device("cpu"))
+    x = segment.sample(masks[None], places)[0]
+    t = segment.sample(targets[None].double(), places)[0]
+    cost = torch.zeros(queries, count, dtype=torch.float64)
+    for q, n in np.ndindex(queries, count):
+        s = x[q].sigmoid()
+        bce = -(t[n] * s.log() + (1 - t[n]) * (1 - s).log()).mean()
+        dice = 1 - (2 * (s * t[n]).sum() + 1) / (s.sum() + t[n].sum() + 1)
+        cost[q, n] = 5 * bce + 5 * dice - 2 * classes[q].softmax(0)[labels[n]]
+    best = 0.0
+    if count and queries <= count:
+        best = min(sum(cost[q, n] for q, n in enumerate(p)) for p in itertools.permutations(range(count), queries))
+    elif count:
+        best = min(sum(cost[q, n] for n, q in enumerate(p)) for p in itertools.permutations(range(queries), count))
+    assert cost[rows, columns].sum().item() == pytest.approx(float(best), abs=1e-6)
+
+
+def test_matching_survives_overflow():
+    """Infinite or undefined costs do not stop the matcher: the loss, which is checked, shall say so."""
+    classes, masks = torch.full((3, 4), math.nan), torch.full((3, 5, 5), math.inf)
+    rows, _ = segment.match(classes, masks, torch.tensor([0, 1]), torch.ones(2, 10, 10, dtype=torch.bool), 10)
+    assert len(rows) == 2
+
+
+def pixel_centres(height, width):
+    """A stand-in for random points: all centres of a map, the same for every mask."""
+    like = torch.zeros((), dtype=torch.float64)
+    return lambda masks, points, device: segment.reference_points([(height, width)], like).expand(masks, -1, 2)
+
+
+def test_point_losses_are_dense_ones_at_all_points(monkeypatch):
+    """With every pixel's centre sampled once, a prediction's loss is the loss over all pixels, pair by pair: class with
+    weight 2 and 0.1 for unmatched queries, normalised by the weights; masks and dice with 5, over the number of masks.
+    Pixels to be ignored count as background."""
+    monkeypatch.setattr(segment, "random_points", pixel_centres(6, 9))
+    monkeypatch.setattr(segment, "uncertain_points", lambda x, p: segment.random_points(len(x), p, x.device))
+    label = torch.randint(0, 3, (2, 6, 9), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    label[:, 4:] = segment.IGNORE
+    label[1][label[1] == 2] = 0
+    targets = segment.targets_of(label)
+    assert [labels.tolist() for labels, _ in targets] == [[0, 1, 2], [0, 1]]
+    classes, masks = randn(2, 4, 5), randn(2, 4, 6, 9, seed=1)
+    loss = segment.prediction_loss(classes, masks, targets, 7.0, 54)
+    ce = weight = mask = dice = 0
+    for b, (labels, truth) in enumerate(targets):
+        order = dict(zip(*(i.tolist() for i in segment.match(classes[b], masks[b], labels, truth, 54)), strict=True))
+        for q in range(4):
+            wanted, w = (labels[order[q]], 1.0) if q in order else (4, 0.1)
+            ce, weight = ce - w * classes[b, q].log_softmax(0)[wanted], weight + w
+            if q in order:
+                t, s = (label[b] == labels[order[q]]).double(), masks[b, q].sigmoid()
+                mask = mask - (t * s.log() + (1 - t) * (1 - s).log()).mean()
+                dice = dice + 1 - (2 * (s * t).sum() + 1) / (s.sum() + t.sum() + 1)
+    assert_close(loss, 2 * ce / weight + 5 * (mask + dice) / 7)
+
+
+def test_points_are_the_uncertain_ones():
+    """Three quarters of the points are the least certain of three times as many, by |logit| sampled there, for each
+    mask by itself; the rest are uniform."""
+    ramp = torch.linspace(-4, 4, 33).expand(33, 33)
+    torch.manual_seed(0)
+    places = segment.uncertain_points(torch.stack([ramp, ramp.T]), 400)
+    assert places.shape == (2, 400, 2) and places.min() >= 0 and places.max() < 1
+    for i, mask in enumerate((ramp, ramp.T)):
+        certainty = segment.sample(mask[None, None], places[i : i + 1])[0, 0].abs()
+        assert certainty[:300].max() < 1.3  # a quarter of the range 0..4, and some
+        assert certainty[300:].max() > 3 and (certainty[300:] > 2).float().mean() > 0.3
+
+
+@pytest.mark.parametrize("pixel_decoder", DECODERS)
+@pytest.mark.parametrize("empty", [(1,), (0, 1)])
+def test_images_without_labels_train(pixel_decoder, empty):
+    """One image, or all, with nothing but ignored pixels: the loss is finite and every parameter has a finite gradient,
+    as DistributedDataParallel requires."""
+    model = tiny_segmenter(pixel_decoder=pixel_decoder).train()
+    labels = torch.randint(0, 5, (2, 40, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    labels[list(empty)] = segment.IGNORE
+    targets = segment.targets_of(labels)
+    images = randn(2, 3, 40, 64, dtype=torch.float32)
+    num_masks = segment.mean_masks(targets, torch.device("cpu"))
+    assert num_masks == (5 if empty == (1,) else 1)
+    loss = segment.set_loss(model(images), targets, num_masks, 50)
+    loss.backward()
+    assert torch.isfinite(loss) and loss > 0
+    missing = [name for name, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert not missing
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=10)
+def test_order_of_targets_does_not_matter(seed):
+    """Permuting an image's targets leaves the loss as it is, for the same points."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (2, 16, 16), generator=generator, dtype=torch.uint8)
+    targets = segment.targets_of(labels)
+    outputs = [(randn(2, 6, 5, seed=seed + i), randn(2, 6, 4, 4, seed=seed - i)) for i in range(2)]
+
+    def loss(targets):
+        torch.manual_seed(seed)
+        return segment.set_loss(outputs, targets, 3.0, 64)
+
+    orders = [torch.randperm(len(classes), generator=generator) for classes, _ in targets]
+    shuffled = [(classes[o], masks[o]) for (classes, masks), o in zip(targets, orders, strict=True)]
+    # places of the points follow the masks' order only where they are chosen: fix them
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segment, "uncertain_points", lambda x, p: pixel_centres(5, 5)(len(x), p, None))
+        assert_close(loss(targets), loss(shuffled))
+
+
+@given(st.integers(0, 10**6), st.integers(1, 5), st.booleans())
+@settings(max_examples=25)
+def test_metric_is_a_count_of_pixels(seed, num_classes, some_ignored):
+    """mIoU, mAcc and pAcc from sets of pixels, over all images at once: ignored pixels are nowhere, not even in the
+    union; classes without ground truth are in no mean."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, num_classes, (3, 4, 5)).astype(np.uint8)
+    labels[labels == 1] = 0  # class 1 has no ground truth
+    if some_ignored:
+        labels[rng.random(labels.shape) < 0.3] = segment.IGNORE
+    labels[0, 0, 0] = 0
+    predicted = rng.integers(0, num_classes, labels.shape)
+    matrix = sum(segment.confusion(torch.from_numpy(p), torch.from_numpy(t), num_classes)
+                 for p, t in zip(predicted, labels, strict=True))  # fmt: skip
+    found = segment.metrics_of(matrix, [str(i) for i in range(num_classes)])
+    pixels = [(p, t) for p, t in zip(predicted.flat, labels.flat, strict=True) if t != segment.IGNORE]
+    ious, accuracies = {}, []
+    for c in {t for _, t in pixels}:
+        hit = sum(p == c and t == c for p, t in pixels)
+        ious[str(c)] = 100 * hit / sum(c in (p, t) for p, t in pixels)
+        accuracies.append(100 * hit / sum(t == c for _, t in pixels))
+    assert found["mIoU"] == pytest.approx(np.mean(list(ious.values())))
+    assert found["mAcc"] == pytest.approx(np.mean(accuracies))
+    assert found["pAcc"] == pytest.approx(100 * np.mean([p == t for p, t in pixels]))
+    assert {name: value for name, value in found["iou"].items() if value is not None} == pytest.approx(ious)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9))
+@settings(max_examples=20)
+def test_inference_is_its_definition(seed, num_classes, height, width):
+    """Scores: masks enlarged to the padded image, then sigmoid, summed over queries with their class probabilities, cut
+    to the image, enlarged to the original, largest class; a few classes at a time changes nothing."""
+    classes, masks = 2 * randn(2, 3, num_classes + 1, seed=seed), 3 * randn(2, 3, 3, 4, seed=seed + 1)
+    scores = segment.class_scores((classes, masks), (12, 16), (height, width))
+    enlarged = F.interpolate(masks, size=(12, 16), mode="bilinear", align_corners=False).sigmoid()
+    expected = torch.zeros(2, num_classes, height, width, dtype=torch.float64)
+    for b, q, k in np.ndindex(2, 3, num_classes):
+        expected[b, k] += classes[b, q].softmax(0)[k] * enlarged[b, q, :height, :width]
+    assert_close(scores, expected)
+    size = (height + 3, 2 * width)
+    whole = F.interpolate(scores, size=size, mode="bilinear", align_corners=False).argmax(1)
+    assert torch.equal(segment.resized_argmax(scores, size), whole)
+
+
+@pytest.mark.parametrize("pixel_decoder", DECODERS)
+@pytest.mark.parametrize("amp", [False, True])
+def test_any_size_trains_and_infers(pixel_decoder, amp):
+    """Sizes that are no multiple of the pyramid's stride are padded, in training too; an image alone is segmented as in
+    a batch; bfloat16 autocast stays finite, with masks in float32."""
+    args = segment.parser().parse_args(["--amp" if amp else "--no-amp"])
+    model = tiny_segmenter(pixel_decoder=pixel_decoder)
+    labels = torch.randint(0, 5, (2, 45, 70), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2, 3, 45, 70), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    device = torch.device("cpu")
+    with train.autocast(args, device):
+        outputs = model.train()(train.to_model_input(images, device))
+    assert all(masks.shape == (2, 6, 24, 40) and masks.dtype == torch.float32 for _, masks in outputs)
+    loss = segment.set_loss(outputs, segment.targets_of(labels), 5.0, 64)
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    model.eval()
+    with torch.inference_mode():
+        both = segment.segment(model, images, (90, 33), args, device)
+        alone = segment.segment(model, images[1:], (90, 33), args, device)
+    assert both.shape == (2, 90, 33) and both.min() >= 0 and both.max() < 5
+    assert (both[1] != alone[0]).float().mean() < (0.05 if amp else 0.001)
+
+
+def test_segmenter_names_and_options_are_checked():
+    """Unknown names and sizes that do not fit are ValueErrors that name what is known."""
+    cases = [
+        (dict(name="vit_bse"), "vit_base"), (dict(pixel_decoder="msdeformable"), "msdeform"), (dict(width=48), "width"),
+        (dict(attention="softmx"), "softmax"), (dict(num_classes=256), "num_classes"), (dict(layers=0), "layers"),
+        (dict(patch_size=6), "patch_size"), (dict(depht=3), "depth"), (dict(queries=0), "queries"),
+    ]  # fmt: skip
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message), torch.device("meta"):
+            segment.build_segmenter(**options)
+
+
+def test_segmentation_recipe():
+    """Norms, embeddings and positions do not decay, everything else does; the pyramid belongs to the backbone; the rate
+    falls as (1 - t) ** 0.9 without warm-up and scales with the batch."""
+    model = tiny_segmenter(pixel_decoder="msdeform")
+    groups = segment.parameter_groups(model, 0.05, 0.1)
+    of = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    assert len(of) == len(named) == sum(len(group["params"]) for group in groups)
+    for name, expected in {
+        "backbone.vit.pos_embed": (0.1, 0), "backbone.vit.blocks.0.norm1.weight": (0.1, 0),
+        "backbone.vit.blocks.0.attn.qkv.bias": (0.1, 0.05), "backbone.pyramid.0.0.weight": (0.1, 0.05),
+        "backbone.pyramid.0.1.bias": (0.1, 0), "pixel_decoder.lateral.1.weight": (1, 0),
+        "pixel_decoder.level_embed": (1, 0.05), "decoder.query_embed.weight": (1, 0), "decoder.norm.weight": (1, 0),
+        "decoder.layers.0.cross.in_proj_weight": (1, 0.05), "decoder.class_head.bias": (1, 0.05),
+    }.items():  # fmt: skip
+        assert of[id(named[name])] == expected, name
+    args = segment.parser().parse_args(["--data=."])
+    segment.resolve(args)
+    assert (args.lr, args.batch_size, args.clip_grad, args.ema_decay, args.eval_steps) == (1e-4, 16, 0.01, 0.0, 5000)
+    assert segment.length(args, range(20210)) == (5000, 160_000)
+    args.global_batch = 32
+    assert segment.learning_rate(args, 0, 5000, 160_000) == 2e-4
+    assert segment.learning_rate(args, 80_000, 5000, 160_000) == pytest.approx(2e-4 * 0.5**0.9)
+    args.epochs, args.max_steps = 2, None
+    assert segment.length(args, range(20210)) == (1263, 1263)
+    args.max_steps = 100
+    assert segment.length(args, range(20210)) == (100, 100)
+
+
+@given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 4), st.integers(1, 6))
+@settings(max_examples=30)
+def test_intervals_cut_one_endless_order(length, world, batch, steps):
+    """Intervals between evaluations, all ranks' batches put together, are one sequence of permutations, one per pass:
+    nothing is left out at their borders, and global batch t is what a single process would have."""
+    interval, order = steps * batch * world, []
+    for epoch in range(3):
+        shares = []
+        for r in range(world):
+            sampler = segment.IntervalSampler(length, interval, rank=r, world=world, seed=1)
+            sampler.epoch = epoch
+            shares.append(list(sampler))
+            assert len(shares[-1]) == len(sampler) == steps * batch
+        order += [key for keys in zip(*shares, strict=True) for key in keys]
+    assert [key[0] for key in order] == [i // length for i in range(3 * interval)]
+    for first in range(0, 3 * interval - length + 1, length):
+        assert sorted(index for _, index in order[first : first + length]) == list(range(length))
+
+
+def test_augmentation_moves_labels_with_pixels():
+    """An image that shows its labels still does after scaling, cropping, flipping and padding: 128 with label 255
+    beyond its edges, sizes always those of the crop; colours vary where they are meant to; all of it by the seed."""
+    args = segment.parser().parse_args(["--data=.", "--image-size=32"])
+    segment.resolve(args)
+    labels = (torch.arange(60)[:, None] // 20 + 3 * (torch.arange(90) // 30)).to(torch.uint8)
+    image = (20 * labels + 30).expand(3, -1, -1).contiguous()
+
+    def results(count):
+        """Per seed: is there padding, and the share of the other pixels that still show their label."""
+        transform = segment.train_transform(args)
+        for seed in range(count):
+            (pixels, truth), (again, _) = (torch.manual_seed(seed) and transform(image, labels) for _ in range(2))
+            assert type(pixels) is type(truth) is torch.Tensor and torch.equal(pixels, again)
+            assert pixels.shape == (3, 32, 32) and truth.shape == (32, 32)
+            assert pixels.dtype == truth.dtype == torch.uint8 and (pixels[:, truth == 255] == 128).all()
+            shown = (pixels[0].int() - 20 * truth.int() - 30)[truth != 255].abs() <= 5
+            yield (truth == 255).any().item(), shown.float().mean().item()
+
+    assert sum(shown < 0.5 for _, shown in results(10)) > 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segment, "colour_jitter", segment.v2.Identity)
+        patch.setattr(segment, "shift_brightness", lambda image, labels: (image, labels))
+        padded, shown = zip(*results(30), strict=True)
+    assert 0 < sum(padded) < 30 and min(shown) > 0.7  # all but the soft borders between labels
+    assert segment.fitted((512, 683), 512, 2048) == [512, 683] and segment.fitted((100, 1000), 512, 2048) == [205, 2048]
+
+
+@pytest.fixture
+def streets(tmp_path):
+    """ADE20K's layout: six training and three validation images of different sizes, grey and palette annotations of
+    four classes, 0 for pixels without."""
+    rng = np.random.default_rng(0)
+    for split, count in (("training", 6), ("validation", 3)):
+        for kind in ("images", "annotations"):
+            (tmp_path / "streets" / kind / split).mkdir(parents=True)
+        for i in range(count):
+            numbers = np.kron(rng.integers(0, 5, (3, 4)), np.ones((10, 9 + i))).astype(np.uint8)
+            image = np.stack([40 * numbers + 20] * 3, axis=-1)
+            Image.fromarray(image).save(tmp_path / "streets" / "images" / split / f"{i}.jpg")
+            annotation = Image.fromarray(numbers)
+            if i % 2:
+                annotation.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tobytes())  # makes it a palette image
+            annotation.save(tmp_path / "streets" / "annotations" / split / f"{i}.png")
+    (tmp_path / "streets" / "classes.txt").write_text("road\nsky\ntree\nhouse\n")
+    return tmp_path / "streets"
+
+
+def test_annotations_are_read_as_numbers(streets):
+    """0 becomes 255 and k becomes k - 1, once; palettes are never turned into colours; names come from the folder."""
+    data = segment.SegmentationFolder(streets, "training", segment.class_names(streets, None))
+    assert data.classes == ["road", "sky", "tree", "house"] and len(data) == 6
+    for i, (image, labels) in enumerate(data):
+        numbers = np.array(Image.open(streets / "annotations" / "training" / f"{i}.png"))
+        assert image.shape[1:] == labels.shape == numbers.shape and image.dtype == labels.dtype == torch.uint8
+        assert np.array_equal(labels.numpy(), np.where(numbers == 0, 255, numbers.astype(int) - 1))
+    (streets / "classes.txt").rename(streets / "names.txt")
+    assert len(segment.class_names(streets, None)) == 150 and len(segment.class_names(streets, 7)) == 7
+    rows = ["Idx\tRatio\tTrain\tVal\tStuff\tName", "1\t0.1\t9\t1\t1\twall", "2\t0.1\t9\t1\t1\tsky, air"]
+    (streets / "objectInfo150.txt").write_text("\n".join(rows))
+    assert segment.class_names(streets, None) == ["wall", "sky, air"]
+
+
+SMALL_SEGMENT = ("--image-size=32", "--shapes-length=40", "--batch-size=4", "--workers=0", "--max-steps=4",
+                 "--eval-steps=2", "--width=64", "--layers=2", "--queries=6", "--points=64")  # fmt: skip
+
+
+def run_segment(folder, *options):
+    """segment.py in this process, into `folder`; the log's records."""
+    segment.main(segment.parser().parse_args([f"--output={folder}", *SMALL_SEGMENT, *options]))
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_segmentation_script_trains_castles_and_evaluates(tmp_path, capsys, monkeypatch):
+    """A whole run on rendered scenes: log with IoU per class, report with gap 0.0; --eval of each checkpoint gives the
+    logged metrics; --image writes an overlay and its legend, for a file and for a folder, and prints shares."""
+    *epochs, report = run_segment(tmp_path / "run")
+    assert "castling gap          0.00" in capsys.readouterr().out
+    assert [r["step"] for r in epochs] == [2, 4]
+    assert set(epochs[-1]["test_iou"]) == {"background", *train.SHAPES}
+    assert report["castling_report"]["test_mIoU"] == epochs[-1]["test_mIoU"] == epochs[-1]["test_mIoU_castled"]
+    for name in ("last.pt", "best.pt", "castled.pt"):
+        segment.main(segment.parser().parse_args(["--eval", f"--checkpoint={tmp_path}/run/{name}", "--workers=0"]))
+        record = json.loads(capsys.readouterr().out.splitlines()[-1])
+        if name != "best.pt":
+            for key in ("test_mIoU", "test_mAcc", "test_pAcc"):
+                assert record[key] == pytest.approx(epochs[-1][key], abs=1e-3)
+    (tmp_path / "photos").mkdir()
+    scene = segment.ShapeScenes("val", 5, 50).scene(3).image
+    for name in ("a.png", "b.jpg"):
+        Image.fromarray(scene[:40]).save(tmp_path / "photos" / name)
+    monkeypatch.chdir(tmp_path)
+    predict = (f"--checkpoint={tmp_path}/run/best.pt", "--json")
+    segment.main(segment.parser().parse_args([f"--image={tmp_path}/photos", *predict]))
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(r["image"]).name for r in found] == ["a.png", "b.jpg"]
+    assert all(sum(r["shares"].values()) == pytest.approx(1) for r in found)
+    drawn = Image.open(tmp_path / "photos_overlays" / "a_overlay.png")
+    assert drawn.width >= 50 and drawn.height == 40 + 4 + 16 * len(found[0]["shares"])
+    segment.main(segment.parser().parse_args([f"--image={tmp_path}/photos/b.jpg", predict[0], "--output=over.png"]))
+    assert "%" in capsys.readouterr().out and (tmp_path / "over.png").is_file()
+    with pytest.raises(SystemExit) as stopped:
+        segment.main(segment.parser().parse_args([f"--image={tmp_path}/photos/b.jpg", *predict, "--output=none/x.png"]))
+    assert stopped.value.code == 2 and "none/x.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [
+    ("--attention=softmax", "--pixel-decoder=msdeform", "--amp"),
+    ("--attention=relu_e", "--accumulate=2", "--ema-decay=0", "--epochs=1"),
+    ("--mask-schedule=fixed", "--drop-path=0.1", "--patch-size=16", "--clip-grad=0", "--eval-every=2"),
+])  # fmt: skip
+def test_every_segmentation_option_trains(tmp_path, options):
+    """Each combination runs to its report; a model without a branch reports no gap."""
+    *_, report = run_segment(tmp_path, "--max-steps=2", "--eval-steps=1", *options)
+    assert ("castling_gap" in report["castling_report"]) == all("attention=" not in o for o in options)
+
+
+def test_segmentation_continues(tmp_path):
+    """A run stopped after its first interval and started again ends as one that was never stopped."""
+    expected = run_segment(tmp_path / "a")
+    append, calls = train.append_log, []
+
+    def stop(folder, record):
+        calls.append(record)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        append(folder, record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "append_log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_segment(tmp_path / "b")
+    resumed = run_segment(tmp_path / "b")
+    assert [r["train_loss"] for r in resumed[:-1]] == [r["train_loss"] for r in expected[:-1]]
+    a, b = (models.read_checkpoint(tmp_path / x / "last.pt")["model"] for x in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_segmentation_folder_trains_and_names_what_is_wrong(tmp_path, streets, capsys):
+    """Folders train, evaluate image by image and predict; missing, unreadable and unfitting files are named: before
+    work starts where names show it, while loading where only the contents do."""
+    folder = (f"--data={streets}", "--model=vit_mini", "--max-steps=2", "--patch-size=8", "--encoder-layers=1")
+    *epochs, _ = run_segment(tmp_path / "run", *folder)
+    assert set(epochs[-1]["test_iou"]) == {"road", "sky", "tree", "house"}
+    image, annotation = (streets / kind / "training" for kind in ("images", "annotations"))
+    capsys.readouterr()
+
+    def refused(code, *options):
+        with pytest.raises(SystemExit) as stopped:
+            run_segment(tmp_path / "refused", *folder, "--resume=never", *options)
+        assert stopped.value.code == code
+        return capsys.readouterr().err
+
+    assert "--num-classes 7" in refused(2, "--num-classes=7")
+    (annotation / "2.png").rename(annotation / "spare.png")
+    assert str(image / "2.jpg") in refused(2) and not (tmp_path / "refused").exists()
+    good = Image.open(annotation / "spare.png").copy()
+    for wrong, message in (
+        (good.convert("RGB"), "mode RGB"), (good.crop((0, 0, 9, 9)), "9 x 9"),
+        (Image.fromarray(np.full((good.height, good.width), 5, np.uint8)), "label 5 of 4"),
+    ):  # fmt: skip
+        wrong.save(annotation / "2.png")
+        for workers in (0, 1):
+            said = refused(1, f"--workers={workers}")
+            assert str(annotation / "2.png") in said and message in said
+    (annotation / "2.png").write_bytes(b"cut")
+    assert str(annotation / "2.png") in refused(1)
+    (streets / "classes.txt").write_text("road\nroad\n")
+    assert "classes.txt" in refused(2)
+    (streets / "images" / "validation").rename(streets / "images" / "val")
+    (streets / "classes.txt").unlink()
+    assert f"{streets}/images/validation" in refused(2)
+    assert "no-such" in refused(2, "--data=no-such")
+    assert "but shapes has 13" in refused(2, "--data=shapes", "--num-classes=4")
+
+
+def test_two_processes_segment_like_one(tmp_path):
+    """One step's gradients of two ranks, averaged by DistributedDataParallel, are those of one process with both their
+    images: mask losses are divided by the mean number of masks over ranks. Points are fixed, both images have as many
+    classes (the class loss is normalised per rank), and there is no BatchNorm. Metrics add up over ranks."""
+    script = tmp_path / "ranks.py"
+    script.write_text(f"""
+import gc, sys, torch; sys.path.insert(0, {str(ROOT)!r})
+import torch.distributed as dist, segment
+from torch.nn.parallel import DistributedDataParallel
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+y, x = torch.meshgrid(torch.arange(8) / 8 + 0.06, torch.arange(8) / 8 + 0.06, indexing="ij")
+places = torch.stack([x, y], dim=-1).flatten(0, 1)
+segment.random_points = lambda masks, points, device: places[:points].expand(masks, -1, 2)
+segment.uncertain_points = lambda logits, points: segment.random_points(len(logits), points, None)
+def build():
+    torch.manual_seed(0)
+    return segment.build_segmenter("vit_mini", num_classes=5, image_size=32, dim=32, depth=1, patch_size=8, width=64,
+                                   heads=4, queries=6, layers=3, encoder_layers=1, drop_path=0.0)
+torch.manual_seed(1)
+images = torch.randn(2, 3, 32, 32)
+labels = torch.zeros(2, 32, 32, dtype=torch.uint8)
+labels[0, :9], labels[0, 9:12], labels[1, :, 5:9], labels[1, :, 9:] = 1, 2, 3, 4
+whole, ddp = build(), DistributedDataParallel(build())
+everything, mine = segment.targets_of(labels), segment.targets_of(labels[rank : rank + 1])
+mine = [(classes[:3], masks[:3]) for classes, masks in mine]
+def grads(model, images, targets, count):
+    segment.set_loss(model(images), targets, count, 64).backward()
+    return {{name: p.grad for name, p in (model.module if model is ddp else model).named_parameters()}}
+count = segment.mean_masks(mine, torch.device("cpu"))
+assert count == 3.0, count
+uneven = mine if rank else []
+assert segment.mean_masks(uneven, torch.device("cpu")) == 1.5
+expected, found = grads(whole, images, everything, 6.0), grads(ddp, images[rank : rank + 1], mine, count)
+scale = max(value.abs().max() for value in expected.values())
+worst = max((expected[name] - found[name]).abs().max() for name in expected)
+assert worst < 1e-4 * scale, (worst, scale)
+predicted = torch.full((1, 32, 32), rank)
+matrix = torch.tensor(segment.all_sum(segment.confusion(predicted, labels[rank : rank + 1], 5)))
+both = segment.confusion(torch.tensor([0, 1])[:, None, None].expand(2, 32, 32), labels, 5)
+assert torch.equal(matrix, both)
+dist.barrier(); del ddp; gc.collect()
+dist.destroy_process_group()
+""")
+    torchrun(2, str(script))
+
+
 # ---- README ----------------------------------------------------------------------------------------------------------
 
 
@@ -2729,9 +3526,10 @@ def test_readme_commands_parse():
     checked = 0
     for command in commands:
         words = shlex.split(command.split("&&")[-1], comments=True)
-        for script, module in (("train.py", train), ("detect.py", detect), ("flops.py", flops)):
+        scripts = {"train.py": train, "detect.py": detect, "segment.py": segment, "flops.py": flops}
+        for script, module in scripts.items():
             if script in words:
                 args = module.parser().parse_args(words[words.index(script) + 1 :])
-                assert (args.model or "levit128") in list_models()
+                assert args.model is None or args.model in (*list_models(), *segment.SEGMENTERS)
                 checked += 1
     assert checked >= 12

@@ -46,7 +46,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from attention import SCHEDULES, castle, cores, mask_density, mask_statistics, record_masks, set_threshold
-from models import ATTENTIONS, HEADS, MODELS, build_model, load_pretrained, read_checkpoint, weights_in
+from models import ATTENTIONS, HEADS, MODELS, VIT_DENSE, build_model, load_pretrained, read_checkpoint, weights_in
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1; used for all data
 
@@ -342,10 +342,14 @@ class Augmented(Dataset):
     def __len__(self) -> int:
         return len(self.base)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        image, label = self.base[key[1]]
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
+        item = self.base[key[1]]
         with seeded(self.seed, *key):
-            return self.transform(image), label
+            return self.apply(*item)
+
+    def apply(self, image, label: int) -> tuple[Tensor, int]:
+        """One item of `base`, transformed; where more than the image changes, a subclass says how."""
+        return self.transform(image), label
 
 
 class EpochSampler(Sampler):
@@ -392,40 +396,36 @@ def eval_transform(args: argparse.Namespace) -> Callable:
     return v2.Compose([resize, v2.CenterCrop(args.image_size), v2.PILToTensor()])
 
 
-def open_folder(root: Path) -> tuple[Dataset, Dataset]:
-    """ImageNet-style folders train/<class>/ and val/<class>/ (or test/<class>/)."""
-    splits = [root / "train", root / "val" if (root / "val").is_dir() else root / "test"]
-    sets = []
-    for split in splits:
-        if not split.is_dir():
-            raise ValueError(f"no folder {split}: expected {root}/train/<class>/ and {root}/val/<class>/ (or test/)")
-        try:
-            sets.append(torchvision.datasets.ImageFolder(str(split), loader=read_image))
-        except FileNotFoundError as error:
-            raise ValueError(f"no images in {split}: {error}") from None
-    if sets[0].classes != sets[1].classes:
-        differing = sorted(set(sets[0].classes) ^ set(sets[1].classes))
-        raise ValueError(f"{splits[0]} and {splits[1]} have different classes: {', '.join(differing[:5])}")
-    return sets[0], sets[1]
+def open_folder(root: Path, split: str) -> Dataset:
+    """One split of ImageNet-style folders train/<class>/ and val/<class>/ (or test/<class>/)."""
+    folder = root / split
+    if split == "val" and not folder.is_dir():
+        folder = root / "test"
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}: expected {root}/train/<class>/ and {root}/val/<class>/ (or test/)")
+    try:
+        return torchvision.datasets.ImageFolder(str(folder), loader=read_image)
+    except FileNotFoundError as error:
+        raise ValueError(f"no images in {folder}: {error}") from None
 
 
-def open_data(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
-    """Training and validation set of `args.data`, each with `.classes`, neither augmented."""
+def open_split(args: argparse.Namespace, split: str) -> Dataset:
+    """"train" or "val" of `args.data`, with `.classes`, not augmented."""
     if args.data == "shapes":
-        train = Shapes("train", args.shapes_length, args.image_size, args.seed)
-        return train, Shapes("val", max(1, args.shapes_length // 10), args.image_size, args.seed)
+        length = args.shapes_length if split == "train" else max(1, args.shapes_length // 10)
+        return Shapes(split, length, args.image_size, args.seed)
     if args.data in ("cifar10", "cifar100"):
         cifar = getattr(torchvision.datasets, args.data.upper())
         try:
             if int(os.environ.get("LOCAL_RANK", "0")) == 0:
                 cifar("data", download=True)
             barrier()
-            return cifar("data", train=True), cifar("data", train=False)
+            return cifar("data", train=split == "train")
         except (OSError, RuntimeError) as error:
             raise ValueError(f"cannot download {args.data} to ./data: {error}") from None
     if not Path(args.data).is_dir():
         raise ValueError(f"unknown data {args.data!r}: shapes, cifar10, cifar100 or an existing folder")
-    return open_folder(Path(args.data))
+    return open_folder(Path(args.data), split)
 
 
 def make_loader(
@@ -658,7 +658,7 @@ class Task:
 
     script: file name. metrics: {key: title} of what `evaluate` returns, the one to be maximised first.
     resolve(args, trained=None): fill in the flags that were not given.
-    open_data(args) -> (training set, validation set), each with `.classes`, plain data.
+    open_split(args, "train" or "val") -> data set with `.classes`, plain data, not augmented.
     length(args, training set) -> (steps per epoch, steps of the run).
     make_model(args, num_classes, image_size); make_optimizer(args, model): its groups' `lr_scale` is a factor, or 1.
     train_loader, val_loader(args, dataset): their samplers are EpochSamplers.
@@ -675,7 +675,7 @@ class Task:
     script: str
     metrics: dict[str, str]
     resolve: Callable
-    open_data: Callable
+    open_split: Callable
     length: Callable
     make_model: Callable
     make_optimizer: Callable
@@ -932,7 +932,8 @@ share = at_least(0, float, most=1)
 
 def by_data(flag: str, defaults: dict[str, dict] = DATA_DEFAULTS) -> str:
     """The part of a flag's help that says what its default is for each kind of data."""
-    return "default " + ", ".join(f"{row[flag]} for {data}" for data, row in defaults.items() if flag in row)
+    given = [f"{row[flag]} for {data}" for data, row in defaults.items() if flag in row]
+    return f"default {', '.join(given) or 'none'}"
 
 
 def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict] = DATA_DEFAULTS) -> None:
@@ -968,7 +969,7 @@ def parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(
         prog="train.py", description=__doc__, formatter_class=formatter,
-        epilog=f"models: {', '.join(MODELS)}; default levit128\n"
+        epilog=f"models: {', '.join(name for name in MODELS if name not in VIT_DENSE)}; default levit128\n"
         "data: shapes, cifar10, cifar100 (downloaded to ./data), or a folder with train/<class>/ and val/<class>/ "
         "(or test/)",
     )  # fmt: skip
@@ -1043,7 +1044,9 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
 
 
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> nn.Module:
-    """The model that resolved flags describe. Raises ValueError as `build_model` does."""
+    """The model that resolved flags describe. Raises ValueError as `build_model` does, and for one without classes."""
+    if args.model in VIT_DENSE:
+        raise ValueError(f"{args.model} gives feature maps, not classes: it is a backbone of segment.py")
     options = dict(epsilon=args.epsilon, schedule=args.mask_schedule)
     options |= {key: getattr(args, key) for key in ("drop_path", "distilled") if getattr(args, key) is not None}
     model = build_model(args.model, args.attention, num_classes, image_size, args.castle_downsample, **options)
@@ -1210,10 +1213,23 @@ def begin_or_resume(run: Run) -> None:
             print(f"resumed from {path} at step {run.step} of {run.total_steps}")
 
 
+def open_data(task: Task, args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """Training and validation set. Raises ValueError, as `open_split`, and if their classes differ."""
+    train_set, val_set = (task.open_split(args, split) for split in ("train", "val"))
+    one, other = train_set.classes, val_set.classes
+    if one != other:
+        differing = [c for c in one if c not in other] + [c for c in other if c not in one]
+        raise ValueError(
+            f"the training and validation images of {args.data} have different classes: "
+            f"{', '.join(map(str, differing[:5])) or 'the same in another order'}"
+        )
+    return train_set, val_set
+
+
 def prepare_run(task: Task, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """Everything a training run needs, checked before work starts. Raises ValueError for what the user can mend."""
     task.resolve(args)
-    train_set, val_set = task.open_data(args)
+    train_set, val_set = open_data(task, args)
     steps_per_epoch, total_steps = task.length(args, train_set)
     if args.ema_decay is None:
         args.ema_decay = ema_decay_for(total_steps)
@@ -1250,7 +1266,7 @@ def prepare_run(task: Task, args: argparse.Namespace, device: torch.device) -> C
 def prepare_evaluation(task: Task, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """--eval: prints one JSON object, the metrics of the checkpoint with and without its auxiliary branch."""
     task.resolve(args, settings_for(task, args.checkpoint))
-    val_set = task.open_data(args)[args.split == "val"]
+    val_set = task.open_split(args, args.split)
     model, classes = load_model(task, args, val_set.classes)
     if classes != val_set.classes:
         some = [", ".join(map(str, known[:3])) for known in (classes, val_set.classes)]
@@ -1516,7 +1532,7 @@ CLASSIFICATION = Task(
     script="train.py",
     metrics={"acc1": "Acc@1", "acc5": "Acc@5"},
     resolve=resolve,
-    open_data=open_data,
+    open_split=open_split,
     length=length,
     make_model=make_model,
     make_optimizer=make_optimizer,

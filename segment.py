@@ -1,0 +1,1140 @@
+"""Train a semantic segmenter, Mask2Former on a dense ViT, and castle it at the end. Any number of processes.
+
+    python segment.py                                              built-in rendered scenes, one process, no download
+    torchrun --nproc-per-node=8 segment.py --data ADE20K --batch-size 2 --checkpoint mae_pretrain_vit_base.pth
+    python segment.py --eval --checkpoint runs/X/best.pt           mIoU with and without the auxiliary branch
+    python segment.py --image photo.jpg --checkpoint runs/X/best.pt --output overlay.png
+
+Mask2Former  Cheng et al., arXiv:2112.01527;  facebookresearch/Mask2Former @ 161be51, mask2former/ and the
+             ADE20K semantic-segmentation/maskformer2_R50_bs16_160k.yaml of its configs/: architecture, losses, recipe
+Pyramid      Li et al., arXiv:2203.16527 (ViTDet), section 3;  detectron2, modeling/backbone/vit.py
+Castling     arXiv:2211.10526v4, section 4.3 and Table 4, whose counts fix what its text leaves out (D8)
+
+Shapes: B images, K classes, Q queries, C channels, N tokens; maps are (B, C, y, x), token grids row-major. Strides are
+those of a 16-pixel patch: 4, 8, 16, 32. The pyramid of another patch size p has strides p/4, p/2, p, 2p.
+Labels: 0..K-1, and 255 for pixels without one. `train.py` owns the loop; here are model, losses, data, metric, recipe.
+"""
+
+import argparse
+import colorsys
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+import train
+from attention import look_up, without_autocast
+from models import DenseViT, LoadReport, build_model, load_pretrained, read_checkpoint, weights_in
+from train import Augmented, DataError, EpochSampler, Run, Task, all_sum, at_least, rank, world_size
+
+SEGMENTERS = {  # name: its backbone
+    "vit_base": "vit_base_dense",
+    "vit_small": "vit_small_dense",
+    "vit_tiny": "vit_tiny_dense",
+    "vit_mini": "vit_mini_dense",
+}
+
+IGNORE = 255  # label of pixels that belong to no class
+WEIGHTS = dict(label=2.0, bce=5.0, dice=5.0)  # of the three losses, and of the matching costs of the same names
+NO_OBJECT = 0.1  # weight in the class loss of queries that are matched to nothing
+GREY = 128  # padding of training crops, before normalisation
+
+# Folders: Mask2Former's ADE20K recipe. Rendered scenes: a narrow model and a short recipe for two CPU cores.
+DATA_DEFAULTS = {
+    "folder": dict(
+        model="vit_base", image_size=512, batch_size=16, lr=1e-4, backbone_lr=0.1, weight_decay=0.05, clip_grad=0.01,
+        drop_path=0.1, ema_decay=0.0, eval_steps=5000,
+        patch_size=16, width=256, queries=100, layers=9, encoder_layers=6, points=12544,
+    ),
+    "shapes": dict(
+        model="vit_mini", image_size=64, batch_size=16, lr=6e-4, backbone_lr=1.0, weight_decay=0.05, clip_grad=0.01,
+        drop_path=0.0, eval_steps=250,
+        patch_size=8, width=64, queries=20, layers=3, encoder_layers=1, points=512,
+    ),
+}  # fmt: skip
+STEPS = {"folder": 160_000, "shapes": 2500}  # of a run, where neither --epochs nor --max-steps bounds it
+LR_BATCH = 16  # `lr` is the first learning rate at a global batch of this size; it scales with the batch
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32 or wider: sampling positions, mask products and losses are not for half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ---- backbone: dense ViT and simple feature pyramid ------------------------------------------------------------------
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels at each pixel, (B, C, y, x) -> same."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class PyramidBackbone(nn.Module):
+    """(B, 3, H, W) pixels -> four maps of `width` channels, strides 4, 8, 16, 32, all from the ViT's last one.
+
+    H and W are multiples of twice the patch.  ViTDet, arXiv:2203.16527, section 3, "simple feature pyramid"
+    """
+
+    def __init__(self, vit: DenseViT, width: int):
+        super().__init__()
+        half, quarter = vit.dim // 2, vit.dim // 4
+
+        def level(channels: int, *resize: nn.Module) -> nn.Sequential:
+            convolutions = nn.Conv2d(channels, width, 1, bias=False), nn.Conv2d(width, width, 3, padding=1, bias=False)
+            return nn.Sequential(*resize, *(layer for conv in convolutions for layer in (conv, ChannelNorm(width))))
+
+        def twice(channels: int, out: int) -> nn.ConvTranspose2d:
+            return nn.ConvTranspose2d(channels, out, 2, stride=2)
+
+        self.vit = vit
+        self.pyramid = nn.ModuleList([
+            level(quarter, twice(vit.dim, half), ChannelNorm(half), nn.GELU(), twice(half, quarter)),
+            level(half, twice(vit.dim, half)),
+            level(vit.dim),
+            level(vit.dim, nn.MaxPool2d(2)),
+        ])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.vit(x)
+        return [level(x) for level in self.pyramid]
+
+
+# ---- parts of both decoders ------------------------------------------------------------------------------------------
+
+
+def sine_positions(grid: tuple[int, int], dim: int, device: torch.device | None = None) -> Tensor:
+    """Positions of a token grid as sines and cosines, (N, dim) float32: dim / 2 channels for y, then as many for x.
+
+    Position i = 1..n on an axis of n has the phase 2 pi i / n; channel j has sin (j even) or cos (j odd) of
+    phase / 10000^(2 floor(j / 2) / (dim / 2)).  Source: Mask2Former, transformer_decoder/position_encoding.py.
+    """
+    channel = torch.arange(dim // 2, device=device)
+    wavelength = 10000 ** ((channel - channel % 2) / (dim // 2))
+
+    def axis(n: int) -> Tensor:
+        phase = torch.arange(1, n + 1, device=device) / (n + 1e-6) * 2 * math.pi
+        angle = phase[:, None] / wavelength
+        return torch.where(channel % 2 == 0, angle.sin(), angle.cos())                # (n, dim / 2)
+
+    y, x = axis(grid[0])[:, None], axis(grid[1])[None]
+    return torch.cat([y.expand(*grid, -1), x.expand(*grid, -1)], dim=-1).flatten(0, 1)
+
+
+def tokens_of(x: Tensor) -> Tensor:
+    """(B, C, y, x) -> (B, N, C)."""
+    return rearrange(x, "b c y x -> b (y x) c")
+
+
+def init_xavier(module: nn.Module) -> None:
+    """Xavier-uniform matrices, the rest as it is: what Mask2Former starts attention and feed-forward from."""
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            nn.init.xavier_uniform_(parameter)
+
+
+def init_convs(module: nn.Module) -> None:
+    """Kaiming-uniform filters with a = 1, biases 0: detectron2's c2_xavier_fill, of the pixel decoders."""
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+
+
+def conv_norm(channels: int, kernel: int) -> nn.Sequential:
+    """Convolution without bias and GroupNorm of 32 groups."""
+    conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.GroupNorm(32, channels))
+
+
+class Attention(nn.MultiheadAttention):
+    """Softmax attention, (B, N, C), (B, M, C), (B, M, C) -> (B, N, C); `blocked` (B H, N, M) is True where masked."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__(dim, heads, batch_first=True)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None = None) -> Tensor:
+        return super().forward(query, key, value, attn_mask=blocked, need_weights=False)[0]
+
+
+class FeedForward(nn.Sequential):
+    """Linear, ReLU, linear."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+
+
+class EncoderLayer(nn.Module):
+    """Post-norm self-attention and feed-forward on (B, N, C); `position` is added to queries and keys only."""
+
+    def __init__(self, attn: nn.Module, dim: int, hidden: int):
+        super().__init__()
+        self.attn, self.norm1 = attn, nn.LayerNorm(dim)
+        self.ffn, self.norm2 = FeedForward(dim, hidden), nn.LayerNorm(dim)
+
+    def attend(self, x: Tensor, position: Tensor) -> Tensor:
+        return self.attn(x + position, x + position, x)
+
+    def forward(self, x: Tensor, *where) -> Tensor:
+        x = self.norm1(x + self.attend(x, *where))
+        return self.norm2(x + self.ffn(x))
+
+
+# ---- pixel decoder A: FPN and transformer encoder --------------------------------------------------------------------
+
+
+class FPNTransformer(nn.Module):
+    """Four maps, finest first -> (mask features at stride 4, [maps at strides 32, 16, 8]).
+
+    A plain transformer encoder on the coarsest map, then a top-down FPN with nearest-neighbour steps. The paper's
+    Table 4 fits this pixel decoder, not Mask2Former's default one (D8).
+    Source: Mask2Former, pixel_decoder/fpn.py, TransformerEncoderPixelDecoder.
+    """
+
+    def __init__(self, width: int, heads: int = 8, layers: int = 6):
+        super().__init__()
+        self.input = nn.Conv2d(width, width, 1)
+        self.encoder = nn.ModuleList(EncoderLayer(Attention(width, heads), width, 8 * width) for _ in range(layers))
+        self.lateral = nn.ModuleList(conv_norm(width, 1) for _ in range(3))      # coarse to fine, as all that follows
+        self.output = nn.ModuleList(conv_norm(width, 3) for _ in range(4))
+        self.mask_features = nn.Conv2d(width, width, 3, padding=1)
+        init_convs(self)
+        init_xavier(self.encoder)
+
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        *finer, coarsest = maps
+        grid = tuple(coarsest.shape[2:])
+        x = tokens_of(self.input(coarsest))
+        position = sine_positions(grid, x.shape[2], x.device).to(x.dtype)
+        for layer in self.encoder:
+            x = layer(x, position)
+        y = F.relu(self.output[0](rearrange(x, "b (y x) c -> b c y x", y=grid[0])))
+        levels = [y]
+        for lateral, output, fine in zip(self.lateral, self.output[1:], reversed(finer), strict=True):
+            y = F.relu(output(lateral(fine) + F.interpolate(y, size=fine.shape[2:], mode="nearest")))
+            levels.append(y)
+        return self.mask_features(y), levels[:3]
+
+
+# ---- pixel decoder B: multi-scale deformable attention ---------------------------------------------------------------
+
+
+def sample_levels(value: Tensor, grids: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of bilinear samples from several maps; 0 outside them.  Deformable DETR, arXiv:2010.04159, Eq. (3)
+
+    Args:
+        value: (B, T, H, D), the tokens of all maps one after the other, map l on grids[l] = (y, x), H heads.
+        locations: (B, N, H, L, P, 2), points (x, y) within 0..1 of each map: 0 and 1 are its outer edges.
+        weights: (B, N, H, L, P).
+    Returns: (B, N, H D), head-major.
+    """
+    heads, sampled = value.shape[2], []
+    for level, tokens in enumerate(value.split([y * x for y, x in grids], dim=1)):
+        maps = rearrange(tokens, "b (y x) h d -> (b h) d y x", y=grids[level][0])
+        points = rearrange(2 * locations[:, :, :, level] - 1, "b n h p s -> (b h) n p s")
+        sampled.append(F.grid_sample(maps, points, mode="bilinear", padding_mode="zeros", align_corners=False))
+    weights = rearrange(weights, "b n h l p -> (b h) 1 n (l p)")
+    return rearrange((torch.cat(sampled, dim=-1) * weights).sum(dim=-1), "(b h) d n -> b n (h d)", h=heads)
+
+
+class DeformableAttention(nn.Module):
+    """Each token attends to `points` learned places on each map, (B, T, C) -> (B, T, C).
+
+    Offsets are in pixels of the map they are on. Initially a head looks in one of 8 directions, its points at distances
+    1, 2, 3, ... with equal weights.  Source: Deformable DETR, arXiv:2010.04159, section 4.1.
+    """
+
+    def __init__(self, dim: int, heads: int, levels: int = 3, points: int = 4):
+        super().__init__()
+        self.split = (heads, levels, points)
+        self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.weights = nn.Linear(dim, heads * levels * points)
+        self.reset()
+
+    def reset(self) -> None:
+        """The initial weights."""
+        heads, levels, points = self.split
+        for layer, init in ((self.value, nn.init.xavier_uniform_), (self.out, nn.init.xavier_uniform_),
+                            (self.offsets, nn.init.zeros_), (self.weights, nn.init.zeros_)):  # fmt: skip
+            init(layer.weight)
+            nn.init.zeros_(layer.bias)
+        angle = torch.arange(heads) * (2 * math.pi / heads)
+        way = torch.stack([angle.cos(), angle.sin()], dim=-1)                         # (H, 2), x and y
+        way = way / way.abs().amax(dim=-1, keepdim=True)
+        bias = torch.arange(1, points + 1)[:, None] * way[:, None, None]              # (H, 1, P, 2)
+        with torch.no_grad():
+            self.offsets.bias.copy_(bias.expand(-1, levels, -1, -1).flatten())
+
+    def forward(self, query: Tensor, x: Tensor, references: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+        """query, x: (B, T, C), x the tokens of all maps; references: (T, 2), each token's own place (x, y) in 0..1."""
+        heads, levels, points = self.split
+        offsets = self.offsets(query).unflatten(-1, (heads, levels, points, 2))
+        weights = self.weights(query).unflatten(-1, (heads, levels * points)).softmax(dim=-1)
+        sizes = offsets.new_tensor([(x, y) for y, x in grids])                        # (L, 2)
+        locations = references[:, None, None, None] + offsets / sizes[:, None]        # (B, T, H, L, P, 2)
+        value = self.value(x).unflatten(-1, (heads, -1))
+        return self.out(sample_levels(value, grids, locations, weights.unflatten(-1, (levels, points))))
+
+
+class DeformableLayer(EncoderLayer):
+    """EncoderLayer of deformable attention: `position` is added to queries, and values come from all maps."""
+
+    def attend(self, x: Tensor, position: Tensor, references: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+        return self.attn(x + position, x, references, grids)
+
+
+def reference_points(grids: list[tuple[int, int]], like: Tensor) -> Tensor:
+    """(T, 2): the centre (x, y) of every token of every map, as shares of its width and height."""
+    points = []
+    for rows, columns in grids:
+        y, x = ((torch.arange(n, device=like.device, dtype=like.dtype) + 0.5) / n for n in (rows, columns))
+        points.append(torch.stack([x.expand(rows, -1), y[:, None].expand(-1, columns)], dim=-1).flatten(0, 1))
+    return torch.cat(points)
+
+
+class DeformableEncoder(nn.Module):
+    """Four maps, finest first -> (mask features at stride 4, [maps at strides 32, 16, 8]): Mask2Former as published.
+
+    Runs in float32: bfloat16 cannot tell neighbouring places of a large map apart.
+    Source: Mask2Former, pixel_decoder/msdeformattn.py, MSDeformAttnPixelDecoder.
+    """
+
+    def __init__(self, width: int, heads: int = 8, layers: int = 6):
+        super().__init__()
+        self.input = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, width, 1), nn.GroupNorm(32, width)) for _ in range(3)
+        )
+        self.level_embed = nn.Parameter(torch.randn(3, width))
+        self.encoder = nn.ModuleList(
+            DeformableLayer(DeformableAttention(width, heads), width, 4 * width) for _ in range(layers)
+        )
+        self.lateral, self.output = conv_norm(width, 1), conv_norm(width, 3)
+        self.mask_features = nn.Conv2d(width, width, 1)
+        init_convs(self)
+        for projection in self.input:
+            nn.init.xavier_uniform_(projection[0].weight)
+        for layer in self.encoder:
+            init_xavier(layer.ffn)
+
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        with without_autocast(maps[0].device):
+            finest, *coarser = (widened(x) for x in maps)
+            levels = [conv(x) for conv, x in zip(self.input, reversed(coarser), strict=True)]
+            grids = [tuple(x.shape[2:]) for x in levels]
+            x = torch.cat([tokens_of(level) for level in levels], dim=1)              # (B, T, C)
+            position = torch.cat([
+                sine_positions(grid, x.shape[2], x.device) + embed
+                for grid, embed in zip(grids, self.level_embed, strict=True)
+            ]).to(x.dtype)
+            references = reference_points(grids, x)
+            for layer in self.encoder:
+                x = layer(x, position, references, grids)
+            parts = x.split([rows * columns for rows, columns in grids], dim=1)
+            levels = [rearrange(t, "b (y x) c -> b c y x", y=g[0]) for t, g in zip(parts, grids, strict=True)]
+            up = F.interpolate(levels[-1], size=finest.shape[2:], mode="bilinear", align_corners=False)
+            return self.mask_features(F.relu(self.output(self.lateral(finest) + up))), levels
+
+
+PIXEL_DECODERS = {"fpn_transformer": FPNTransformer, "msdeform": DeformableEncoder}
+
+
+# ---- masked-attention decoder ----------------------------------------------------------------------------------------
+
+
+def attention_mask(masks: Tensor, grid: tuple[int, int], heads: int) -> Tensor:
+    """Where queries may not look: (B, Q, y, x) mask logits -> (B H, Q, N) booleans for a level of that grid.
+
+    A token is blocked where the resized mask's probability is below one half. A query that would see nothing sees all:
+    its softmax would be 0 / 0.  Mask2Former, arXiv:2112.01527, Eq. (2) and (3)
+    """
+    resized = F.interpolate(widened(masks.detach()), size=grid, mode="bilinear", align_corners=False)
+    blocked = resized.flatten(2) < 0                                                  # sigmoid < 0.5
+    blocked = blocked & ~blocked.all(dim=-1, keepdim=True)
+    return blocked.repeat_interleave(heads, dim=0)
+
+
+class DecoderLayer(nn.Module):
+    """Post-norm masked cross-attention, self-attention, feed-forward on queries (B, Q, C)."""
+
+    def __init__(self, dim: int, heads: int, hidden: int):
+        super().__init__()
+        self.cross, self.norm1 = Attention(dim, heads), nn.LayerNorm(dim)
+        self.attn, self.norm2 = Attention(dim, heads), nn.LayerNorm(dim)
+        self.ffn, self.norm3 = FeedForward(dim, hidden), nn.LayerNorm(dim)
+        init_xavier(self)
+
+    def forward(self, x: Tensor, position: Tensor, key: Tensor, value: Tensor, blocked: Tensor) -> Tensor:
+        """position: (Q, C), added to queries, and to the keys of self-attention. key, value: (B, N, C)."""
+        x = self.norm1(x + self.cross(x + position, key, value, blocked))
+        x = self.norm2(x + self.attn(x + position, x + position, x))
+        return self.norm3(x + self.ffn(x))
+
+
+class MaskedDecoder(nn.Module):
+    """Queries that look at the levels in turn, each inside its latest mask.  Mask2Former, section 3.2
+
+    Returns a prediction of the initial queries and one after every layer: pairs of class logits (B, Q, K + 1), the last
+    for "no object", and mask logits (B, Q, y, x) at stride 4.
+    """
+
+    def __init__(self, width: int, num_classes: int, heads: int = 8, queries: int = 100, layers: int = 9):
+        super().__init__()
+        self.heads = heads
+        self.query_feat = nn.Embedding(queries, width)       # what the queries start from
+        self.query_embed = nn.Embedding(queries, width)      # their positions
+        self.level_embed = nn.Embedding(3, width)
+        self.layers = nn.ModuleList(DecoderLayer(width, heads, 8 * width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.class_head = nn.Linear(width, num_classes + 1)
+        self.mask_head = nn.Sequential(FeedForward(width, width), nn.ReLU(), nn.Linear(width, width))
+
+    def predict(self, x: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes and masks of queries (B, Q, C). The norm is the heads' own: layers go on with x as it is."""
+        y = self.norm(x)
+        embed = self.mask_head(y)
+        with without_autocast(x.device):
+            masks = torch.einsum("bqc,bcyx->bqyx", widened(embed), widened(mask_features))
+        return self.class_head(y), masks
+
+    def forward(self, mask_features: Tensor, levels: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        memories = []
+        for level, embed in zip(levels, self.level_embed.weight, strict=True):
+            grid, value = tuple(level.shape[2:]), tokens_of(level) + embed
+            memories.append((grid, value + sine_positions(grid, value.shape[2], value.device).to(value.dtype), value))
+        x = self.query_feat.weight.repeat(len(mask_features), 1, 1)                    # (B, Q, C)
+        outputs = [self.predict(x, mask_features)]
+        for i, layer in enumerate(self.layers):
+            grid, key, value = memories[i % len(memories)]
+            blocked = attention_mask(outputs[-1][1], grid, self.heads)
+            x = layer(x, self.query_embed.weight, key, value, blocked)
+            outputs.append(self.predict(x, mask_features))
+        return outputs
+
+
+class Segmenter(nn.Module):
+    """(B, 3, H, W) normalised pixels -> the predictions of `MaskedDecoder`, masks at the pyramid's finest stride.
+
+    Images are padded with zeros, at the bottom and right, to a multiple of `stride`.
+    """
+
+    def __init__(self, vit: DenseViT, num_classes: int, pixel_decoder: str, width: int, heads: int, queries: int,
+                 layers: int, encoder_layers: int):  # fmt: skip
+        super().__init__()
+        self.stride = 2 * vit.patch_size
+        self.backbone = PyramidBackbone(vit, width)
+        self.pixel_decoder = look_up(PIXEL_DECODERS, pixel_decoder, "pixel decoder")(width, heads, encoder_layers)
+        self.decoder = MaskedDecoder(width, num_classes, heads, queries, layers)
+
+    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size, (height, width), that images of `size` are padded to."""
+        return tuple(-(-side // self.stride) * self.stride for side in size)
+
+    def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        height, width = self.padded(x.shape[2:])
+        x = F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
+        return self.decoder(*self.pixel_decoder(self.backbone(x)))
+
+
+def build_segmenter(
+    name: str = "vit_base",
+    attention: str = "castling",
+    num_classes: int = 150,
+    pixel_decoder: str = "fpn_transformer",
+    image_size: int | tuple[int, int] = 512,
+    *,
+    width: int = 256,
+    heads: int = 8,
+    queries: int = 100,
+    layers: int = 9,
+    encoder_layers: int = 6,
+    **overrides,
+) -> Segmenter:
+    """A segmenter by name, randomly initialised.
+
+    Args:
+        name: a key of SEGMENTERS. attention: of the backbone, as in `models.build_model`; the decoders are softmax.
+        pixel_decoder: "fpn_transformer", which the paper's counts fit, or "msdeform", Mask2Former's default (D8).
+        image_size: what the position embeddings are made for, pixels.
+        width, heads, queries: C, heads and Q of pyramid and decoders. layers: of the masked decoder.
+        encoder_layers: of the pixel decoder.
+        overrides: of the backbone: patch_size, depth, drop_path, mlp_conv, epsilon, schedule, ...
+    Raises: ValueError for unknown names, with the near ones, and for sizes that do not fit together.
+    """
+    backbone = look_up(SEGMENTERS, name, "segmenter")
+    if num_classes < 1 or num_classes > IGNORE:
+        raise ValueError(f"num_classes must be within 1..{IGNORE}, got {num_classes}")
+    if width < 64 or width % 64 or width % heads:
+        raise ValueError(f"width must be a multiple of 64 (GroupNorm has 32 groups) and of heads {heads}, got {width}")
+    for what, value in dict(queries=queries, layers=layers, encoder_layers=encoder_layers).items():
+        if value < 1:
+            raise ValueError(f"{what} must be at least 1, got {value}")
+    if overrides.get("patch_size", 16) % 4:
+        raise ValueError(f"patch_size must be a multiple of 4, got {overrides['patch_size']}")
+    vit = build_model(backbone, attention, image_size=image_size, **overrides)
+    return Segmenter(vit, num_classes, pixel_decoder, width, heads, queries, layers, encoder_layers)
+
+
+def load_start(model: Segmenter, path: str | Path) -> LoadReport:
+    """Weights to start from: a segmenter's, or those of a ViT (MAE, DeiT, timm) for the backbone.
+
+    Raises: ValueError as `load_pretrained` does.
+    """
+    if any(name.startswith("backbone.") for name in weights_in(read_checkpoint(path))):
+        return load_pretrained(model, path)
+    prefix = "backbone.vit."
+    report = load_pretrained(model.backbone.vit, path)
+    for group in (report.loaded, report.resized, report.partly, report.new):
+        group[:] = [prefix + name for name in group]
+    report.new += [name for name in model.state_dict() if not name.startswith(prefix)]
+    return report
+
+
+# ---- matching and losses ---------------------------------------------------------------------------------------------
+
+Targets = list[tuple[Tensor, Tensor]]  # per image: labels (n,) and masks (n, H, W) boolean, one of each class in it
+
+
+def targets_of(labels: Tensor) -> Targets:
+    """Label maps (B, H, W) -> one target for each class that occurs in an image. Ignored pixels are in no mask."""
+    targets = []
+    for label in labels:
+        classes = label.unique()
+        classes = classes[classes != IGNORE]
+        targets.append((classes.long(), label[None] == classes[:, None, None]))
+    return targets
+
+
+def random_points(masks: int, points: int, device: torch.device) -> Tensor:
+    """(masks, points, 2): uniform places (x, y) in 0..1."""
+    return torch.rand(masks, points, 2, device=device)
+
+
+def sample(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear samples of maps (N, C, y, x) at points (N, P, 2), places (x, y) in 0..1 -> (N, C, P)."""
+    return F.grid_sample(maps, 2 * points[:, :, None].to(maps.dtype) - 1, align_corners=False)[..., 0]
+
+
+@torch.no_grad()
+def uncertain_points(logits: Tensor, points: int, oversample: int = 3, share: float = 0.75) -> Tensor:
+    """Places at which to compare masks (M, y, x) with their targets, (M, points, 2).
+
+    Of `oversample` times as many uniform ones, those with the smallest sampled |logit|, `share` of what is wanted; the
+    rest uniform.  PointRend, arXiv:1912.08193, section 3.1
+    """
+    candidates = random_points(len(logits), oversample * points, logits.device)
+    certainty = sample(logits[:, None], candidates)[:, 0].abs()
+    kept = certainty.topk(int(share * points), largest=False).indices
+    chosen = candidates.gather(1, kept[..., None].expand(-1, -1, 2))
+    return torch.cat([chosen, random_points(len(logits), points - kept.shape[1], logits.device)], dim=1)
+
+
+def bce_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross entropy, mean over P points, of paired masks (M, P) -> (M,)."""
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
+
+
+def dice_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """1 - (2 sum s t + 1) / (sum s + sum t + 1), s = sigmoid(logits), of paired masks (M, P) -> (M,)."""
+    s = logits.sigmoid()
+    return 1 - (2 * (s * targets).sum(dim=1) + 1) / (s.sum(dim=1) + targets.sum(dim=1) + 1)
+
+
+def pairwise_costs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`bce_losses` and `dice_losses` of every mask (Q, P) with every target (n, P), both (Q, n)."""
+    bce = (F.softplus(-logits) @ targets.T + F.softplus(logits) @ (1 - targets).T) / logits.shape[1]
+    s = logits.sigmoid()
+    return bce, 1 - (2 * s @ targets.T + 1) / (s.sum(dim=1)[:, None] + targets.sum(dim=1) + 1)
+
+
+@torch.no_grad()
+def match(classes: Tensor, masks: Tensor, labels: Tensor, targets: Tensor, points: int) -> tuple[Tensor, Tensor]:
+    """The assignment of least cost between queries and targets of one image.  Mask2Former, section 3.3
+
+    Args: classes (Q, K + 1) and masks (Q, y, x), logits; labels (n,) and targets (n, H, W); all compared at the same
+        `points` uniform places.
+    Returns: indices of queries and of targets, both (min(Q, n),).
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    places = random_points(1, points, masks.device)
+    bce, dice = pairwise_costs(sample(masks[None], places)[0], sample(targets[None].to(masks.dtype), places)[0])
+    label = -classes.softmax(dim=-1)[:, labels]
+    cost = WEIGHTS["bce"] * bce + WEIGHTS["label"] * label + WEIGHTS["dice"] * dice
+    rows, columns = linear_sum_assignment(cost.nan_to_num().cpu().numpy())
+    return tuple(torch.as_tensor(indices, device=masks.device) for indices in (rows, columns))
+
+
+def prediction_loss(classes: Tensor, masks: Tensor, targets: Targets, num_masks: float, points: int) -> Tensor:
+    """Loss of one prediction (class logits (B, Q, K + 1), mask logits (B, Q, y, x)) against its own matching.
+
+    Mask losses are sums over matched pairs, divided by `num_masks`; without any target they are 0, with a gradient.
+    """
+    classes, masks = widened(classes), widened(masks)
+    pairs = [match(classes[i], masks[i], *target, points) for i, target in enumerate(targets)]
+    image = torch.cat([torch.full_like(queries, i) for i, (queries, _) in enumerate(pairs)])
+    query = torch.cat([queries for queries, _ in pairs])
+    labels, truths = (
+        torch.cat([target[kind][order] for target, (_, order) in zip(targets, pairs, strict=True)]) for kind in (0, 1)
+    )
+    wanted = torch.full(classes.shape[:2], classes.shape[2] - 1, device=classes.device)  # no object
+    wanted[image, query] = labels
+    logits = masks[image, query]                                                      # (M, y, x), truths (M, H, W)
+    weight = classes.new_ones(classes.shape[2])
+    weight[-1] = NO_OBJECT
+    label = F.cross_entropy(classes.flatten(0, 1), wanted.flatten(), weight)
+    places = uncertain_points(logits, points)
+    logits, truths = (sample(maps[:, None].to(masks.dtype), places)[:, 0] for maps in (logits, truths))
+    bce, dice = (losses(logits, truths).sum() / num_masks for losses in (bce_losses, dice_losses))
+    return WEIGHTS["label"] * label + WEIGHTS["bce"] * bce + WEIGHTS["dice"] * dice
+
+
+def mean_masks(targets: Targets, device: torch.device) -> float:
+    """Targets of a batch, averaged over ranks, at least 1: DDP's mean of gradients is then a mean over masks."""
+    count = torch.tensor([sum(len(labels) for labels, _ in targets)], dtype=torch.float64, device=device)
+    return max(1.0, all_sum(count)[0] / world_size())
+
+
+def set_loss(outputs: list[tuple[Tensor, Tensor]], targets: Targets, num_masks: float, points: int) -> Tensor:
+    """The sum of the losses of all predictions: deep supervision."""
+    with without_autocast(outputs[0][0].device):
+        return sum(prediction_loss(*output, targets, num_masks, points) for output in outputs)
+
+
+def loss_of_batch(run: Run, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Loss of uint8 images (B, 3, S, S) and labels (B, S, S)."""
+    images, labels = train.to_model_input(batch[0], run.device), batch[1].to(run.device)
+    targets = targets_of(labels)
+    num_masks = mean_masks(targets, run.device)
+    with train.autocast(run.args, run.device):
+        outputs = run.net(images)
+    return set_loss(outputs, targets, num_masks, run.args.points)
+
+
+# ---- inference and metric --------------------------------------------------------------------------------------------
+
+
+def class_scores(output: tuple[Tensor, Tensor], padded: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Sum over queries of p(class) sigmoid(mask), (B, K, *size), from one prediction; "no object" is left out.
+
+    Masks are resized to the padded image before the sigmoid; what was padding is cut off afterwards.
+    """
+    classes, masks = (widened(x) for x in output)
+    masks = F.interpolate(masks, size=padded, mode="bilinear", align_corners=False).sigmoid()
+    masks = masks[:, :, : size[0], : size[1]]
+    return torch.einsum("bqk,bqyx->bkyx", classes.softmax(dim=-1)[..., :-1], masks)
+
+
+def resized_argmax(scores: Tensor, size: tuple[int, int], at_once: int = 16) -> Tensor:
+    """(B, K, y, x) -> the class with the highest score after bilinear resizing, (B, *size).
+
+    A few classes at a time: at the size of a photograph all 150 would not fit into memory.
+    """
+    best = labels = None
+    for first in range(0, scores.shape[1], at_once):
+        part = F.interpolate(scores[:, first : first + at_once], size=size, mode="bilinear", align_corners=False)
+        highest, arg = part.max(dim=1)
+        if best is None:
+            best, labels = highest, arg
+        else:
+            labels = torch.where(highest > best, first + arg, labels)
+            best = torch.maximum(best, highest)
+    return labels
+
+
+def segment(
+    model: Segmenter, images: Tensor, size: tuple[int, int], args: argparse.Namespace, device: torch.device
+) -> Tensor:
+    """Labels (B, *size) of uint8 images (B, 3, h, w), which have the size the model is to see them at."""
+    with train.autocast(args, device):
+        outputs = model(train.to_model_input(images, device))
+    with without_autocast(device):
+        seen = tuple(images.shape[2:])
+        return resized_argmax(class_scores(outputs[-1], model.padded(seen), seen), size)
+
+
+def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(K, K) int64: pixels by predicted class (row) and true class (column), ignored ones left out."""
+    known = labels != IGNORE
+    pairs = predicted[known].long() * num_classes + labels[known].long()
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def metrics_of(matrix: Tensor, classes: list[str]) -> dict:
+    """mIoU, mAcc and pAcc in percent, and the IoU of each class, None where it does not occur.
+
+    IoU and accuracy are averaged over the classes that have pixels in the ground truth, each over all images at once.
+    """
+    hits, truth, guessed = matrix.diagonal().double(), matrix.sum(dim=0).double(), matrix.sum(dim=1).double()
+    present = truth > 0
+    iou, accuracy = 100 * hits / (truth + guessed - hits), 100 * hits / truth
+    return dict(
+        mIoU=iou[present].mean().item(),
+        mAcc=accuracy[present].mean().item(),
+        pAcc=(100 * hits.sum() / truth.sum()).item(),
+        iou={name: value if there else None for name, value, there in zip(classes, iou.tolist(), present, strict=True)},
+    )
+
+
+@torch.inference_mode()
+def evaluate(model: Segmenter, loader: DataLoader, args: argparse.Namespace, device: torch.device) -> dict:
+    """`metrics_of` the whole set at its original resolution, each image counted once over all ranks."""
+    model.eval()
+    classes = loader.dataset.base.classes
+    matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
+    for images, labels in loader:
+        predicted = segment(model, images, tuple(labels.shape[1:]), args, device)
+        matrix += confusion(predicted, labels.to(device), len(classes))
+    return metrics_of(torch.tensor(all_sum(matrix)), classes)
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+class ShapeScenes(train.Scenes):
+    """Rendered scenes: (uint8 image (3, S, S), uint8 labels (S, S)); background is class 0."""
+
+    classes = ["background", *train.SHAPES]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        scene = self.scene(index)
+        return torch.from_numpy(scene.image).permute(2, 0, 1), torch.from_numpy(scene.mask)
+
+
+def read_annotation(path: Path) -> np.ndarray:
+    """The numbers in an annotation file, (H, W) uint8: palette images are read as indices, never as colours."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("L", "P"):
+                raise DataError(f"annotation {path} has mode {image.mode}: expected one number of 8 bits per pixel")
+            return np.array(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot read annotation {path}: {error}") from None
+
+
+class SegmentationFolder(Dataset):
+    """ADE20K's layout, images/SPLIT and annotations/SPLIT with PNGs of the same stem: (uint8 (3, H, W), uint8 (H, W)).
+
+    In a file 0 is "no label" and 1..K are classes; here they are 255 and 0..K-1.
+    Raises: ValueError for a missing folder or annotation; when read, DataError for a file that does not fit.
+    """
+
+    def __init__(self, root: Path, split: str, classes: list[str]):
+        self.classes = classes
+        folders = [root / kind / split for kind in ("images", "annotations")]
+        for folder in folders:
+            if not folder.is_dir():
+                raise ValueError(f"no folder {folder}: images/ and annotations/ need training/ and validation/")
+        images = sorted(path for path in folders[0].iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
+        if not images:
+            raise ValueError(f"no images in {folders[0]}")
+        known = {path.name for path in folders[1].iterdir()}
+        self.pairs = [(path, folders[1] / f"{path.stem}.png") for path in images]
+        for image, annotation in self.pairs:
+            if annotation.name not in known:
+                raise ValueError(f"image {image} has no annotation {annotation}")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image_path, annotation_path = self.pairs[index]
+        image, numbers = train.read_image(image_path), read_annotation(annotation_path)
+        if numbers.shape != (image.height, image.width):
+            raise DataError(
+                f"annotation {annotation_path} is {numbers.shape[1]} x {numbers.shape[0]} pixels, its image "
+                f"{image_path} {image.width} x {image.height}"
+            )
+        if numbers.max(initial=0) > len(self.classes):
+            raise DataError(f"annotation {annotation_path} has label {numbers.max()} of {len(self.classes)} classes")
+        return v2.functional.pil_to_tensor(image), torch.from_numpy(numbers - np.uint8(1))  # 0 becomes 255
+
+
+def class_names(root: Path, num_classes: int | None) -> list[str]:
+    """The names in a folder's classes.txt (one a line) or ADE20K's objectInfo150.txt, else numbers, 150 of them.
+
+    Raises: ValueError for an empty or doubtful list, or one that is not of --num-classes.
+    """
+    plain, table = root / "classes.txt", root / "objectInfo150.txt"
+    if plain.is_file():
+        source, names = plain, plain.read_text().splitlines()
+    elif table.is_file():  # Idx, Ratio, Train, Val, Stuff, Name, separated by tabs, under a heading
+        source, names = table, [line.split("\t")[-1] for line in table.read_text().splitlines()[1:]]
+    else:
+        return [f"class {i}" for i in range(num_classes or 150)]
+    names = [name.strip() for name in names if name.strip()]
+    if not 1 <= len(names) <= IGNORE or len(set(names)) < len(names):
+        raise ValueError(f"{source} must name 1..{IGNORE} different classes, one a line; it has {len(names)} lines")
+    if num_classes not in (None, len(names)):
+        raise ValueError(f"--num-classes {num_classes}, but {source} names {len(names)}")
+    return names
+
+
+def open_split(args: argparse.Namespace, split: str) -> Dataset:
+    """"train" or "val" of `args.data`, with `.classes`, not augmented."""
+    if args.data == "shapes":
+        if args.num_classes not in (None, len(ShapeScenes.classes)):
+            raise ValueError(f"--num-classes {args.num_classes}, but shapes has {len(ShapeScenes.classes)}")
+        length = args.shapes_length if split == "train" else max(1, args.shapes_length // 40)
+        return ShapeScenes(split, length, args.image_size, args.seed, most=3)
+    root = Path(args.data)
+    if not root.is_dir():
+        raise ValueError(f"unknown data {args.data!r}: shapes or an existing folder")
+    folder = {"train": "training", "val": "validation"}[split]
+    return SegmentationFolder(root, folder, class_names(root, args.num_classes))
+
+
+def fitted(size: tuple[int, int], short: int, long: int) -> list[int]:
+    """(height, width) scaled such that the short edge is `short`, or the long edge `long` if it would be longer."""
+    scale = min(short / min(size), long / max(size))
+    return [max(1, int(side * scale + 0.5)) for side in size]
+
+
+def random_resize(size: int) -> Callable:
+    """Step for an image and its labels: short edge one of 0.5, 0.6, ..., 2.0 times `size`, long edge up to 4 times."""
+    edges = [int(0.1 * k * size) for k in range(5, 21)]
+
+    def step(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        shape = fitted(tuple(labels.shape), edges[torch.randint(len(edges), ())], 4 * size)
+        return v2.functional.resize(image, shape), v2.functional.resize(labels, shape)  # labels: nearest
+
+    return step
+
+
+def random_crop(size: int) -> Callable:
+    """Step: a random window of `size` x `size`, or less where the image is smaller."""
+
+    def step(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        kept = [min(size, side) for side in labels.shape]
+        corner = [int(torch.randint(side - k + 1, ())) for side, k in zip(labels.shape, kept, strict=True)]
+        return v2.functional.crop(image, *corner, *kept), v2.functional.crop(labels, *corner, *kept)
+
+    return step
+
+
+def pad_to(size: int) -> Callable:
+    """Step: pad at the bottom and right to `size` x `size`, images with grey, labels with "ignore"."""
+
+    def step(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        edges = [0, 0, size - labels.shape[1], size - labels.shape[0]]
+        return v2.functional.pad(image, edges, fill=GREY), v2.functional.pad(labels, edges, fill=IGNORE)
+
+    return step
+
+
+def shift_brightness(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Step: half of the images get lighter or darker by up to 32 of 255."""
+    if torch.rand(()) < 0.5:
+        shift = int(torch.randint(-32, 33, ()))
+        image = tv_tensors.Image((image.int() + shift).clamp(0, 255).to(torch.uint8))
+    return image, labels
+
+
+def colour_jitter() -> v2.Transform:
+    """SSD's colour augmentation, arXiv:1512.02325, section 2.2: each change in half of the images, in either order.
+
+    Its contrast is a factor on pixel values, which torchvision calls brightness; saturation blends with grey, where
+    Mask2Former scales HSV's S. Hue moves by up to 36 degrees.
+    """
+
+    def half(**ranges) -> v2.Transform:
+        return v2.RandomApply([v2.ColorJitter(**ranges)], p=0.5)
+
+    contrast, saturation, hue = half(brightness=(0.5, 1.5)), half(saturation=(0.5, 1.5)), half(hue=0.1)
+    return v2.RandomChoice([v2.Compose([contrast, saturation, hue]), v2.Compose([saturation, hue, contrast])])
+
+
+def train_transform(args: argparse.Namespace) -> Callable:
+    """(uint8 image (3, H, W), labels (H, W)) -> augmented uint8 (3, S, S) and (S, S)."""
+    flip = v2.RandomHorizontalFlip()
+    steps = [flip]
+    if args.data != "shapes":  # rendered at the size they are wanted
+        size = args.image_size
+        steps = [random_resize(size), random_crop(size), shift_brightness, colour_jitter(), flip, pad_to(size)]
+    compose = v2.Compose(steps)
+
+    def transform(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        pair = compose(tv_tensors.Image(image), tv_tensors.Mask(labels))
+        return tuple(x.as_subclass(Tensor) for x in pair)
+
+    return transform
+
+
+def eval_transform(args: argparse.Namespace) -> Callable:
+    """The whole image with its short edge at the crop's size, long edge up to 4 times that; labels as they are."""
+
+    def transform(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return v2.functional.resize(image, fitted(tuple(image.shape[1:]), args.image_size, 4 * args.image_size)), labels
+
+    return transform
+
+
+class Pairs(Augmented):
+    """`Augmented` whose transform changes image and labels together."""
+
+    def apply(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform(image, labels)
+
+
+class IntervalSampler(EpochSampler):
+    """This rank's items between two evaluations, by number of items instead of passes over the data.
+
+    Training order is an endless sequence of permutations, one per pass; interval `epoch` is its items from
+    epoch * interval on, so nothing is left out and sets smaller than a batch do. Yields (pass, index).
+    """
+
+    def __init__(self, length: int, interval: int, *, rank: int = 0, world: int = 1, seed: int = 0):
+        """interval: items per interval over all ranks, a multiple of the global batch."""
+        super().__init__(length, rank=rank, world=world, seed=seed)
+        self.interval = interval
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.interval, self.world))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        current, order = -1, None
+        start = self.epoch * self.interval
+        for position in range(start + self.rank, start + self.interval, self.world):
+            passed, place = divmod(position, self.length)
+            if passed != current:
+                generator = torch.Generator().manual_seed(train.mixed_seed(self.seed, passed))
+                current, order = passed, torch.randperm(self.length, generator=generator)
+            yield passed, int(order[place])
+
+
+def train_loader(args: argparse.Namespace, train_set: Dataset) -> DataLoader:
+    """Augmented batches (images, labels), shuffled, for one interval between evaluations."""
+    interval = args.eval_steps * args.global_batch
+    sampler = IntervalSampler(len(train_set), interval, rank=rank(), world=world_size(), seed=args.seed)
+    return train.make_loader(Pairs(train_set, train_transform(args), args.seed), sampler, args.batch_size, args.workers)
+
+
+def val_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
+    """This rank's share of the validation set; images of a folder one by one, since their sizes differ."""
+    sampler = EpochSampler(len(val_set), rank=rank(), world=world_size())
+    batch_size = args.batch_size if args.data == "shapes" else 1
+    return train.make_loader(Pairs(val_set, eval_transform(args), args.seed), sampler, batch_size, args.workers)
+
+
+# ---- recipe ----------------------------------------------------------------------------------------------------------
+
+
+def length(args: argparse.Namespace, train_set: Dataset) -> tuple[int, int]:
+    """Steps from one evaluation to the next, which is what the loop calls an epoch, and of the run."""
+    bounds = [args.max_steps] if args.max_steps else []
+    if args.epochs:
+        bounds.append(max(1, args.epochs * len(train_set) // args.global_batch))
+    total = min(bounds, default=STEPS[kind_of(args)])
+    return min(args.eval_steps, total), total
+
+
+def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> Segmenter:
+    """The model that resolved flags describe. Raises ValueError as `build_segmenter` does."""
+    named = ("width", "queries", "layers", "encoder_layers", "patch_size", "drop_path", "epsilon")
+    options = {name: getattr(args, name) for name in named} | dict(schedule=args.mask_schedule, mlp_conv=args.mlp_conv)
+    return build_segmenter(args.model, args.attention, num_classes, args.pixel_decoder, image_size, **options)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, backbone_lr: float) -> list[dict]:
+    """By learning rate (`lr_scale`: `backbone_lr` for the backbone, pyramid included) and weight decay.
+
+    Norms, embeddings and position tables do not decay. Biases do, as in Mask2Former.
+    """
+    groups = {}
+    for layer, module in model.named_modules():
+        exempt = isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.Embedding)
+        scale = backbone_lr if layer.split(".")[0] == "backbone" else 1.0
+        for name, parameter in module.named_parameters(recurse=False):
+            decay = 0.0 if exempt or name == "pos_embed" else weight_decay
+            groups.setdefault((scale, decay), []).append(parameter)
+    return [dict(params=params, lr_scale=scale, weight_decay=decay) for (scale, decay), params in groups.items()]
+
+
+def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW; its learning rate is set at every step."""
+    return torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.backbone_lr), lr=args.lr)
+
+
+def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int, total_steps: int) -> float:
+    """Learning rate of step `step` (0-based): polynomial decay of power 0.9 to zero, no warm-up."""
+    return args.lr * args.global_batch / LR_BATCH * (1 - step / total_steps) ** 0.9
+
+
+def describe_recipe(run: Run) -> str:
+    """Optimiser, learning rate and what is compared."""
+    a = run.args
+    passes = run.total_steps * a.global_batch / len(run.train_loader.dataset)
+    return f"""an epoch is {run.steps_per_epoch} steps, from one evaluation to the next; the run is {passes:.4g} passes
+recipe: adamw, learning rate {a.lr * a.global_batch / LR_BATCH:.4g} ({a.lr} per {LR_BATCH} images, x {a.backbone_lr} \
+for the backbone), polynomial decay, weight decay {a.weight_decay}, gradient norm at most {a.clip_grad}, \
+EMA {a.ema_decay:.5f}
+masks: {a.pixel_decoder}, {a.queries} queries, {a.layers} decoder layers, losses at {a.points} points"""
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of segment.py; what is left None is filled in by `resolve`."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(
+        prog="segment.py", description=__doc__, formatter_class=formatter,
+        epilog=f"models: {', '.join(SEGMENTERS)}\n"
+        "data: shapes, or a folder with training/ and validation/ in images/ and in annotations/, and class names in "
+        "classes.txt or objectInfo150.txt\n"
+        f"steps of a run that neither --epochs nor --max-steps bounds: "
+        f"{', '.join(f'{steps} for {data}' for data, steps in STEPS.items())}\n"
+        "--image: --output is the overlay to write, or the folder of overlays; default NAME_overlay.png or "
+        "NAME_overlays here",
+    )  # fmt: skip
+    train.shared_flags(p, DATA_DEFAULTS)
+
+    def add(flag: str, kind: Callable, text: str) -> None:
+        p.add_argument(f"--{flag}", type=kind, help=f"{text}; {train.by_data(flag.replace('-', '_'), DATA_DEFAULTS)}")
+
+    p.add_argument("--pixel-decoder", choices=list(PIXEL_DECODERS), help="default fpn_transformer, which the paper's "
+                   "counts fit; msdeform is Mask2Former's")  # fmt: skip
+    p.add_argument("--num-classes", type=at_least(1, most=IGNORE), help="of a folder that does not name its classes; "
+                   "default 150")  # fmt: skip
+    p.add_argument("--mlp-conv", type=int, choices=(0, 3, 5), help="kernel of the DWConv in the backbone's MLPs, 0 for "
+                   "none; default 3, with softmax attention 0")  # fmt: skip
+    add("eval-steps", at_least(1), "optimiser steps from one evaluation to the next, an epoch of the log")
+    add("patch-size", at_least(4), "pixels; the pyramid has strides of 1/4, 1/2, 1 and 2 patches")
+    add("width", at_least(64), "channels of pyramid and decoders")
+    add("queries", at_least(1), "masks that are predicted per image")
+    add("layers", at_least(1), "of the masked decoder")
+    add("encoder-layers", at_least(1), "of the pixel decoder")
+    add("points", at_least(4), "places at which masks are compared")
+    add("drop-path", train.share, "stochastic depth of the backbone")
+    add("weight-decay", at_least(0, float), "of AdamW")
+    add("backbone-lr", at_least(0, float), "factor on the learning rate of ViT and pyramid")
+    add("clip-grad", at_least(0, float), "largest gradient norm over all parameters, 0 for no limit")
+    add("ema-decay", train.share, "of the averaged weights, 0 for none; a horizon of 4%% of the run where not given")
+    p.add_argument("--shapes-length", type=at_least(1), help="rendered training scenes, default 20000; 1 in 40 as many "
+                   "validate")  # fmt: skip
+    p.add_argument("--json", action="store_true", help="with --image: print classes and shares of pixels as JSON")
+    return p
+
+
+# Flags that a checkpoint answers for when they are not given.
+TRAINED_FLAGS = ("model", "attention", "image_size", "epsilon", "mask_schedule", "data", "shapes_length", "seed",
+                 "pixel_decoder", "num_classes", "mlp_conv", "patch_size", "width", "queries", "layers",
+                 "encoder_layers")  # fmt: skip
+
+
+def kind_of(args: argparse.Namespace) -> str:
+    """The row of DATA_DEFAULTS: "shapes" or "folder"."""
+    return "shapes" if args.data in (None, "shapes") else "folder"
+
+
+def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
+    """Fill in every flag that was not given: from `trained`, a checkpoint's settings, else from the recipe table."""
+    train.take_over(args, trained or {}, TRAINED_FLAGS)
+    row = DATA_DEFAULTS[kind_of(args)]
+    train.fill_in(args, dict(pixel_decoder="fpn_transformer", shapes_length=20000) | row)
+
+
+def unnamed_classes(path: str, weights: dict[str, Tensor]) -> list[str]:
+    """"class 0", "class 1", ...: as many as the class head among `weights`, from file `path`, has."""
+    if "decoder.class_head.weight" not in weights:
+        raise ValueError(f"{path} has no decoder.class_head.weight: it is no segmenter")
+    return [f"class {i}" for i in range(len(weights["decoder.class_head.weight"]) - 1)]  # the last is no object
+
+
+# ---- prediction ------------------------------------------------------------------------------------------------------
+
+
+def colour_of(index: int) -> tuple[int, int, int]:
+    """A class's colour: hues a golden angle apart, in three brightnesses."""
+    hue, value = index * 0.618034 % 1, (1.0, 0.75, 0.5)[index % 3]
+    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.85, value))
+
+
+def shares_of(labels: np.ndarray, classes: list[str]) -> dict[str, float]:
+    """{class: share of pixels} of what a label map (H, W) holds, largest first."""
+    counts = np.bincount(labels.ravel(), minlength=len(classes))
+    return {classes[i]: counts[i] / labels.size for i in np.argsort(-counts, kind="stable") if counts[i]}
+
+
+def overlay(image: Image.Image, labels: np.ndarray, classes: list[str]) -> Image.Image:
+    """The image under the colours of its labels (H, W), with a legend of the classes found below."""
+    colours = np.array([colour_of(i) for i in range(len(classes))], np.uint8)
+    blended = Image.blend(image, Image.fromarray(colours[labels]), 0.5)
+    shares, font, line = shares_of(labels, classes), ImageFont.load_default(), 16
+    texts = [f"{name} {share:.1%}" for name, share in shares.items()]
+    width = max(image.width, *(math.ceil(font.getlength(text)) + 2 * line for text in texts))
+    canvas = Image.new("RGB", (width, image.height + line * len(shares) + 4), "white")
+    canvas.paste(blended, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for row, (name, text) in enumerate(zip(shares, texts, strict=True)):
+        top = image.height + 4 + line * row
+        draw.rectangle((4, top, line, top + line - 4), fill=colour_of(classes.index(name)))
+        draw.text((line + 6, top), text, fill="black", font=font)
+    return canvas
+
+
+def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
+    """--image: writes an overlay for a file, or each image file of a folder, and prints the classes found."""
+    targets = train.drawing_paths(args.image, args.output, "overlay")
+    if args.data is None and not train.settings_for(SEGMENTATION, args.checkpoint):
+        args.data = "folder"  # somebody else's model: the sizes of the published one
+    model, classes = train.load_model(SEGMENTATION, args)
+
+    @torch.inference_mode()
+    def work() -> None:
+        model.to(device)
+        for path, image in train.read_each(targets):
+            pixels, _ = eval_transform(args)(v2.functional.pil_to_tensor(image), None)
+            labels = segment(model, pixels[None], (image.height, image.width), args, device)[0].cpu().numpy()
+            train.write_image(overlay(image, labels, classes), targets[path])
+            shares = shares_of(labels, classes)
+            if args.json:
+                print(json.dumps(dict(image=str(path), overlay=str(targets[path]), shares=shares)))
+            else:
+                print(f"{path}: {', '.join(f'{name} {share:.1%}' for name, share in shares.items())}")
+
+    return work
+
+
+SEGMENTATION = Task(
+    script="segment.py",
+    metrics={"mIoU": "mIoU", "mAcc": "mAcc", "pAcc": "pAcc"},
+    resolve=resolve,
+    open_split=open_split,
+    length=length,
+    make_model=make_model,
+    make_optimizer=make_optimizer,
+    train_loader=train_loader,
+    val_loader=val_loader,
+    learning_rate=learning_rate,
+    loss=loss_of_batch,
+    evaluate=evaluate,
+    describe=describe_recipe,
+    unnamed=unnamed_classes,
+    predict=prepare_prediction,
+    load=load_start,
+)
+
+
+def main(args: argparse.Namespace) -> None:
+    train.run_script(SEGMENTATION, args)
+
+
+if __name__ == "__main__":
+    main(parser().parse_args())
