@@ -791,8 +791,8 @@ def open_split(args: argparse.Namespace, split: str) -> Dataset:
     if args.data == "shapes":
         if args.num_classes not in (None, len(ShapeScenes.classes)):
             raise ValueError(f"--num-classes {args.num_classes}, but shapes has {len(ShapeScenes.classes)}")
-        length = args.shapes_length if split == "train" else max(1, args.shapes_length // 40)
-        return ShapeScenes(split, length, args.image_size, args.seed, most=3)
+        length = args.shapes_length if split == "train" else max(1, args.shapes_length // 80)
+        return ShapeScenes(split, length, args.image_size, args.seed, most=2)
     root = Path(args.data)
     if not root.is_dir():
         raise ValueError(f"unknown data {args.data!r}: shapes or an existing folder")
@@ -1026,7 +1026,7 @@ def parser() -> argparse.ArgumentParser:
     add("backbone-lr", at_least(0, float), "factor on the learning rate of ViT and pyramid")
     add("clip-grad", at_least(0, float), "largest gradient norm over all parameters, 0 for no limit")
     add("ema-decay", train.share, "of the averaged weights, 0 for none; a horizon of 4%% of the run where not given")
-    p.add_argument("--shapes-length", type=at_least(1), help="rendered training scenes, default 20000; 1 in 40 as many "
+    p.add_argument("--shapes-length", type=at_least(1), help="rendered training scenes, default 40000; 1 in 80 as many "
                    "validate")  # fmt: skip
     p.add_argument("--json", action="store_true", help="with --image: print classes and shares of pixels as JSON")
     return p
@@ -1047,7 +1047,7 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
     """Fill in every flag that was not given: from `trained`, a checkpoint's settings, else from the recipe table."""
     train.take_over(args, trained or {}, TRAINED_FLAGS)
     row = DATA_DEFAULTS[kind_of(args)]
-    train.fill_in(args, dict(pixel_decoder="fpn_transformer", shapes_length=20000) | row)
+    train.fill_in(args, dict(pixel_decoder="fpn_transformer", shapes_length=40000) | row)
 
 
 def unnamed_classes(path: str, weights: dict[str, Tensor]) -> list[str]:
