@@ -17,6 +17,7 @@ Labels: 0..K-1, and 255 for pixels without one. `train.py` owns the loop; here a
 
 import argparse
 import colorsys
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -999,9 +1000,7 @@ def parser() -> argparse.ArgumentParser:
         "data: shapes, or a folder with training/ and validation/ in images/ and in annotations/, and class names in "
         "classes.txt or objectInfo150.txt\n"
         f"steps of a run that neither --epochs nor --max-steps bounds: "
-        f"{', '.join(f'{steps} for {data}' for data, steps in STEPS.items())}\n"
-        "--image: --output is the overlay to write, or the folder of overlays; default NAME_overlay.png or "
-        "NAME_overlays here",
+        f"{', '.join(f'{steps} for {data}' for data, steps in STEPS.items())}",
     )  # fmt: skip
     train.shared_flags(p, DATA_DEFAULTS)
 
@@ -1090,8 +1089,9 @@ def overlay(image: Image.Image, labels: np.ndarray, classes: list[str]) -> Image
 
 
 def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
-    """--image: writes an overlay for a file, or each image file of a folder, and prints the classes found."""
+    """--image: the classes of a file, or of each image file of a folder, drawn to --output, printed with --json."""
     targets = train.drawing_paths(args.image, args.output, "overlay")
+    drawn = args.output is not None or not args.json
     if args.data is None and not train.settings_for(SEGMENTATION, args.checkpoint):
         args.data = "folder"  # somebody else's model: the sizes of the published one
     model, classes = train.load_model(SEGMENTATION, args)
@@ -1099,15 +1099,20 @@ def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callab
     @torch.inference_mode()
     def work() -> None:
         model.to(device)
-        for path, image in train.read_each(targets):
-            pixels, _ = eval_transform(args)(v2.functional.pil_to_tensor(image), None)
-            labels = segment(model, pixels[None], (image.height, image.width), args, device)[0].cpu().numpy()
-            train.write_image(overlay(image, labels, classes), targets[path])
-            shares = shares_of(labels, classes)
+        printed = []
+        with contextlib.ExitStack() as stack:
             if args.json:
-                print(json.dumps(dict(image=str(path), overlay=str(targets[path]), shares=shares)))
-            else:
-                print(f"{path}: {', '.join(f'{name} {share:.1%}' for name, share in shares.items())}")
+                stack.callback(lambda: print(json.dumps(printed, indent=1)))
+            for path, image in train.read_each(targets):
+                pixels, _ = eval_transform(args)(v2.functional.pil_to_tensor(image), None)
+                labels = segment(model, pixels[None], (image.height, image.width), args, device)[0].cpu().numpy()
+                shares = shares_of(labels, classes)
+                printed.append(dict(image=str(path), shares=shares))
+                if drawn:
+                    train.write_image(overlay(image, labels, classes), targets[path])
+                if not args.json:
+                    found = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+                    print(f"{path}: {found}, drawn to {targets[path]}")
 
     return work
 

@@ -3386,11 +3386,11 @@ def test_segmentation_script_trains_castles_and_evaluates(tmp_path, capsys, monk
         Image.fromarray(scene[:40]).save(tmp_path / "photos" / name)
     monkeypatch.chdir(tmp_path)
     predict = (f"--checkpoint={tmp_path}/run/best.pt", "--json")
-    segment.main(segment.parser().parse_args([f"--image={tmp_path}/photos", *predict]))
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    segment.main(segment.parser().parse_args([f"--image={tmp_path}/photos", *predict, "--output=drawn"]))
+    found = json.loads(capsys.readouterr().out)
     assert [Path(r["image"]).name for r in found] == ["a.png", "b.jpg"]
     assert all(sum(r["shares"].values()) == pytest.approx(1) for r in found)
-    drawn = Image.open(tmp_path / "photos_overlays" / "a_overlay.png")
+    drawn = Image.open(tmp_path / "drawn" / "a.png")
     assert drawn.width >= 50 and drawn.height == 40 + 4 + 16 * len(found[0]["shares"])
     segment.main(segment.parser().parse_args([f"--image={tmp_path}/photos/b.jpg", predict[0], "--output=over.png"]))
     assert "%" in capsys.readouterr().out and (tmp_path / "over.png").is_file()
