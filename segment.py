@@ -64,7 +64,7 @@ DATA_DEFAULTS = {
         patch_size=8, width=64, queries=20, layers=3, encoder_layers=1, points=512,
     ),
 }  # fmt: skip
-STEPS = {"folder": 160_000, "shapes": 2500}  # of a run, where neither --epochs nor --max-steps bounds it
+STEPS = {"folder": 160_000, "shapes": 2000}  # of a run, where neither --epochs nor --max-steps bounds it
 LR_BATCH = 16  # `lr` is the first learning rate at a global batch of this size; it scales with the batch
 
 
@@ -708,8 +708,8 @@ def evaluate(model: Segmenter, loader: DataLoader, args: argparse.Namespace, dev
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-class ShapeScenes(train.Scenes):
-    """Rendered scenes: (uint8 image (3, S, S), uint8 labels (S, S)); background is class 0."""
+class ShapeScenes(train.Shapes):
+    """Rendered scenes of one shape each: (uint8 image (3, S, S), uint8 labels (S, S)); background is class 0."""
 
     classes = ["background", *train.SHAPES]
 
@@ -792,8 +792,8 @@ def open_split(args: argparse.Namespace, split: str) -> Dataset:
     if args.data == "shapes":
         if args.num_classes not in (None, len(ShapeScenes.classes)):
             raise ValueError(f"--num-classes {args.num_classes}, but shapes has {len(ShapeScenes.classes)}")
-        length = args.shapes_length if split == "train" else max(1, args.shapes_length // 80)
-        return ShapeScenes(split, length, args.image_size, args.seed, most=2)
+        length = args.shapes_length if split == "train" else max(1, args.shapes_length // 64)
+        return ShapeScenes(split, length, args.image_size, args.seed)
     root = Path(args.data)
     if not root.is_dir():
         raise ValueError(f"unknown data {args.data!r}: shapes or an existing folder")
@@ -1025,7 +1025,7 @@ def parser() -> argparse.ArgumentParser:
     add("backbone-lr", at_least(0, float), "factor on the learning rate of ViT and pyramid")
     add("clip-grad", at_least(0, float), "largest gradient norm over all parameters, 0 for no limit")
     add("ema-decay", train.share, "of the averaged weights, 0 for none; a horizon of 4%% of the run where not given")
-    p.add_argument("--shapes-length", type=at_least(1), help="rendered training scenes, default 40000; 1 in 80 as many "
+    p.add_argument("--shapes-length", type=at_least(1), help="rendered training scenes, default 32000; 1 in 64 as many "
                    "validate")  # fmt: skip
     p.add_argument("--json", action="store_true", help="with --image: print classes and shares of pixels as JSON")
     return p
@@ -1046,7 +1046,7 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
     """Fill in every flag that was not given: from `trained`, a checkpoint's settings, else from the recipe table."""
     train.take_over(args, trained or {}, TRAINED_FLAGS)
     row = DATA_DEFAULTS[kind_of(args)]
-    train.fill_in(args, dict(pixel_decoder="fpn_transformer", shapes_length=40000) | row)
+    train.fill_in(args, dict(pixel_decoder="fpn_transformer", shapes_length=32000) | row)
 
 
 def unnamed_classes(path: str, weights: dict[str, Tensor]) -> list[str]:

@@ -62,6 +62,17 @@ def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+class Calls(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
 @st.composite
 def qkv(draw, max_tokens=12, max_dim=8, zero_tokens=True):
     """float64 (q, k, v), (B, H, N, D|D|E). Hypothesis picks shapes, scale, seed and zero tokens, torch the numbers."""
@@ -1838,6 +1849,25 @@ def test_detector_parameters(name, options, backbone, neck, head):
     assert stages == backbone and parameters(model.neck) == neck and parameters(model.head) == head
 
 
+@pytest.mark.parametrize("sizes", [((8, 10), (4, 5), (2, 3)), ((7, 9), (4, 5), (2, 3))])
+def test_neck_is_wired_as_published(sizes):
+    """Each map reaches the others on the published ways, told apart by factors: upsampled or down-sampled map first in
+    every concatenation, P5 from C5 as reduced, P6 from both C5 and P5; also where a side is odd."""
+    neck = detect.PAN((2, 2, 2), 2, lambda channels: Calls(lambda x: x[:, :channels] + 10 * x[:, channels:]))
+    halve = lambda factor: Calls(lambda x: factor * x[..., ::2, ::2])  # noqa: E731
+    neck.reduce = nn.ModuleList(Calls(lambda x, factor=factor: factor * x) for factor in (1, 100, 10_000))
+    neck.down, neck.extra_in, neck.extra_out = nn.ModuleList([halve(3), halve(5)]), halve(7), halve(11)
+    c3, c4, c5 = (randn(1, 2, *size, seed=size[0]) for size in sizes)
+    p3, p4, p5, p6 = neck([c3, c4, c5])
+    up = lambda x, like: F.interpolate(x, size=like.shape[2:])  # noqa: E731
+    t4, t5 = 100 * c4, 10_000 * c5
+    m4 = up(t5, t4) + 10 * t4
+    assert_close(p3, up(m4, c3) + 10 * c3)
+    assert_close(p4, 3 * p3[..., ::2, ::2] + 10 * m4)
+    assert_close(p5, 5 * p4[..., ::2, ::2] + 10 * t5)
+    assert_close(p6, 7 * t5[..., ::2, ::2] + 11 * p5[..., ::2, ::2])
+
+
 def golden_outputs():
     """The outputs and targets of the specification's golden numbers: maps by level, logits, bins, points, targets."""
     def maps(channels, function):
@@ -2608,17 +2638,6 @@ def test_counted_attention_equals_its_formula(kernel, heads, tokens, key_dim, va
             cost = flops.count(core.to(device) if device == "cpu" else copy.deepcopy(core).to(device),
                                *(torch.zeros(s, device=device) for s in shapes), convention=convention)  # fmt: skip
             assert cost.macs == expected + conv and cost.attention == expected
-
-
-class Calls(nn.Module):
-    """A function as a module, for the counter."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs):
-        return self.function(*inputs)
 
 
 def test_formulations_count_alike():
