@@ -768,15 +768,16 @@ class SegmentationFolder(Dataset):
 
 
 def class_names(root: Path, num_classes: int | None) -> list[str]:
-    """The names in a folder's classes.txt (one a line) or ADE20K's objectInfo150.txt, else numbers, 150 of them.
+    """The names in a folder's classes.txt (one a line) or objectInfo*.txt (ADE20K's), else numbers, 150 of them.
 
     Raises: ValueError for an empty or doubtful list, or one that is not of --num-classes.
     """
-    plain, table = root / "classes.txt", root / "objectInfo150.txt"
+    plain, tables = root / "classes.txt", sorted(root.glob("objectInfo*.txt"))
     if plain.is_file():
-        source, names = plain, plain.read_text().splitlines()
-    elif table.is_file():  # Idx, Ratio, Train, Val, Stuff, Name, separated by tabs, under a heading
-        source, names = table, [line.split("\t")[-1] for line in table.read_text().splitlines()[1:]]
+        source, names = plain, plain.read_text(encoding="utf-8-sig").splitlines()
+    elif tables:  # Idx, ..., Name, separated by tabs, under a heading
+        source = tables[0]
+        names = [line.split("\t")[-1] for line in source.read_text(encoding="utf-8-sig").splitlines()[1:]]
     else:
         return [f"class {i}" for i in range(num_classes or 150)]
     names = [name.strip() for name in names if name.strip()]
@@ -998,7 +999,7 @@ def parser() -> argparse.ArgumentParser:
         prog="segment.py", description=__doc__, formatter_class=formatter,
         epilog=f"models: {', '.join(SEGMENTERS)}\n"
         "data: shapes, or a folder with training/ and validation/ in images/ and in annotations/, and class names in "
-        "classes.txt or objectInfo150.txt\n"
+        "classes.txt or objectInfo*.txt\n"
         f"steps of a run that neither --epochs nor --max-steps bounds: "
         f"{', '.join(f'{steps} for {data}' for data, steps in STEPS.items())}",
     )  # fmt: skip
