@@ -1384,8 +1384,8 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None
 
     A castling model takes over all that carries over from a published softmax one; what it has beyond that keeps its
     initialisation, in which the MLP's DWConv is the identity. A dense model has no use for class token, final norm and
-    head. Tables for another image size are resized; files do not
-    say their grid, so it is taken as square, or, if the length is the model's, as the model's.
+    head. Tables for another image size are resized; files do not say their grid, so it is taken as square, or, if the
+    length is the model's, as the model's.
 
     Args: fresh: what parameters' names start with that keep their initialisation, whatever the file has for them.
     Returns: what was loaded, resized, partly loaded, newly initialised and ignored; printing it lists them.

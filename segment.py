@@ -20,6 +20,7 @@ import colorsys
 import contextlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -481,24 +482,29 @@ def build_segmenter(
     backbone = look_up(SEGMENTERS, name, "segmenter")
     if num_classes < 1 or num_classes > IGNORE:
         raise ValueError(f"num_classes must be within 1..{IGNORE}, got {num_classes}")
-    if width < 64 or width % 64 or width % heads:
-        raise ValueError(f"width must be a multiple of 64 (GroupNorm has 32 groups) and of heads {heads}, got {width}")
-    for what, value in dict(queries=queries, layers=layers, encoder_layers=encoder_layers).items():
+    for what, value in dict(heads=heads, queries=queries, layers=layers, encoder_layers=encoder_layers).items():
         if value < 1:
             raise ValueError(f"{what} must be at least 1, got {value}")
-    if overrides.get("patch_size", 16) % 4:
-        raise ValueError(f"patch_size must be a multiple of 4, got {overrides['patch_size']}")
+    if width < 64 or width % 64 or width % heads:
+        raise ValueError(f"width must be a multiple of 64 (GroupNorm has 32 groups) and of heads {heads}, got {width}")
+    patch_size = overrides.get("patch_size", 16)
+    if patch_size < 4 or patch_size % 4:
+        raise ValueError(f"patch_size must be a multiple of 4, got {patch_size}")
     vit = build_model(backbone, attention, image_size=image_size, **overrides)
     return Segmenter(vit, num_classes, pixel_decoder, width, heads, queries, layers, encoder_layers)
 
 
 def load_start(model: Segmenter, path: str | Path) -> LoadReport:
-    """Weights to start from: a segmenter's, or those of a ViT (MAE, DeiT, timm) for the backbone.
+    """Weights to start from: a segmenter's, but for the class layer if it knows another number of classes; or those of
+    a ViT (MAE, DeiT, timm) for the backbone.
 
     Raises: ValueError as `load_pretrained` does.
     """
-    if any(name.startswith("backbone.") for name in weights_in(read_checkpoint(path))):
-        return load_pretrained(model, path)
+    weights = weights_in(read_checkpoint(path))
+    if any(name.startswith("backbone.") for name in weights):
+        head = weights.get("decoder.class_head.weight")
+        other = head is not None and len(head) != len(model.decoder.class_head.weight)
+        return load_pretrained(model, path, fresh="decoder.class_head." if other else None)
     prefix = "backbone.vit."
     report = load_pretrained(model.backbone.vit, path)
     for group in (report.loaded, report.resized, report.partly, report.new):
@@ -512,10 +518,14 @@ def load_start(model: Segmenter, path: str | Path) -> LoadReport:
 Targets = list[tuple[Tensor, Tensor]]  # per image: labels (n,) and masks (n, H, W) boolean, one of each class in it
 
 
-def targets_of(labels: Tensor) -> Targets:
-    """Label maps (B, H, W) -> one target for each class that occurs in an image. Ignored pixels are in no mask."""
+def targets_of(labels: Tensor, padded: tuple[int, int]) -> Targets:
+    """Label maps (B, H, W) -> one target for each class that occurs in an image. Ignored pixels are in no mask.
+
+    Masks have the `padded` size (height, width) that the model sees, as their predictions do; padding is in none.
+    """
+    edges = (0, padded[1] - labels.shape[2], 0, padded[0] - labels.shape[1])
     targets = []
-    for label in labels:
+    for label in F.pad(labels, edges, value=IGNORE):
         classes = label.unique()
         classes = classes[classes != IGNORE]
         targets.append((classes.long(), label[None] == classes[:, None, None]))
@@ -607,7 +617,10 @@ def prediction_loss(classes: Tensor, masks: Tensor, targets: Targets, num_masks:
 
 
 def mean_masks(targets: Targets, device: torch.device) -> float:
-    """Targets of a batch, averaged over ranks, at least 1: DDP's mean of gradients is then a mean over masks."""
+    """Targets of a batch, averaged over ranks, at least 1: DDP's mean of gradients is then a mean over masks.
+
+    With --accumulate each part of a step has a number of its own.
+    """
     count = torch.tensor([sum(len(labels) for labels, _ in targets)], dtype=torch.float64, device=device)
     return max(1.0, all_sum(count)[0] / world_size())
 
@@ -621,7 +634,7 @@ def set_loss(outputs: list[tuple[Tensor, Tensor]], targets: Targets, num_masks: 
 def loss_of_batch(run: Run, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Loss of uint8 images (B, 3, S, S) and labels (B, S, S)."""
     images, labels = train.to_model_input(batch[0], run.device), batch[1].to(run.device)
-    targets = targets_of(labels)
+    targets = targets_of(labels, run.model.padded(labels.shape[1:]))
     num_masks = mean_masks(targets, run.device)
     with train.autocast(run.args, run.device):
         outputs = run.net(images)
@@ -702,7 +715,10 @@ def evaluate(model: Segmenter, loader: DataLoader, args: argparse.Namespace, dev
     for images, labels in loader:
         predicted = segment(model, images, tuple(labels.shape[1:]), args, device)
         matrix += confusion(predicted, labels.to(device), len(classes))
-    return metrics_of(torch.tensor(all_sum(matrix)), classes)
+    total = torch.tensor(all_sum(matrix))
+    if not total.any():
+        raise DataError(f"no pixel of the {len(loader.dataset)} images to evaluate has a label")
+    return metrics_of(total, classes)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -719,11 +735,15 @@ class ShapeScenes(train.Shapes):
 
 
 def read_annotation(path: Path) -> np.ndarray:
-    """The numbers in an annotation file, (H, W) uint8: palette images are read as indices, never as colours."""
+    """The numbers in a PNG, (H, W) uint8: palette images are read as indices, never as colours."""
     try:
         with Image.open(path) as image:
-            if image.mode not in ("L", "P"):
-                raise DataError(f"annotation {path} has mode {image.mode}: expected one number of 8 bits per pixel")
+            if image.format != "PNG":
+                raise DataError(f"annotation {path} is a {image.format} file: expected PNG, which keeps numbers")
+            # Grey of fewer bits would be stretched to 0..255.
+            if image.mode not in ("L", "P") or (image.mode == "L" and image.tile[0][3] != "L"):
+                what = image.tile[0][3] if image.mode == "L" else image.mode
+                raise DataError(f"annotation {path} has mode {what}: expected one number of 8 bits per pixel")
             return np.array(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read annotation {path}: {error}") from None
@@ -756,7 +776,7 @@ class SegmentationFolder(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image_path, annotation_path = self.pairs[index]
-        image, numbers = train.read_image(image_path), read_annotation(annotation_path)
+        image, numbers = train.read_image(image_path, upright=True), read_annotation(annotation_path)
         if numbers.shape != (image.height, image.width):
             raise DataError(
                 f"annotation {annotation_path} is {numbers.shape[1]} x {numbers.shape[0]} pixels, its image "
@@ -772,17 +792,21 @@ def class_names(root: Path, num_classes: int | None) -> list[str]:
 
     Raises: ValueError for an empty or doubtful list, or one that is not of --num-classes.
     """
-    plain, tables = root / "classes.txt", sorted(root.glob("objectInfo*.txt"))
-    if plain.is_file():
-        source, names = plain, plain.read_text(encoding="utf-8-sig").splitlines()
-    elif tables:  # Idx, ..., Name, separated by tabs, under a heading
-        source = tables[0]
-        names = [line.split("\t")[-1] for line in source.read_text(encoding="utf-8-sig").splitlines()[1:]]
-    else:
+    found = [path for path in (root / "classes.txt", *sorted(root.glob("objectInfo*.txt"))) if path.is_file()]
+    if not found:
         return [f"class {i}" for i in range(num_classes or 150)]
-    names = [name.strip() for name in names if name.strip()]
-    if not 1 <= len(names) <= IGNORE or len(set(names)) < len(names):
-        raise ValueError(f"{source} must name 1..{IGNORE} different classes, one a line; it has {len(names)} lines")
+    source = found[0]
+    try:
+        lines = source.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {source}: {error}") from None
+    if source.name != "classes.txt":  # Idx, ..., Name, separated by tabs, under a heading
+        lines = [line.split("\t")[-1] for line in lines[1:]]
+    names = [line.strip() for line in lines if line.strip()]
+    repeated = [name for name, times in Counter(names).items() if times > 1]
+    if not 1 <= len(names) <= IGNORE or repeated:
+        what = f"names {repeated[0]!r} twice" if repeated else f"names {len(names)} classes"
+        raise ValueError(f"{source} {what}: expected 1..{IGNORE} different ones, one a line")
     if num_classes not in (None, len(names)):
         raise ValueError(f"--num-classes {num_classes}, but {source} names {len(names)}")
     return names
@@ -814,7 +838,10 @@ def random_resize(size: int) -> Callable:
 
     def step(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         shape = fitted(tuple(labels.shape), edges[torch.randint(len(edges), ())], 4 * size)
-        return v2.functional.resize(image, shape), v2.functional.resize(labels, shape)  # labels: nearest
+        # Not as a Mask, whose nearest pixel is up to one too far left and up: half an output pixel on average.
+        plain, exact = labels.as_subclass(Tensor)[None], v2.InterpolationMode.NEAREST_EXACT
+        resized = v2.functional.resize(plain, shape, interpolation=exact)[0]
+        return v2.functional.resize(image, shape), tv_tensors.Mask(resized)
 
     return step
 
@@ -938,7 +965,7 @@ def val_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
 
 
 def length(args: argparse.Namespace, train_set: Dataset) -> tuple[int, int]:
-    """Steps from one evaluation to the next, which is what the loop calls an epoch, and of the run."""
+    """Steps of an interval, which is what the loop and its log call an epoch, and of the run."""
     bounds = [args.max_steps] if args.max_steps else []
     if args.epochs:
         bounds.append(max(1, args.epochs * len(train_set) // args.global_batch))
@@ -982,7 +1009,7 @@ def describe_recipe(run: Run) -> str:
     """Optimiser, learning rate and what is compared."""
     a = run.args
     passes = run.total_steps * a.global_batch / len(run.train_loader.dataset)
-    return f"""an epoch is {run.steps_per_epoch} steps, from one evaluation to the next; the run is {passes:.4g} passes
+    return f"""an epoch of the log is {run.steps_per_epoch} steps; the run is {passes:.4g} passes over the images
 recipe: adamw, learning rate {a.lr * a.global_batch / LR_BATCH:.4g} ({a.lr} per {LR_BATCH} images, x {a.backbone_lr} \
 for the backbone), polynomial decay, weight decay {a.weight_decay}, gradient norm at most {a.clip_grad}, \
 EMA {a.ema_decay:.5f}
@@ -1014,7 +1041,7 @@ def parser() -> argparse.ArgumentParser:
                    "default 150")  # fmt: skip
     p.add_argument("--mlp-conv", type=int, choices=(0, 3, 5), help="kernel of the DWConv in the backbone's MLPs, 0 for "
                    "none; default 3, with softmax attention 0")  # fmt: skip
-    add("eval-steps", at_least(1), "optimiser steps from one evaluation to the next, an epoch of the log")
+    add("eval-steps", at_least(1), "optimiser steps of an epoch of the log, which --eval-every counts")
     add("patch-size", at_least(4), "pixels; the pyramid has strides of 1/4, 1/2, 1 and 2 patches")
     add("width", at_least(64), "channels of pyramid and decoders")
     add("queries", at_least(1), "masks that are predicted per image")
@@ -1061,9 +1088,10 @@ def unnamed_classes(path: str, weights: dict[str, Tensor]) -> list[str]:
 
 
 def colour_of(index: int) -> tuple[int, int, int]:
-    """A class's colour: hues a golden angle apart, in three brightnesses."""
-    hue, value = index * 0.618034 % 1, (1.0, 0.75, 0.5)[index % 3]
-    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.85, value))
+    """A class's colour, one of 150: 25 hues, neighbours far apart, in three brightnesses and two saturations."""
+    hue, shade = index * 9 % 25 / 25, index // 25
+    saturation, value = (0.9, 0.5)[shade % 2], (1.0, 0.7, 0.45)[shade % 3]
+    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
 
 
 def shares_of(labels: np.ndarray, classes: list[str]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 Oracles are the slow, obvious form in float64. Tolerances come from the dtype.
 """
 
+import colorsys
 import copy
 import functools
 import itertools
@@ -13,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -3114,7 +3116,7 @@ def test_point_losses_are_dense_ones_at_all_points(monkeypatch):
     label = torch.randint(0, 3, (2, 6, 9), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     label[:, 4:] = segment.IGNORE
     label[1][label[1] == 2] = 0
-    targets = segment.targets_of(label)
+    targets = segment.targets_of(label, label.shape[1:])
     assert [labels.tolist() for labels, _ in targets] == [[0, 1, 2], [0, 1]]
     classes, masks = randn(2, 4, 5), randn(2, 4, 6, 9, seed=1)
     loss = segment.prediction_loss(classes, masks, targets, 7.0, 54)
@@ -3144,6 +3146,47 @@ def test_points_are_the_uncertain_ones():
         assert certainty[300:].max() > 3 and (certainty[300:] > 2).float().mean() > 0.3
 
 
+def test_every_prediction_is_supervised(monkeypatch):
+    """The loss is the sum over all predictions, each with its own matching and with points where its matched masks are
+    uncertain; its normaliser is the mean number of masks over ranks; what the model sees are the images."""
+    monkeypatch.setattr(segment, "random_points", pixel_centres(6, 6))
+    model, seen = tiny_segmenter(drop_path=0.0).train(), []
+    uncertain = segment.uncertain_points
+    monkeypatch.setattr(segment, "uncertain_points", lambda x, p: seen.append(x) or uncertain(x, p))
+    images = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    labels = torch.randint(0, 3, (2, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    args = segment.parser().parse_args(["--no-amp", "--points=36"])
+    run = train.Run(segment.SEGMENTATION, args, torch.device("cpu"), [], model, model, *[None] * 4, 1, 1)
+    loss = segment.loss_of_batch(run, (images, labels))
+    assert len(seen) == 5 and all(len(logits) == 6 for logits in seen)  # 3 classes in each of 2 images, 4 layers + 1
+    outputs, targets = model(train.to_model_input(images, run.device)), segment.targets_of(labels, (32, 32))
+    parts = [segment.prediction_loss(*output, targets, 6.0, 36) for output in outputs]
+    assert_close(loss, sum(parts))
+    assert len({round(part.item(), 6) for part in parts}) == 5
+
+
+def test_targets_lie_where_predictions_do(monkeypatch):
+    """An image whose sides are no multiple of the stride has the loss of the same image padded by hand: masks and
+    targets are compared at the same places of the padded frame."""
+    monkeypatch.setattr(segment, "random_points", pixel_centres(8, 8))
+    monkeypatch.setattr(segment, "uncertain_points", lambda x, p: segment.random_points(len(x), p, x.device))
+    masks, classes = randn(1, 6, 16, 24), randn(1, 6, 5)
+    labels = torch.randint(0, 5, (1, 45, 70), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    padded = F.pad(labels, (0, 96 - 70, 0, 64 - 45), value=segment.IGNORE)
+    targets = [segment.targets_of(x, (64, 96)) for x in (labels, padded)]
+    losses = [segment.prediction_loss(classes, masks, target, 5.0, 64) for target in targets]
+    assert_close(*losses, rtol=0, atol=0)
+    assert all(truth.shape[1:] == (64, 96) for _, truth in segment.targets_of(labels, (64, 96)))
+    model, size = tiny_segmenter(), (45, 70)
+    assert model.padded(size) == (48, 80)
+    perfect = F.one_hot(F.pad(labels[:, :, :], (0, 10, 0, 3), value=0).long(), 5).permute(0, 3, 1, 2)
+    sure = 40 * F.interpolate(perfect.double(), size=(12, 20)) - 20
+    identity = 40 * torch.eye(5, 6, dtype=torch.float64)[None]
+    loss = segment.prediction_loss(identity, sure, segment.targets_of(labels, (48, 80)), 5.0, 64)
+    shifted = segment.prediction_loss(identity, sure, segment.targets_of(labels, size), 5.0, 64)
+    assert loss < shifted  # the unpadded frame is another one
+
+
 @pytest.mark.parametrize("pixel_decoder", DECODERS)
 @pytest.mark.parametrize("empty", [(1,), (0, 1)])
 def test_images_without_labels_train(pixel_decoder, empty):
@@ -3152,7 +3195,7 @@ def test_images_without_labels_train(pixel_decoder, empty):
     model = tiny_segmenter(pixel_decoder=pixel_decoder).train()
     labels = torch.randint(0, 5, (2, 40, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     labels[list(empty)] = segment.IGNORE
-    targets = segment.targets_of(labels)
+    targets = segment.targets_of(labels, labels.shape[1:])
     images = randn(2, 3, 40, 64, dtype=torch.float32)
     num_masks = segment.mean_masks(targets, torch.device("cpu"))
     assert num_masks == (5 if empty == (1,) else 1)
@@ -3169,7 +3212,7 @@ def test_order_of_targets_does_not_matter(seed):
     """Permuting an image's targets leaves the loss as it is, for the same points."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 4, (2, 16, 16), generator=generator, dtype=torch.uint8)
-    targets = segment.targets_of(labels)
+    targets = segment.targets_of(labels, labels.shape[1:])
     outputs = [(randn(2, 6, 5, seed=seed + i), randn(2, 6, 4, 4, seed=seed - i)) for i in range(2)]
 
     def loss(targets):
@@ -3241,7 +3284,7 @@ def test_any_size_trains_and_infers(pixel_decoder, amp):
     with train.autocast(args, device):
         outputs = model.train()(train.to_model_input(images, device))
     assert all(masks.shape == (2, 6, 24, 40) and masks.dtype == torch.float32 for _, masks in outputs)
-    loss = segment.set_loss(outputs, segment.targets_of(labels), 5.0, 64)
+    loss = segment.set_loss(outputs, segment.targets_of(labels, labels.shape[1:]), 5.0, 64)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     model.eval()
@@ -3257,7 +3300,8 @@ def test_segmenter_names_and_options_are_checked():
     cases = [
         (dict(name="vit_bse"), "vit_base"), (dict(pixel_decoder="msdeformable"), "msdeform"), (dict(width=48), "width"),
         (dict(attention="softmx"), "softmax"), (dict(num_classes=256), "num_classes"), (dict(layers=0), "layers"),
-        (dict(patch_size=6), "patch_size"), (dict(depht=3), "depth"), (dict(queries=0), "queries"),
+        (dict(patch_size=6), "patch_size"), (dict(patch_size=0), "patch_size"), (dict(heads=0), "heads"),
+        (dict(depht=3), "depth"), (dict(queries=0), "queries"),
     ]  # fmt: skip
     for options, message in cases:
         with pytest.raises(ValueError, match=message), torch.device("meta"):
@@ -3282,6 +3326,7 @@ def test_segmentation_recipe():
         assert of[id(named[name])] == expected, name
     args = segment.parser().parse_args(["--data=."])
     segment.resolve(args)
+    assert {group["lr_scale"] for group in segment.make_optimizer(args, model).param_groups} == {0.1, 1.0}
     assert (args.lr, args.batch_size, args.clip_grad, args.ema_decay, args.eval_steps) == (1e-4, 16, 0.01, 0.0, 5000)
     assert segment.length(args, range(20210)) == (5000, 160_000)
     args.global_batch = 32
@@ -3332,12 +3377,46 @@ def test_augmentation_moves_labels_with_pixels():
             yield (truth == 255).any().item(), shown.float().mean().item()
 
     assert sum(shown < 0.5 for _, shown in results(10)) > 3
+    plain, shift = torch.full((3, 8, 8), 120, dtype=torch.uint8), []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        shift.append(int(segment.shift_brightness(plain, labels)[0][0, 0, 0]) - 120)
+    assert 20 < shift.count(0) < 45 and 25 < max(map(abs, shift)) <= 32
+    flips, corners, position = 0, set(), torch.arange(64 * 64).view(64, 64)
+    for seed in range(40):
+        torch.manual_seed(seed)
+        flips += segment.v2.RandomHorizontalFlip()(position)[0, 0] != 0
+        corners.add(segment.random_crop(32)(position[None], segment.tv_tensors.Mask(position))[1].min().item())
+    assert 10 < flips < 30 and len(corners) > 30
+    red, hues = torch.tensor([200, 40, 40], dtype=torch.uint8)[:, None, None].expand(3, 8, 8), []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        r, g, b = (v / 255 for v in segment.colour_jitter()(segment.tv_tensors.Image(red))[:, 0, 0].tolist())
+        hues.append(180 - abs(180 - 360 * colorsys.rgb_to_hsv(r, g, b)[0]))
+    assert 15 < sum(hue < 1 for hue in hues) < 45 and 20 < max(hues) < 38
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segment, "colour_jitter", segment.v2.Identity)
         patch.setattr(segment, "shift_brightness", lambda image, labels: (image, labels))
         padded, shown = zip(*results(30), strict=True)
     assert 0 < sum(padded) < 30 and min(shown) > 0.7  # all but the soft borders between labels
     assert segment.fitted((512, 683), 512, 2048) == [512, 683] and segment.fitted((100, 1000), 512, 2048) == [205, 2048]
+
+
+def test_labels_scale_as_their_image():
+    """At each of the 16 scales a label comes from where its pixel does: a ramp and its labels keep no offset.
+    torchvision takes the nearest pixel of a Mask half a pixel too far left and up."""
+    side = 256
+    ramp = torch.arange(side, dtype=torch.float32).expand(side, side).contiguous()
+    image, labels = ramp[None].expand(3, -1, -1), segment.tv_tensors.Mask(ramp)
+    sizes = set()
+    for seed in range(80):
+        torch.manual_seed(seed)
+        pixels, truth = segment.random_resize(96)(segment.tv_tensors.Image(image), labels)
+        step = side / truth.shape[1]
+        offset = (truth.as_subclass(torch.Tensor) - pixels[0]).mean() / step
+        assert abs(offset) < 0.15, (truth.shape, offset)
+        sizes.add(truth.shape[1])
+    assert len(sizes) == 16
 
 
 @pytest.fixture
@@ -3375,6 +3454,50 @@ def test_annotations_are_read_as_numbers(streets):
     assert segment.class_names(streets, None) == ["wall", "sky, air"]
 
 
+def test_evaluation_is_its_definition(streets):
+    """Image by image: the short edge scaled to the model's size, padded, segmented, scaled back to the annotation's
+    size, counted where there is a label."""
+    args = segment.parser().parse_args([f"--data={streets}", "--image-size=40", "--workers=0", "--no-amp"])
+    segment.resolve(args)
+    model, data = tiny_segmenter(num_classes=4), segment.open_split(args, "val")
+    found = segment.evaluate(model, segment.val_loader(args, data), args, torch.device("cpu"))
+    hits, truth, guesses = (np.zeros(4) for _ in range(3))
+    for image, labels in data:
+        height, width = image.shape[1:]
+        scale = 40 / min(height, width)
+        seen = [round(height * scale), round(width * scale)]
+        pixels = segment.v2.functional.resize(image, seen)[None]
+        with torch.no_grad():
+            classes, masks = model(train.to_model_input(pixels, torch.device("cpu")))[-1]
+        masks = F.interpolate(masks, size=model.padded(seen), mode="bilinear").sigmoid()[:, :, : seen[0], : seen[1]]
+        scores = torch.einsum("bqk,bqyx->bkyx", classes.softmax(-1)[..., :-1], masks)
+        guess = F.interpolate(scores, size=(height, width), mode="bilinear").argmax(1)[0].numpy()
+        for c in range(4):
+            known = labels.numpy() != 255
+            hits[c] += (known & (guess == c) & (labels.numpy() == c)).sum()
+            truth[c] += (labels.numpy() == c).sum()
+            guesses[c] += (known & (guess == c)).sum()
+    assert found["mIoU"] == pytest.approx(100 * np.mean(hits / (truth + guesses - hits)))
+    assert found["mAcc"] == pytest.approx(100 * np.mean(hits / truth))
+    assert found["pAcc"] == pytest.approx(100 * hits.sum() / truth.sum())
+
+
+def test_overlay_shows_labels_and_names():
+    """Half image, half the label's colour; a legend row in the same colour for each class found, largest first; 150
+    classes have colours that can be told apart."""
+    image, labels = Image.new("RGB", (40, 30), (100, 100, 100)), np.zeros((30, 40), np.uint8)
+    labels[:, :15] = 2
+    drawn = np.asarray(segment.overlay(image, labels, ["a", "b", "c"])).astype(int)
+    for x, label in ((5, 2), (30, 0)):
+        assert np.abs(drawn[10, x] - (100 + np.array(segment.colour_of(label))) / 2).max() <= 1
+    for row, label in ((0, 0), (1, 2)):
+        assert (drawn[30 + 4 + 16 * row + 5, 8] == segment.colour_of(label)).all()
+    assert list(segment.shares_of(labels, ["a", "b", "c"]).items()) == [("a", 0.625), ("c", 0.375)]
+    colours = np.array([segment.colour_of(i) for i in range(150)])
+    distance = np.abs(colours[:, None] - colours[None]).max(-1) + 255 * np.eye(150, dtype=int)
+    assert distance.min() >= 8
+
+
 SMALL_SEGMENT = ("--image-size=32", "--shapes-length=40", "--batch-size=4", "--workers=0", "--max-steps=4",
                  "--eval-steps=2", "--width=64", "--layers=2", "--queries=6", "--points=64")  # fmt: skip
 
@@ -3393,6 +3516,11 @@ def test_segmentation_script_trains_castles_and_evaluates(tmp_path, capsys, monk
     assert [r["step"] for r in epochs] == [2, 4]
     assert set(epochs[-1]["test_iou"]) == {"background", *train.SHAPES}
     assert report["castling_report"]["test_mIoU"] == epochs[-1]["test_mIoU"] == epochs[-1]["test_mIoU_castled"]
+    before = models.read_checkpoint(tmp_path / "run" / "best.pt")["ema"]
+    run_segment(tmp_path / "lr0", "--lr=0", "--weight-decay=0", "--ema-decay=0", f"--checkpoint={tmp_path}/run/best.pt")
+    still = models.read_checkpoint(tmp_path / "lr0" / "last.pt")["model"]
+    assert all(torch.equal(before[name], still[name]) for name in before)  # --checkpoint starts from all of it
+    capsys.readouterr()
     for name in ("last.pt", "best.pt", "castled.pt"):
         segment.main(segment.parser().parse_args(["--eval", f"--checkpoint={tmp_path}/run/{name}", "--workers=0"]))
         record = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -3427,6 +3555,29 @@ def test_every_segmentation_option_trains(tmp_path, options):
     """Each combination runs to its report; a model without a branch reports no gap."""
     *_, report = run_segment(tmp_path, "--max-steps=2", "--eval-steps=1", *options)
     assert ("castling_gap" in report["castling_report"]) == all("attention=" not in o for o in options)
+
+
+def test_segmentation_learns(tmp_path):
+    """Sixty steps on one scene, over and over: the loss falls to a third, mIoU rises above that of background alone."""
+    options = ("--shapes-length=1", "--max-steps=60", "--eval-steps=30", "--split=train", "--lr=3e-3", "--ema-decay=0")
+    run_segment(tmp_path / "run", *options, "--batch-size=4")
+    first, second = (json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()[:2])
+    assert second["train_loss"] < 0.6 * first["train_loss"]
+    args = segment.parser().parse_args([f"--checkpoint={tmp_path}/run/last.pt", "--workers=0"])
+    model, _ = train.load_model(segment.SEGMENTATION, args)
+    data = segment.open_split(args, "train")
+    found = segment.evaluate(model, segment.val_loader(args, data), args, torch.device("cpu"))
+    assert found["mIoU"] > 60 and found["mAcc"] > 70
+
+
+def test_segmenter_starts_from_one_of_other_classes(tmp_path, streets, capsys):
+    """--checkpoint of a segmenter: all its weights, but for the class layer where the number of classes differs."""
+    run_segment(tmp_path / "a", "--max-steps=1", "--model=vit_mini", "--patch-size=8", "--encoder-layers=1")
+    start = (f"--data={streets}", f"--checkpoint={tmp_path}/a/best.pt", "--model=vit_mini", "--patch-size=8",
+             "--encoder-layers=1", "--max-steps=1")  # fmt: skip
+    capsys.readouterr()
+    run_segment(tmp_path / "b", *start)
+    assert "new: decoder.class_head.bias, decoder.class_head.weight" in capsys.readouterr().out
 
 
 def test_segmentation_continues(tmp_path):
@@ -3472,15 +3623,34 @@ def test_segmentation_folder_trains_and_names_what_is_wrong(tmp_path, streets, c
     for wrong, message in (
         (good.convert("RGB"), "mode RGB"), (good.crop((0, 0, 9, 9)), "9 x 9"),
         (Image.fromarray(np.full((good.height, good.width), 5, np.uint8)), "label 5 of 4"),
+        (good.convert("I;16"), "mode I;16"), (good.convert("1"), "mode 1"),
     ):  # fmt: skip
         wrong.save(annotation / "2.png")
         for workers in (0, 1):
             said = refused(1, f"--workers={workers}")
             assert str(annotation / "2.png") in said and message in said
+    good.convert("L").save(annotation / "2.png", format="JPEG")
+    assert "is a JPEG file" in refused(1)
+    grey = Image.fromarray(np.zeros((good.height, good.width), np.uint8)).convert("P", palette=0, colors=4)
+    grey.save(annotation / "2.png", bits=4)  # few bits with a palette are numbers all the same
+    assert segment.read_annotation(annotation / "2.png").shape == (good.height, good.width)
+    row = b"\0" + bytes((good.width + 1) // 2)  # grey of 4 bits, which Pillow would stretch
+    chunk = lambda kind, data: (  # noqa: E731
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big"))
+    header = good.width.to_bytes(4, "big") + good.height.to_bytes(4, "big") + bytes([4, 0, 0, 0, 0])
+    (annotation / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                                       + chunk(b"IDAT", zlib.compress(row * good.height)) + chunk(b"IEND", b""))
+    assert "mode L;4" in refused(1)
+    for path in (streets / "annotations" / "validation").iterdir():
+        Image.fromarray(np.zeros_like(np.array(Image.open(path)))).save(path)
+    Image.fromarray(np.zeros_like(np.array(good))).save(annotation / "2.png")
+    assert "has a label" in refused(1)
     (annotation / "2.png").write_bytes(b"cut")
     assert str(annotation / "2.png") in refused(1)
     (streets / "classes.txt").write_text("road\nroad\n")
-    assert "classes.txt" in refused(2)
+    assert "names 'road' twice" in refused(2)
+    (streets / "classes.txt").write_bytes("straße".encode("latin1"))
+    assert f"cannot read {streets}/classes.txt" in refused(2)
     (streets / "images" / "validation").rename(streets / "images" / "val")
     (streets / "classes.txt").unlink()
     assert f"{streets}/images/validation" in refused(2)
@@ -3512,7 +3682,7 @@ images = torch.randn(2, 3, 32, 32)
 labels = torch.zeros(2, 32, 32, dtype=torch.uint8)
 labels[0, :9], labels[0, 9:12], labels[1, :, 5:9], labels[1, :, 9:] = 1, 2, 3, 4
 whole, ddp = build(), DistributedDataParallel(build())
-everything, mine = segment.targets_of(labels), segment.targets_of(labels[rank : rank + 1])
+everything, mine = (segment.targets_of(x, x.shape[1:]) for x in (labels, labels[rank : rank + 1]))
 mine = [(classes[:3], masks[:3]) for classes, masks in mine]
 def grads(model, images, targets, count):
     segment.set_loss(model(images), targets, count, 64).backward()

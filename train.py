@@ -943,7 +943,7 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict] = DA
     add("--attention", help=f"{', '.join(ATTENTIONS)}; default castling")
     add("--data", help="a built-in set or a folder; default shapes, rendered on the fly")
     add("--image-size", type=at_least(1), help=f"pixels per side; {by_data('image_size', defaults)}")
-    add("--epochs", type=at_least(1), help=by_data("epochs", defaults))
+    add("--epochs", type=at_least(1), help=f"passes over the training images; {by_data('epochs', defaults)}")
     add("--eval-every", type=at_least(1), help="epochs from one evaluation to the next; default 1")
     add("--max-steps", type=at_least(1), help="stop after this many optimiser steps; schedules are fitted to it")
     add("--batch-size", type=at_least(1), help=f"images per process; {by_data('batch_size', defaults)}")
