@@ -1088,9 +1088,9 @@ def unnamed_classes(path: str, weights: dict[str, Tensor]) -> list[str]:
 
 
 def colour_of(index: int) -> tuple[int, int, int]:
-    """A class's colour, one of 150: 25 hues, neighbours far apart, in three brightnesses and two saturations."""
-    hue, shade = index * 9 % 25 / 25, index // 25
-    saturation, value = (0.9, 0.5)[shade % 2], (1.0, 0.7, 0.45)[shade % 3]
+    """A class's colour, one of 180: 30 hues, neighbours far apart, in three brightnesses and two saturations."""
+    hue, shade = index * 7 % 30 / 30, index // 30
+    saturation, value = (1.0, 0.5)[shade % 2], (1.0, 0.75, 0.5)[shade % 3]
     return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
 
 
