@@ -371,7 +371,8 @@ def detector_row(
         attention.record_masks(model, False)
         image = torch.empty(1, 3, image_size, image_size)
     model = model if branch else castle(model)
-    cost, pure = count(model, image, convention="paper-det"), count(model, image).macs / 1e9
+    cost = count(model, image, convention="paper-det")
+    pure = cost.by_module[""] / 1e9
     note = f"{image_size} px, {note}; pure MACs {pure:.4f} G"
     return table_row(name, attention_name, cost, cost.params, *paper, note) | dict(pure_macs_g=pure)
 

@@ -1,0 +1,303 @@
+"""Time and memory of Castling-ViT against what one would use instead, as ratios: speed that transfers between machines.
+
+    python bench.py                                    three tables, in under five minutes on two CPU cores
+    python bench.py --table core --compile             one table, everything under torch.compile
+    python bench.py --device cuda --dtype bfloat16 --json gpu.json
+
+Tables: `core`, from q, k, v to the attention's output; `models`, whole networks in inference; `training`, forward and
+backward with the auxiliary branch off, empty and alive. `released` is the formula of the authors' block, `softmax`
+torch's fused attention and the published networks.
+
+Protocol: every form is checked against float64 first. Then each round runs every form once, in random order, repeated
+until it takes 4 ms; a ratio is the median over rounds, with its quartiles. One CPU thread is timed by its CPU clock,
+which other processes disturb least; more threads, and a GPU, by wall clock. Memory is the peak of torch's allocations.
+For numbers free of the allocator's page faults, which slow the large temporaries of `released` most, set
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 in the environment (glibc).
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attention import AttentionCore, castle, record_masks, set_threshold
+from models import build_model
+
+CORE_SHAPES = [  # B, H, N, D
+    (1, 3, 196, 64), (8, 3, 196, 64), (8, 12, 196, 64), (8, 6, 196, 32), (8, 4, 196, 16), (8, 8, 49, 16),
+    (8, 3, 784, 64), (1, 12, 784, 64), (4, 3, 1600, 64), (1, 3, 3136, 64),
+]  # fmt: skip
+MODEL_ROWS = [  # name, B, pixels
+    ("deit_tiny", 1, 224), ("deit_tiny", 8, 224), ("deit_tiny", 2, 448), ("deit_tiny", 1, 896),
+    ("levit128", 8, 224), ("levit128", 2, 512), ("mvitv2_tiny", 1, 224),
+]  # fmt: skip
+TRAINING_ROWS = [("deit_tiny", 4, 224), ("deit_tiny", 1, 448)]
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, with all work done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.thread_time()
+    return time.perf_counter()
+
+
+def interleaved(forms: dict[str, Callable], device: torch.device, rounds: int, least: float) -> dict[str, list[float]]:
+    """{form: seconds per call, one entry per round}; every round runs all forms, in random order.
+
+    least: seconds that a form is repeated for within a round.
+    """
+    repeats, times = {}, {name: [] for name in forms}
+    for name, form in forms.items():
+        form()
+        start = clock(device)
+        form()
+        repeats[name] = max(1, math.ceil(least / max(clock(device) - start, 1e-6)))
+    for _ in range(rounds):
+        for name in random.sample(list(forms), len(forms)):
+            start = clock(device)
+            for _ in range(repeats[name]):
+                forms[name]()
+            times[name].append((clock(device) - start) / repeats[name])
+    return times
+
+
+def peak_bytes(form: Callable, device: torch.device) -> int:
+    """Most bytes that torch had allocated during one call, above what it had before."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        form()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        form()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+def measured(row: dict, forms: dict[str, Callable], args: argparse.Namespace) -> dict:
+    """`row` with, for every form, milliseconds, MiB, and its time over the first form's with quartiles."""
+    times = interleaved(forms, args.device, args.rounds, args.least)
+    base = next(iter(forms))
+    for name, form in forms.items():
+        ratios = [other / own for own, other in zip(times[base], times[name], strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+        row[name] = dict(ms=1e3 * statistics.median(times[name]), mib=peak_bytes(form, args.device) / 2**20)
+        row[name] |= dict(ratio=quartiles[1], quartiles=[quartiles[0], quartiles[2]])
+    return row
+
+
+def check(name: str, actual: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """Raise unless a form agrees with float64 to about the rounding of its dtype."""
+    error = ((actual.double() - exact).norm() / exact.norm()).item()
+    if not error < 40 * torch.finfo(dtype).eps:
+        raise RuntimeError(f"{name} differs from float64 by {error:.1e}, too much for {dtype}: nothing was timed")
+
+
+# ---- the released formula --------------------------------------------------------------------------------------------
+
+
+def released_equation_9(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, padding: None) -> Tensor:
+    """Eq. (9) and (10) in the order of operations of the authors' block, for AttentionCore.equation_9.
+
+    Source: GATECH-EIC/Castling-ViT @ c7b75c1, attention.py: normalise, (q k^T) softmax masked by a product, Conv2d.
+    """
+    unit_q, unit_k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
+    y = 0.5 * v + unit_q @ (unit_k.mT @ v) / math.pi
+    if core.auxiliary:
+        attention = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+        y = y + (attention * (attention > core.epsilon)) @ v
+    y = y / y.norm(dim=-1, keepdim=True)
+    return y + core.dconv(v.to(core.dconv.weight.dtype))
+
+
+@contextlib.contextmanager
+def released() -> Iterator[None]:
+    """Every core computes as the authors' block does."""
+    with patch.object(AttentionCore, "equation_9", released_equation_9):
+        yield
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def compiled(form: Callable, args: argparse.Namespace) -> Callable:
+    """As --compile says."""
+    return torch.compile(form) if args.compile else form
+
+
+@torch.no_grad()
+def core_row(B: int, H: int, N: int, D: int, args: argparse.Namespace) -> dict:
+    """From the output of a qkv layer (B, N, 3 H D) to what the next layer takes (B, N, H D)."""
+    core, baseline = AttentionCore(H).eval(), AttentionCore(H, "softmax").eval()
+    qkv = torch.randn(B, N, 3 * H * D)
+
+    def attend(core: AttentionCore, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unflatten(2, (3, H, D)).permute(2, 0, 3, 1, 4)
+        return core(q, k, v).transpose(1, 2).flatten(2)
+
+    exact = attend(core.double(), qkv.double())
+    exact_softmax = F.scaled_dot_product_attention(*qkv.double().unflatten(2, (3, H, D)).permute(2, 0, 3, 1, 4))
+    core.float().to(args.device, args.dtype), baseline.to(args.device)
+    x = qkv.to(args.device, args.dtype)
+
+    def attend_released(core: AttentionCore, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unflatten(2, (3, H, D)).permute(2, 0, 3, 1, 4)
+        return released_equation_9(core, q, k, v, None).transpose(1, 2).flatten(2)
+
+    ours, theirs = compiled(attend, args), compiled(attend_released, args)
+    forms = {
+        "castling": lambda: ours(core, x),
+        "released": lambda: theirs(core, x),
+        "softmax": lambda: attend(baseline, x),
+    }
+    exact = {"castling": exact, "released": exact, "softmax": exact_softmax.transpose(1, 2).flatten(2)}
+    for name, form in forms.items():
+        rounded = exact[name] if args.dtype == torch.float32 else exact[name].to(args.dtype).double()
+        check(name, form().cpu(), rounded, args.dtype)
+    return measured(dict(shape=f"B{B} H{H} N{N} D{D}"), forms, args)
+
+
+@torch.no_grad()
+def model_row(name: str, B: int, pixels: int, args: argparse.Namespace) -> dict:
+    """A castled network, the same with the released formula, and the published softmax network."""
+    images, forms = torch.randn(B, 3, pixels, pixels), {}
+
+    def infer(net: nn.Module, theirs: bool, x: Tensor) -> Tensor:
+        with released() if theirs else contextlib.nullcontext():
+            return net(x)
+
+    for form, kernel in (("castling", "castling"), ("released", "castling"), ("softmax", "softmax")):
+        torch.manual_seed(0)
+        model = castle(build_model(name, kernel, image_size=pixels)).eval()
+        exact = model.double()(images[:1].double())
+        check(f"{name} {form}", infer(model.float(), form == "released", images[:1]), exact, torch.float32)
+        net = compiled(model.to(args.device, args.dtype), args)
+        x = images.to(args.device, args.dtype)
+
+        forms[form] = functools.partial(infer, net, form == "released", x)
+    return measured(dict(shape=f"{name} {pixels} px, batch {B}"), forms, args)
+
+
+def training_row(name: str, B: int, pixels: int, args: argparse.Namespace) -> dict:
+    """Forward and backward: branch off, empty (a fresh network, threshold 0.02), alive (every row keeps an entry); the
+    released formula without and with its branch; the published softmax network."""
+    images, forms = torch.randn(B, 3, pixels, pixels, device=args.device), {}
+
+    def step(net: nn.Module, theirs: bool) -> None:
+        with released() if theirs else contextlib.nullcontext(), torch.autocast(
+            args.device.type, args.dtype, enabled=args.dtype != torch.float32
+        ):
+            net(images).float().square().mean().backward()
+        net.zero_grad(set_to_none=True)
+
+    for form, kernel, epsilon in (
+        ("off", "castling", None), ("empty", "castling", 0.02), ("alive", "castling", 0.0),
+        ("released off", "castling", None), ("released on", "castling", 0.02), ("softmax", "softmax", None),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        options = {} if kernel == "softmax" else dict(epsilon=epsilon or 0.0, schedule="fixed")
+        model = build_model(name, kernel, image_size=pixels, **options).to(args.device).train()
+        set_threshold(model, 0.0)
+        record_masks(model, False)
+        if epsilon is None:
+            castle(model)
+        net = compiled(model, args)
+        forms[form] = functools.partial(step, net, form.startswith("released"))
+    return measured(dict(shape=f"{name} {pixels} px, batch {B}"), forms, args)
+
+
+TABLES = {  # name: function of a row, rows, title
+    "core": (core_row, CORE_SHAPES, "attention core, inference"),
+    "models": (model_row, MODEL_ROWS, "whole network, inference"),
+    "training": (training_row, TRAINING_ROWS, "forward and backward, by auxiliary branch"),
+}
+
+
+def print_row(row: dict, first: bool) -> None:
+    """One line per row: the first form's time and memory, then every other's as multiples of them."""
+    base, *others = [name for name in row if name != "shape"]
+    if first:
+        heads = "".join(f"{name + ' / ' + base:>28}{'MiB':>8}" for name in others)
+        print(f"{'':30}{base + ', ms':>14}{'MiB':>8}{heads}")
+    line = f"{row['shape']:30}{row[base]['ms']:14.2f}{row[base]['mib']:8.1f}"
+    for name in others:
+        low, high = row[name]["quartiles"]
+        line += f"{row[name]['ratio']:16.2f} ({low:.2f}-{high:.2f}){row[name]['mib']:8.1f}"
+    print(line, flush=True)
+
+
+def environment(args: argparse.Namespace) -> dict:
+    """What a reader needs to judge the numbers."""
+    cuda = args.device.type == "cuda"
+    return dict(
+        torch=torch.__version__,
+        device=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        dtype=str(args.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        clock="CPU time" if not cuda and torch.get_num_threads() == 1 else "wall clock",
+        compiled=args.compile,
+        load_average=os.getloadavg()[0],
+        tuned_malloc="MALLOC_MMAP_MAX_" in os.environ,
+    )
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--table", choices=[*TABLES, "all"], default="all", help="default: all")
+    add("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda; default cpu")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default float32")
+    add("--compile", action="store_true", help="torch.compile every form")
+    add("--threads", type=int, default=1, help="CPU threads; default 1")
+    add("--rounds", type=int, default=5, help="default 5")
+    add("--rows", type=int, help="only so many rows of each table; default all")
+    add("--json", type=Path, metavar="FILE", help="also write the rows there")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports each start and stop on stderr
+    args.dtype, args.least = getattr(torch, args.dtype), 4e-3
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    random.seed(0)
+    result = dict(environment=environment(args))
+    print("  ".join(f"{key} {value}" for key, value in result["environment"].items()))
+    for name in TABLES if args.table == "all" else [args.table]:
+        function, rows, title = TABLES[name]
+        print(f"\n{name}: {title}; ratios are medians with quartiles")
+        result[name] = []
+        for row in rows[: args.rows]:
+            result[name].append(function(*row, args))
+            print_row(result[name][-1], first=len(result[name]) == 1)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(parser().parse_args())
