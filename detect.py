@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
@@ -359,6 +360,7 @@ def detections(
 # ---- data: COCO files and rendered scenes ----------------------------------------------------------------------------
 
 def is_number(value) -> bool:
+    """A finite number, but no truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -537,6 +539,13 @@ def collate(items: list[dict]) -> tuple[Tensor, list[dict]]:
     return images, [item | {"boxes": item["boxes"].as_subclass(Tensor)} for item in items]
 
 
+class CropWithBoxes(v2.RandomIoUCrop):
+    """torchvision's crop, which cannot do without boxes, leaves images without them as they are."""
+
+    def forward(self, item: dict) -> dict:
+        return super().forward(item) if len(item["boxes"]) else item
+
+
 def augmentation(augment: bool) -> Callable:
     """Flips; with `augment` also crops that keep a box, and colours. Boxes under a pixel wide or high then go.
 
@@ -552,13 +561,6 @@ def augmentation(augment: bool) -> Callable:
                                         hue=(-0.07, 0.07)),
         ]  # fmt: skip
     return v2.Compose([*steps, v2.SanitizeBoundingBoxes(min_size=1)])
-
-
-class CropWithBoxes(v2.RandomIoUCrop):
-    """torchvision's crop, which cannot do without boxes, leaves images without them as they are."""
-
-    def forward(self, item: dict) -> dict:
-        return super().forward(item) if len(item["boxes"]) else item
 
 
 class ScaleSampler(EpochSampler):
@@ -647,6 +649,12 @@ def coco_metrics(ground_truth: dict, results: list[dict], library: tuple[type, t
     return {name: 100 * value if value >= 0 else None for name, value in zip(STATISTICS, stats, strict=True)}
 
 
+def restored(boxes: Tensor, size: tuple[int, int], original: tuple[int, int]) -> Tensor:
+    """Boxes in pixels of an input of `size` (H, W) as boxes in pixels of the `original`."""
+    (height, width), (full_height, full_width) = size, original
+    return boxes * torch.tensor([full_width / width, full_height / height] * 2)
+
+
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, device: torch.device) -> dict:
     """COCO's metrics in percent over the whole set, each image once over all ranks.
@@ -685,12 +693,6 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
     if dist.is_initialized():
         dist.broadcast_object_list(metrics, 0)
     return metrics[0]
-
-
-def restored(boxes: Tensor, size: tuple[int, int], original: tuple[int, int]) -> Tensor:
-    """Boxes in pixels of an input of `size` (H, W) as boxes in pixels of the `original`."""
-    (height, width), (full_height, full_width) = size, original
-    return boxes * torch.tensor([full_width / width, full_height / height] * 2)
 
 
 # ---- the task --------------------------------------------------------------------------------------------------------
@@ -805,40 +807,26 @@ def draw(image: Tensor, rows: list[dict], labels: list[int]) -> Tensor:
     )
 
 
+def find(
+    model: Detector, classes: list[dict], image: Image.Image, args: argparse.Namespace, device: torch.device
+) -> tuple[dict, Image.Image, str]:
+    """What is in an RGB image: {"boxes": [{"label", "score", "box": xyxy in its pixels}]}, its drawing, the number."""
+    pixels, size = v2.functional.pil_to_tensor(image), (args.image_size, args.image_size)
+    resized = v2.functional.resize(pixels, size, antialias=False)
+    logits, bins, points = model(train.to_model_input(resized[None], device, args.channels_last))
+    found = detections(logits[0], bins[0], points, size, min_score=args.min_score)
+    boxes, scores, labels = (x.cpu() for x in found)
+    boxes, labels = restored(boxes, size, pixels.shape[1:]).tolist(), labels.tolist()
+    rows = [
+        dict(label=classes[label]["name"], score=score, box=box)
+        for label, score, box in zip(labels, scores.tolist(), boxes, strict=True)
+    ]
+    return dict(boxes=rows), v2.functional.to_pil_image(draw(pixels, rows, labels)), f"{len(rows)} boxes"
+
+
 def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
-    """--image: what is found in a file, or in each image file of a folder, drawn to --output, printed with --json."""
-    targets = train.drawing_paths(args.image, args.output, "boxes")
-    drawn = args.output is not None or not args.json
-    if args.data is None and not train.settings_for(DETECTION, args.checkpoint):
-        args.data = "coco"  # no word about it: the size of photographs, not of rendered scenes
-    model, classes = train.load_model(DETECTION, args)
-    side = args.image_size
-
-    @torch.inference_mode()
-    def work() -> None:
-        model.to(device)
-        printed = []
-        with contextlib.ExitStack() as stack:
-            if args.json:
-                stack.callback(lambda: print(json.dumps(printed, indent=1)))
-            for path, image in train.read_each(targets):
-                image = v2.functional.pil_to_tensor(image)
-                resized = v2.functional.resize(image, [side, side], antialias=False)
-                logits, bins, points = model(train.to_model_input(resized[None], device, args.channels_last))
-                found = detections(logits[0], bins[0], points, (side, side), min_score=args.min_score)
-                boxes, scores, labels = (x.cpu() for x in found)
-                boxes, labels = restored(boxes, (side, side), image.shape[1:]).tolist(), labels.tolist()
-                rows = [
-                    dict(label=classes[label]["name"], score=score, box=box)
-                    for label, score, box in zip(labels, scores.tolist(), boxes, strict=True)
-                ]
-                printed.append(dict(image=str(path), boxes=rows))
-                if drawn:
-                    train.write_image(v2.functional.to_pil_image(draw(image, rows, labels)), targets[path])
-                if not args.json:
-                    print(f"{path}: {len(rows)} boxes, drawn to {targets[path]}")
-
-    return work
+    """--image: what is found in a file, or in each image file of a folder."""
+    return train.prepare_drawings(DETECTION, args, device, suffix="boxes", folder="coco", predict=find)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

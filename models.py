@@ -996,8 +996,8 @@ class MapBlock(MViTBlock):
 class ConvBackbone(nn.Module):
     """(B, 3, H, W) pixels -> feature maps [C3, C4, C5] of strides 8, 16, 32, or, with `num_classes`, logits.
 
-    Subclasses make `channels`, those of the three maps, and `features`. Sides need not be multiples of 32: each
-    stride-2 step rounds up.
+    Subclasses make `channels`, those of the three maps, and `features(x)`, the maps. Sides need not be multiples of
+    32: each stride-2 step rounds up.
     """
 
     channels: tuple[int, int, int]
@@ -1006,9 +1006,6 @@ class ConvBackbone(nn.Module):
         """The published classifier: 1x1 convolution to 1280 channels, Hardswish, linear. timm's names."""
         self.conv_head = nn.Conv2d(self.channels[-1], 1280, 1) if num_classes else None
         self.classifier = nn.Linear(1280, num_classes) if num_classes else None
-
-    def features(self, x: Tensor) -> list[Tensor]:
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> list[Tensor] | Tensor:
         maps = self.features(x)
@@ -1023,6 +1020,7 @@ class ConvBackbone(nn.Module):
 
 
 def mlp_conv_of(mlp_dw: int | None, core: Mapping) -> int:
+    """Kernel size of the MLPs' DWConv: as given, or else the core's default."""
     return default_mlp_conv(core) if mlp_dw is None else mlp_dw
 
 

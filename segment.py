@@ -17,8 +17,6 @@ Labels: 0..K-1, and 255 for pixels without one. `train.py` owns the loop; here a
 
 import argparse
 import colorsys
-import contextlib
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -1117,33 +1115,20 @@ def overlay(image: Image.Image, labels: np.ndarray, classes: list[str]) -> Image
     return canvas
 
 
+def find(
+    model: Segmenter, classes: list[str], image: Image.Image, args: argparse.Namespace, device: torch.device
+) -> tuple[dict, Image.Image, str]:
+    """What an RGB image holds, as {"shares": {class: share of pixels}}; its overlay; and both in words."""
+    pixels, _ = eval_transform(args)(v2.functional.pil_to_tensor(image), None)
+    labels = segment(model, pixels[None], (image.height, image.width), args, device)[0].cpu().numpy()
+    shares = shares_of(labels, classes)
+    text = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    return dict(shares=shares), overlay(image, labels, classes), text
+
+
 def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
-    """--image: the classes of a file, or of each image file of a folder, drawn to --output, printed with --json."""
-    targets = train.drawing_paths(args.image, args.output, "overlay")
-    drawn = args.output is not None or not args.json
-    if args.data is None and not train.settings_for(SEGMENTATION, args.checkpoint):
-        args.data = "folder"  # somebody else's model: the sizes of the published one
-    model, classes = train.load_model(SEGMENTATION, args)
-
-    @torch.inference_mode()
-    def work() -> None:
-        model.to(device)
-        printed = []
-        with contextlib.ExitStack() as stack:
-            if args.json:
-                stack.callback(lambda: print(json.dumps(printed, indent=1)))
-            for path, image in train.read_each(targets):
-                pixels, _ = eval_transform(args)(v2.functional.pil_to_tensor(image), None)
-                labels = segment(model, pixels[None], (image.height, image.width), args, device)[0].cpu().numpy()
-                shares = shares_of(labels, classes)
-                printed.append(dict(image=str(path), shares=shares))
-                if drawn:
-                    train.write_image(overlay(image, labels, classes), targets[path])
-                if not args.json:
-                    found = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-                    print(f"{path}: {found}, drawn to {targets[path]}")
-
-    return work
+    """--image: the classes of a file, or of each image file of a folder."""
+    return train.prepare_drawings(SEGMENTATION, args, device, suffix="overlay", folder="folder", predict=find)
 
 
 SEGMENTATION = Task(

@@ -278,11 +278,14 @@ class Shapes(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def scene(self, index: int) -> Scene:
+    def generator(self, index: int) -> np.random.Generator:
+        """The random numbers that a scene is drawn with. Raises IndexError beyond the set's length."""
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
-        rng = np.random.default_rng([self.seed, self.split, index])
-        return render_scene(rng, self.size, [index % len(SHAPES)])
+        return np.random.default_rng([self.seed, self.split, index])
+
+    def scene(self, index: int) -> Scene:
+        return render_scene(self.generator(index), self.size, [index % len(SHAPES)])
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         scene = self.scene(index)
@@ -290,17 +293,11 @@ class Shapes(Dataset):
 
 
 class Scenes(Shapes):
-    """Rendered scenes of one to `most` shapes of random classes, for tasks that say where things are."""
-
-    def __init__(self, split: str, length: int, size: int, seed: int = 0, most: int = 4):
-        super().__init__(split, length, size, seed)
-        self.most = most
+    """Rendered scenes of one to four shapes of random classes, for tasks that say where things are."""
 
     def scene(self, index: int) -> Scene:
-        if not 0 <= index < self.length:
-            raise IndexError(f"scene {index} of {self.length}")
-        rng = np.random.default_rng([self.seed, self.split, index])
-        return render_scene(rng, self.size, rng.integers(0, len(SHAPES), rng.integers(1, self.most + 1)).tolist())
+        rng = self.generator(index)
+        return render_scene(rng, self.size, rng.integers(0, len(SHAPES), rng.integers(1, 5)).tolist())
 
 
 # ---- data: folders, CIFAR, augmentation, order -----------------------------------------------------------------------
@@ -1343,6 +1340,41 @@ def write_image(image: Image.Image, target: Path) -> None:
         image.save(target)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot write {target}: {error}") from None
+
+
+def prepare_drawings(
+    task: Task, args: argparse.Namespace, device: torch.device, *, suffix: str, folder: str, predict: Callable
+) -> Callable[[], None]:
+    """--image of detection and segmentation: what is found is drawn to --output, or printed with --json, or both.
+
+    Args:
+        suffix: of the default output's name. folder: what --data is where a checkpoint has no settings: the image size
+            of photographs, not of rendered scenes.
+        predict(model, classes, image, args, device) -> what --json prints for an RGB image, its drawing, and a text.
+    Raises: ValueError for images, outputs and checkpoints that cannot be used.
+    """
+    targets = drawing_paths(args.image, args.output, suffix)
+    drawn = args.output is not None or not args.json
+    if args.data is None and not settings_for(task, args.checkpoint):
+        args.data = folder
+    model, classes = load_model(task, args)
+
+    @torch.inference_mode()
+    def work() -> None:
+        model.to(device)
+        printed = []
+        with contextlib.ExitStack() as stack:
+            if args.json and rank() == 0:  # also where an image cannot be read
+                stack.callback(lambda: print(json.dumps(printed, indent=1)))
+            for path, image in read_each(targets):
+                record, drawing, text = predict(model, classes, image, args, device)
+                printed.append(dict(image=str(path), **record))
+                if drawn:
+                    write_image(drawing, targets[path])
+                if not args.json:
+                    print(f"{path}: {text}, drawn to {targets[path]}")
+
+    return work
 
 
 def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
