@@ -26,6 +26,7 @@ import contextlib
 import difflib
 import functools
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,8 @@ from torch import Tensor, nn
 
 SCHEDULES = ("ramp", "fixed", "anneal")
 EPS = 1e-12  # floor under every norm, D2
+GROUP_BYTES = 2 * 2**20  # of q, k and v that the core works on at a time on a CPU
+BLOCK_BYTES, BLOCK_BYTES_GPU = 4 * 2**20, 256 * 2**20  # of an N x N matrix that the branch holds at a time
 RAMP_END = 0.9  # share of training after which `ramp` and `anneal` masks are empty: the rest trains the inference graph
 
 
@@ -42,7 +45,7 @@ RAMP_END = 0.9  # share of training after which `ramp` and `anneal` masks are em
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Context in which matrix products keep the dtype of their operands, whatever the surrounding autocast."""
-    if device.type == "meta":  # knows no autocast
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # "meta" knows no autocast
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -65,17 +68,19 @@ def in_float32(function):
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, per_token: bool = False) -> None:
     """Raise ValueError unless q (..., N, D), k (..., M, D), v (..., M, E) fit together; `per_token` asks for M = N."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if min(q.ndim, k.ndim, v.ndim) < 2:
-        raise ValueError(f"q, k, v need at least a token and a channel axis: {shapes}")
-    if q.shape[:-2] != k.shape[:-2] or k.shape[:-2] != v.shape[:-2]:
-        raise ValueError(f"q, k, v must agree on their leading (batch, head) axes: {shapes}")
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q and k must have the same number of channels: {shapes}")
-    if k.shape[-2] != v.shape[-2]:
-        raise ValueError(f"k and v must have the same number of tokens: {shapes}")
-    if per_token and q.shape[-2] != v.shape[-2]:
-        raise ValueError(f"this attention needs one value per query (M = N, departure D1): {shapes}")
+        law = "q, k, v need at least a token and a channel axis"
+    elif q.shape[:-2] != k.shape[:-2] or k.shape[:-2] != v.shape[:-2]:
+        law = "q, k, v must agree on their leading (batch, head) axes"
+    elif q.shape[-1] != k.shape[-1]:
+        law = "q and k must have the same number of channels"
+    elif k.shape[-2] != v.shape[-2]:
+        law = "k and v must have the same number of tokens"
+    elif per_token and q.shape[-2] != v.shape[-2]:
+        law = "this attention needs one value per query (M = N, departure D1)"
+    else:
+        return
+    raise ValueError(f"{law}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
 
 
 def unit(x: Tensor, eps: float = EPS) -> Tensor:
@@ -333,6 +338,323 @@ def masked_softmax_attention(q: Tensor, k: Tensor, v: Tensor, threshold: float |
         return (sparse @ v.to(dtype)).to(v.dtype), kept
 
 
+def masked_branch_reference(
+    q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, padding: Tensor | None, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """M_sparse V with dropout on the kept probabilities, through the whole matrix; and (kept entries, their sum).
+
+    Args: as `masked_branch`; its plain form where dropout is 0.
+    """
+    pairs = None if padding is None else padding[:, None, :, None] | padding[:, None, None, :]   # (B, 1, N, N)
+    sparse, kept = sparse_matrix(q, k, threshold[..., None, None] if threshold.ndim else threshold, pairs)
+    return F.dropout(sparse, dropout) @ v, torch.stack([kept.sum().to(sparse.dtype), sparse.sum()])
+
+
+# ---- Eq. (9) as the modules compute it -------------------------------------------------------------------------------
+
+
+def watched() -> bool:
+    """Whether somebody counts, traces or transforms the operators of eager mode: they see the formulas as written."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0  # FlopCounterMode
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+    )
+
+
+def castled_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, branch: Tensor | None = None) -> Tensor:
+    """Eq. (9) in full for the linear_angular kernel: unit(1/2 V + (1/pi) Q (K^T V) [+ branch]) + DWConv(V).
+
+    Args:
+        q, k: (B, H, N, D); v: (B, H, N, E); all in one dtype, float32 or wider (D3).
+        weight: (H, 1, K, 1), the filters of DWConv.
+        branch: M_sparse V of Eq. (10), (B, H, N, E), or None.
+    Returns: (B, H, N, E). `castled_attention_reference` is the formula; in eager mode on a CPU this one is faster.
+    """
+    # torch.compile fuses the formula itself, a GPU wants large steps.
+    if v.device.type != "cpu" or torch.compiler.is_compiling() or watched():
+        return castled_attention_reference(q, k, v, weight, branch)
+    inputs = q, k, v, weight, branch
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return CastledAttention.apply(*inputs)
+    return castled_attention_in_groups(*inputs)
+
+
+def castled_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, branch: Tensor | None = None
+) -> Tensor:
+    """`castled_attention` as it is in the paper."""
+    y = linear_angular_attention(q, k, v)
+    return unit(y if branch is None else y + branch) + dwconv(v, weight)                         # D2
+
+
+def dwconv(v: Tensor, weight: Tensor) -> Tensor:
+    """DWConv(V) of Eq. (9): (B, H, N, E), filters (H, 1, K, 1) along the tokens -> (B, H, N, E)."""
+    taps, weight = weight.shape[2], weight.to(v.dtype)
+    if torch.compiler.is_compiling():  # shifted sums fuse into the kernel around them, a convolution does not
+        padded = F.pad(v, (0, 0, taps // 2, taps // 2))
+        return sum(weight[:, :, tap] * padded[:, :, tap : tap + v.shape[2]] for tap in range(taps))
+    # Channels-last, i.e. heads innermost: the layout in which this convolution is fast on a CPU.
+    v = v.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(v, weight, padding=(taps // 2, 0), groups=weight.shape[0])
+
+
+def shifts(taps: int, tokens: int) -> list[tuple[int, slice, slice]]:
+    """[(tap, i, j)]: output tokens i take input tokens j = i + tap - taps // 2 where both exist; not the middle tap."""
+    offsets = [(tap, tap - taps // 2) for tap in range(taps) if 0 < abs(tap - taps // 2) < tokens]
+    return [(t, slice(max(0, -s), tokens - max(0, s)), slice(max(0, s), tokens + min(0, s))) for t, s in offsets]
+
+
+def convolve(x: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    """out = DWConv of x (B, N, C) with one filter per channel, rows (K, C), as K multiply-adds of shifted tokens.
+
+    On a CPU 2 to 5 times as fast as Conv2d, which pads the H heads to 16 and copies its input into that layout.
+    """
+    torch.mul(x, rows[len(rows) // 2], out=out)
+    for tap, i, j in shifts(len(rows), x.shape[1]):
+        out[:, i].addcmul_(x[:, j], rows[tap])
+    return out
+
+
+def channels(x: Tensor) -> Tensor:
+    """(B, H, N, E) -> (B, N, H E); a view where x was cut from a linear layer's output."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def per_channel(weight: Tensor, like: Tensor) -> Tensor:
+    """Filters (H, 1, K, 1) as rows (K, H E) for `convolve` of `like` (B, H, N, E)."""
+    return weight[:, 0, :, 0].to(like.dtype).T.repeat_interleave(like.shape[-1], dim=1)
+
+
+def groups(q: Tensor, v: Tensor) -> list[slice]:
+    """The batch in slices of images of which q, k and v, and as much again, stay in a core's cache."""
+    images = max(1, GROUP_BYTES // max(1, v.element_size() * (2 * q[:1].numel() + v[:1].numel())))
+    return [slice(i, i + images) for i in range(0, len(v), images)]
+
+
+def floored_norm(x: Tensor, floor: float = EPS) -> Tensor:
+    """max(|x|, floor) over the last axis, which is kept.  D2"""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(floor)
+
+
+def before_normalising(q: Tensor, k: Tensor, v: Tensor, branch: Tensor | None) -> tuple[Tensor, ...]:
+    """x = V + (2/pi) Q (K^T V) + 2 branch, twice Eq. (9), which normalising forgets; and |x|, q, |q|, k, |k|, K^T V.
+
+    Contiguous copies, which the products below want anyway, are normalised in place.
+    """
+    q, k, x = (t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))                # (B, H, N, D|E)
+    q_norm, k_norm = floored_norm(q), floored_norm(k)
+    kv = k.div_(k_norm).mT @ x                                                                   # (B, H, D, E)
+    x.flatten(0, 1).baddbmm_(q.div_(q_norm).flatten(0, 1), kv.flatten(0, 1), alpha=2 / math.pi)
+    if branch is not None:
+        x.add_(branch, alpha=2)
+    return x, floored_norm(x, 2 * EPS), q, q_norm, k, k_norm, kv
+
+
+def castled_attention_in_groups(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, branch: Tensor | None) -> Tensor:
+    """`castled_attention` a few images at a time."""
+    B, H, N, E = v.shape
+    rows, out = per_channel(weight, v), v.new_empty(B, N, H * E)
+    for g in groups(q, v):
+        x, x_norm, *_ = before_normalising(*(t if t is None else t[g] for t in (q, k, v, branch)))
+        y = convolve(channels(v[g]), rows, out[g]).unflatten(2, (H, E))
+        y.transpose(1, 2).addcdiv_(x, x_norm)
+    return out.unflatten(2, (H, E)).transpose(1, 2)
+
+
+def through_unit(grad: Tensor, y: Tensor, norm: Tensor, floor: float = EPS) -> Tensor:
+    """Gradient of x from that of y = x / |x|, in place: (grad - y (y . grad)) / |x|, and 0 below the floor (D2)."""
+    grad.addcmul_(y, (y * grad).sum(-1, keepdim=True), value=-1)
+    return grad.div_(norm.masked_fill(norm <= floor, math.inf))
+
+
+def differentiable_gradients(ctx, grad: Tensor, function: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients of all inputs of `function(*ctx.saved_tensors)` that need one, which can be differentiated again."""
+    wanted = [x for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True) if needed]
+    with torch.enable_grad():
+        found = iter(torch.autograd.grad(function(*ctx.saved_tensors), wanted, grad, create_graph=True))
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+
+
+class CastledAttention(torch.autograd.Function):
+    """`castled_attention_in_groups` with a backward that does the same: it keeps the inputs only."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, branch: Tensor | None) -> Tensor:
+        ctx.save_for_backward(q, k, v, weight, branch)
+        return castled_attention_in_groups(q, k, v, weight, branch)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: the formula's backward can itself be differentiated
+            return differentiable_gradients(ctx, grad, castled_attention_reference)
+        q, k, v, weight, branch = ctx.saved_tensors
+        B, H, N, E = v.shape
+        rows = per_channel(weight, v)
+        dq, dk, dx = (t.new_empty(B, N, H, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
+        dv, drows = v.new_empty(B, N, H * E), torch.zeros_like(rows)
+        with without_autocast(v.device):
+            for g in groups(q, v):
+                inputs = (t if t is None else t[g] for t in (q, k, v, branch))
+                x, x_norm, qg, q_norm, kg, k_norm, kv = before_normalising(*inputs)
+                dxg = grad[g].clone(memory_format=torch.contiguous_format)
+                dxg = through_unit(dxg, x.div_(x_norm), x_norm, 2 * EPS)
+                dkv = (qg.mT @ dxg).mul_(2 / math.pi)
+                dq[g] = through_unit((dxg @ kv.mT).mul_(2 / math.pi), qg, q_norm)
+                dk[g] = through_unit(v[g] @ dkv.mT, kg, k_norm)
+                dx[g] = dxg
+                # DWConv, whose transpose is itself with the filters reversed
+                dy, values = channels(grad[g]), channels(v[g])
+                dvg = convolve(dy, rows.flip(0), dv[g]).unflatten(2, (H, E)).transpose(1, 2)
+                dvg.add_(dxg).add_(kg @ dkv)
+                drows[len(rows) // 2] += (dy * values).sum((0, 1))
+                for tap, i, j in shifts(len(rows), N):
+                    drows[tap] += (dy[:, i] * values[:, j]).sum((0, 1))
+        dweight = drows.unflatten(1, (H, E)).sum(2).T[:, None, :, None].to(weight.dtype)
+        return dq, dk, dv.unflatten(2, (H, E)).transpose(1, 2), dweight, None if branch is None else 2 * dx
+
+
+# ---- Eq. (10) in blocks of rows, for training ------------------------------------------------------------------------
+
+
+def empty_for_certain(q: Tensor, k: Tensor, threshold: Tensor) -> Tensor:
+    """Which (batch, head) pairs cannot have an entry above their threshold, found without any N x N work.
+
+    Logits centred over the keys have mean 0, so by Jensen a row's softmax denominator is at least M and
+        p_max(i) <= exp(|q_i| max_j |k_j - mean k| / sqrt(D)) / M.
+    Args: q (G, N, D), k (G, M, D), threshold (G,). Returns: (G,) boolean; True is a proof, False says nothing.
+    """
+    reach = q.norm(dim=-1).amax(-1) * (k - k.mean(dim=-2, keepdim=True)).norm(dim=-1).amax(-1)
+    return reach / math.sqrt(q.shape[-1]) <= (k.shape[-2] * threshold).log() - 1e-3  # 1e-3: the bound's own rounding
+
+
+def row_probabilities(q: Tensor, k: Tensor, hidden: Tensor | None, rows: slice | Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) of some rows, (G, R, D), (G, N, D) -> (G, R, N); 0 where a token is `hidden` (G, N)."""
+    logits = (q * q.shape[-1] ** -0.5) @ k.mT
+    if hidden is None:
+        return logits.softmax(dim=-1)
+    logits.masked_fill_(hidden[:, None], torch.finfo(logits.dtype).min)
+    return logits.softmax(dim=-1).masked_fill_(hidden[:, None] | hidden[:, rows, None], 0)
+
+
+def blocks(heads: Tensor, thresholds: list[float], tokens: int, like: Tensor) -> Iterator[tuple[Tensor, float, int]]:
+    """(some heads of one threshold, that threshold, rows at a time): a block is several whole heads, or rows of one."""
+    size = max(1, (BLOCK_BYTES_GPU if like.is_cuda else BLOCK_BYTES) // like.element_size())
+    together = size // max(1, tokens * tokens) if len(set(thresholds)) == 1 else 1
+    for some in heads.split(max(1, together)) if len(heads) else ():
+        yield some, thresholds[some[0]], max(1, size // max(1, len(some) * tokens))
+
+
+def flat_inputs(q, k, v, threshold, padding) -> tuple:
+    """The operation's arguments with batch and heads as one axis G, and thresholds of 1 as infinity: P > 1 is false."""
+    (B, H), flat = v.shape[:2], [x.flatten(0, 1) for x in (q, k, v)]
+    threshold = threshold.expand(B, H).flatten()
+    hidden = None if padding is None else padding[:, None].expand(-1, H, -1).flatten(0, 1)
+    return *flat, torch.where(threshold < 1, threshold, math.inf), hidden
+
+
+@torch.library.custom_op(
+    "castling::masked_softmax_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor threshold, Tensor? padding, bool count) -> (Tensor, Tensor, Tensor)",
+)
+def masked_branch(q, k, v, threshold, padding, count):
+    """M_sparse V of Eq. (10), as `masked_softmax_attention`, with one block of rows of an N x N matrix at a time.
+
+    An operation of its own, so that torch.compile and checkpointing take it whole.
+
+    Args:
+        q, k (B, H, N, D), v (B, H, N, E): in one dtype, float32 or wider.
+        threshold: of shape () or (B, 1). padding: (B, N) boolean, True at tokens to ignore, or None.
+        count: also add up the mask's statistics.
+    Returns: M_sparse V (B, H, N, E); live (B, H, N), the rows that keep an entry, all that backward has to look at; and
+        totals (2,), kept entries and their sum, 0 unless counted.
+    """
+    shape, N = v.shape, v.shape[2]
+    q, k, v, threshold, hidden = flat_inputs(q, k, v, threshold, padding)
+    out, totals = torch.zeros_like(v, memory_format=torch.contiguous_format), v.new_zeros(2)
+    live = torch.zeros(v.shape[:2], dtype=torch.bool, device=v.device)
+    heads = torch.arange(len(v), device=v.device)
+    if hidden is None and N > 0:
+        heads = heads[~empty_for_certain(q, k, threshold)]
+    for g, above, step in blocks(heads, threshold.tolist(), N, q):
+        qg, kg, vg, hg, og, lg = (None if x is None else x[g] for x in (q, k, v, hidden, out, live))
+        for i in range(0, N, step):
+            p = row_probabilities(qg[:, i : i + step], kg, hg, slice(i, i + step))               # (G, R, N)
+            alive = lg[:, i : i + step] = p.amax(-1) > above
+            rows = alive.any(0).nonzero().squeeze(1)
+            if len(rows) == 0:
+                continue
+            if 2 * len(rows) < p.shape[1]:
+                p = p[:, rows]
+            else:
+                rows = torch.arange(p.shape[1], device=p.device)
+            p = F.threshold_(p, above, 0)                                                        # M_sparse
+            if count:
+                totals += torch.stack([p.count_nonzero().to(p.dtype), p.sum()])
+            og.index_copy_(1, rows + i, p @ vg)
+        out.index_copy_(0, g, og)
+        live.index_copy_(0, g, lg)
+    return out.view(shape), live.view(shape[:3]), totals
+
+
+@torch.library.custom_op(
+    "castling::masked_softmax_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor threshold, Tensor? padding, Tensor live)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def masked_branch_backward(grad, q, k, v, threshold, padding, live):
+    """Gradients of q, k, v: each block of live rows is computed anew; a dead row's gradient is exactly 0."""
+    shapes, scale, N = (q.shape, k.shape, v.shape), q.shape[-1] ** -0.5, v.shape[2]
+    q, k, v, threshold, hidden = flat_inputs(q, k, v, threshold, padding)
+    grad, live = grad.flatten(0, 1), live.flatten(0, 1)
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    with without_autocast(v.device):
+        for g, above, step in blocks(live.any(1).nonzero().squeeze(1), threshold.tolist(), N, q):
+            qg, kg, vg, hg, dyg = (None if x is None else x[g] for x in (q, k, v, hidden, grad))
+            dqg, dkg, dvg = (torch.zeros_like(x) for x in (qg, kg, vg))
+            for rows in live[g].any(0).nonzero().squeeze(1).split(step):
+                q_rows, dy = qg[:, rows], dyg[:, rows]
+                p = row_probabilities(q_rows, kg, hg, rows)
+                sparse = F.threshold(p, above, 0)                                                # M_sparse
+                dvg += sparse.mT @ dy
+                # softmax: dlogits = p (dp - sum_j p dp), where dp = dout v^T at kept entries, 0 elsewhere
+                weighted = sparse.mul_(dy @ vg.mT)                                               # p dp
+                dlogits = weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1)
+                dqg.index_copy_(1, rows, (dlogits @ kg).mul_(scale))
+                dkg.add_(dlogits.mT @ q_rows, alpha=scale)
+            for total, part in ((dq, dqg), (dk, dkg), (dv, dvg)):
+                total.index_copy_(0, g, part)
+    return tuple(x.view(shape) for x, shape in zip((dq, dk, dv), shapes, strict=True))
+
+
+@masked_branch.register_fake
+def _(q, k, v, threshold, padding, count):
+    live = v.new_empty(v.shape[:3], dtype=torch.bool)
+    return torch.empty_like(v, memory_format=torch.contiguous_format), live, v.new_empty(2)
+
+
+@masked_branch_backward.register_fake
+def _(grad, q, k, v, threshold, padding, live):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def save_inputs(ctx, inputs, output) -> None:
+    """Nothing of size N x N is kept for backward: (B, H, N) marks of the live rows, beside the inputs."""
+    q, k, v, threshold, padding, _ = inputs
+    ctx.save_for_backward(q, k, v, threshold, padding, output[1])
+
+
+def masked_branch_gradients(ctx, grad, *unused) -> tuple:
+    if torch.is_grad_enabled():  # create_graph=True
+        return differentiable_gradients(ctx, grad, lambda *saved: masked_branch_reference(*saved[:5], 0.0)[0])
+    return *masked_branch_backward(grad, *ctx.saved_tensors), None, None, None
+
+
+masked_branch.register_autograd(masked_branch_gradients, setup_context=save_inputs)
+
+
 # ---- modules ---------------------------------------------------------------------------------------------------------
 
 
@@ -433,36 +755,35 @@ class AttentionCore(nn.Module):
         """Eq. (9) in full, all (B, H, N, D|E) in float32 or wider."""
         if padding is not None:
             k, v = (x.masked_fill(padding[:, None, :, None], 0) for x in (k, v))  # nothing to k^T v, nor to DWConv
+        branch = self.auxiliary_branch(q, k, v, padding) if self.auxiliary and self.active else None  # Eq. (10)
+        if self.kernel == "linear_angular" and self.dconv is not None:
+            return castled_attention(q, k, v, self.dconv.weight, branch)
         y = KERNELS[self.kernel](q, k, v)
-        if self.auxiliary and self.active:
-            y = y + self.auxiliary_branch(q, k, v, padding)                                      # Eq. (10)
-        if self.dconv is None:
-            return unit(y)                                                                       # D2
-        # Channels-last, i.e. heads innermost: the layout in which this convolution is fast on a CPU.
-        v = v.to(self.dconv.weight.dtype).contiguous(memory_format=torch.channels_last)
-        return unit(y) + self.dconv(v).to(y.dtype)                                               # D2
+        y = unit(y if branch is None else y + branch)                                            # D2
+        return y if self.dconv is None else y + dwconv(v, self.dconv.weight)
 
     def auxiliary_branch(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
         """M_sparse V at this layer's threshold, (B, H, N, E); the mask's statistics go to the tally.  Eq. (10)"""
-        tokens, pairs = k.shape[-2], None
-        if padding is not None:
-            tokens = (~padding).sum(-1)[:, None, None, None]                                     # (B, 1, 1, 1)
-            pairs = padding[:, None, :, None] | padding[:, None, None, :]                        # (B, 1, N, N)
+        tokens = k.shape[-2] if padding is None else (~padding).sum(-1)[:, None]                 # N or (B, 1)
         threshold = mask_threshold(self.progress.float(), tokens, self.epsilon, self.schedule)
-        sparse, kept = sparse_matrix(q, k, threshold, pairs)
-        if self.record:
-            self.add_to_tally(sparse.detach(), kept, tokens)
-        return F.dropout(sparse, self.dropout, self.training) @ v
-
-    def add_to_tally(self, sparse: Tensor, kept: Tensor, tokens: int | Tensor) -> None:
-        """Add one batch's density and mass, both over real tokens, `tokens` per image."""
-        images, heads, rows = kept.shape[:3]
-        if isinstance(tokens, Tensor):
-            entries, rows = heads * (tokens**2).sum().clamp_min(1), heads * tokens.sum().clamp_min(1)
+        threshold = torch.as_tensor(threshold, dtype=q.dtype, device=q.device)                   # () or (B, 1)
+        dropout = self.dropout if self.training else 0.0
+        if dropout > 0 or not torch.compiler.is_compiling() and watched():
+            out, totals = masked_branch_reference(q, k, v, threshold, padding, dropout)
         else:
-            entries, rows = max(1, kept.numel()), max(1, images * heads * rows)
-        density, mass = kept.sum() / entries, sparse.sum() / rows
-        self.tally = self.tally.to(kept.device) + images * torch.stack([density, mass, torch.ones_like(mass)]).float()
+            out, _, totals = masked_branch(q, k, v, threshold, padding, self.record)
+        if self.record:
+            self.add_to_tally(totals.detach(), len(v), tokens)
+        return out
+
+    def add_to_tally(self, totals: Tensor, images: int, tokens: int | Tensor) -> None:
+        """Add a batch's density and mass from its kept entries and their sum, over the real tokens of each image."""
+        if isinstance(tokens, Tensor):
+            entries, rows = (self.heads * x.sum().clamp_min(1) for x in (tokens**2, tokens))
+        else:
+            entries, rows = (self.heads * max(1, images * x) for x in (tokens**2, tokens))
+        density, mass = (totals[0] / entries).float(), (totals[1] / rows).float()
+        self.tally = self.tally.to(totals.device) + images * torch.stack([density, mass, torch.ones_like(mass)])
 
 
 class LinearAngularAttention(AttentionCore):

@@ -649,6 +649,203 @@ def test_attention_file_works_alone(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
 
 
+# ---- attention.py: the fast forms ------------------------------------------------------------------------------------
+
+
+def cut_from_one_layer(*tensors):
+    """The same (B, H, N, D) values as views into one (B, N, channels) tensor, as projections hand them over."""
+    joined = torch.cat([x.transpose(1, 2).flatten(2) for x in tensors], dim=-1)
+    parts = joined.split([x.shape[1] * x.shape[3] for x in tensors], dim=-1)
+    return [part.unflatten(2, (x.shape[1], -1)).transpose(1, 2) for part, x in zip(parts, tensors, strict=True)]
+
+
+def results(function, inputs, grad):
+    """Output and gradients of all tensors among the inputs."""
+    inputs = [x.detach().requires_grad_() for x in inputs]  # detach keeps the layout
+    y = function(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
+
+
+@given(qkv(max_tokens=20), st.sampled_from([1, 3, 9]), st.booleans(), st.booleans(), st.integers(0, 1000))
+def test_castled_attention_equals_its_formula(qkv, taps, views, with_branch, seed):
+    """Forward and backward of the cache-blocked form are those of Eq. (9) as written, for any layout, group size,
+    filters longer than the sequence, zero tokens. Catches a wrong tap at a border and a lost gradient term."""
+    q, k, v = cut_from_one_layer(*qkv) if views else qkv
+    inputs = [q, k, v, randn(q.shape[1], 1, taps, 1, seed=seed + 1)]
+    inputs += [randn(*v.shape, seed=seed)] if with_branch else []
+    grad = randn(*v.shape, seed=seed + 2)
+    expected = results(attention.castled_attention_reference, inputs, grad)
+    for size in (1, attention.GROUP_BYTES):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(attention, "GROUP_BYTES", size)
+            for actual, wanted in zip(results(attention.castled_attention, inputs, grad), expected, strict=True):
+                assert_close(actual, wanted, rtol=1e-6, atol=1e-7 * (1 + wanted.abs().max().item()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 49, 197])
+def test_core_is_accurate_in_every_precision(dtype, tokens):
+    """Against float64 the fast core errs by 5e-7 in float32, else by the rounding of its result; nothing is nan
+    where q, k or v is zero."""
+    core = AttentionCore(3).eval()
+    q, k, v = randn(3, 2, 3, tokens, 16, seed=tokens).to(dtype)
+    q[:, :, -1], k[:, 0, 0], v[0, 1] = 0, 0, 0
+    exact = copy.deepcopy(core).double()(q.double(), k.double(), v.double())
+    y = core(q, k, v)
+    bound = max(5e-7, torch.finfo(dtype).eps)
+    assert (y.double() - exact).norm() <= bound * exact.norm() and y.isfinite().all()
+
+
+def test_castled_attention_makes_few_copies():
+    """At 8 x 3 x 784 x 64 the released order of operations holds more than three times as many bytes at once."""
+    core = AttentionCore(3).eval()
+    x = randn(8, 784, 3 * 3 * 64, dtype=torch.float32)
+
+    def fast(x):
+        return core(*x.unflatten(2, (3, 3, 64)).permute(2, 0, 3, 1, 4))
+
+    def released(x):
+        q, k, v = x.unflatten(2, (3, 3, 64)).permute(2, 0, 3, 1, 4)
+        q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+        y = v / 2 + q @ (k.mT @ v) / math.pi
+        return y / y.norm(dim=-1, keepdim=True) + core.dconv(v)
+
+    assert_close(fast(x), released(x))
+    with torch.no_grad():
+        ours, theirs = (bench.peak_bytes(lambda f=f: f(x), torch.device("cpu")) for f in (fast, released))
+    assert 3 * ours < theirs
+
+
+def test_core_can_be_differentiated_twice_and_transformed():
+    """Second derivatives, and torch.func's gradients and directional derivatives, with and without branch."""
+    q, k, v = randn(3, 1, 2, 4, 3).unbind()
+    weight, branch = randn(2, 1, 3, 1, seed=1), randn(1, 2, 4, 3, seed=2)
+    for inputs in ((q, k, v, weight), (q, k, v, weight, branch)):
+        inputs = [x.requires_grad_() for x in inputs]
+        assert torch.autograd.gradcheck(attention.castled_attention, inputs)
+        assert torch.autograd.gradgradcheck(attention.castled_attention, inputs)
+    threshold = torch.tensor(0.2).double()
+    inputs = [(2 * x.detach()).requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradgradcheck(lambda *x: attention.masked_branch(*x, threshold, None, False)[0], inputs)
+    core = AttentionCore(2, auxiliary=True, epsilon=0.3).double()
+    x, direction = (2 * randn(3, 2, 2, 4, 3, seed=seed) for seed in (3, 4))
+
+    def loss(x):
+        return core(*x).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(x.requires_grad_()), x)
+    assert_close(torch.func.grad(loss)(x.detach()), expected)
+    assert_close(torch.func.jvp(loss, (x.detach(),), (direction,))[1], (expected * direction).sum())
+
+
+def test_core_compiles_for_any_number_of_tokens():
+    """One graph, without breaks, serves every N (above where the association changes), forward and backward."""
+    core = AttentionCore(2)
+    torch._dynamo.reset()
+    compiled = torch.compile(core, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (50, 64, 197):
+        x = randn(3, 2, 2, tokens, 8, dtype=torch.float32).unbind()
+        grad = torch.ones_like(x[0])
+        with torch.compiler.set_stance("default" if tokens == 50 else "fail_on_recompile"):
+            actual = results(compiled, x, grad)
+        for a, b in zip(actual, results(core, x, grad), strict=True):
+            assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@given(qkv(), st.floats(0, 1), st.integers(0, 2), st.integers(0, 1000))
+def test_branch_in_blocks_equals_its_formula(qkv, threshold, padded, seed):
+    """Output, statistics and gradients of the row-blocked branch are those of the whole matrix, for blocks of one row,
+    of one head and of everything, with padding and with one threshold per image."""
+    q, k, v = qkv
+    assume((threshold - (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)).abs().min() > 1e-9)  # the mask jumps there
+    N, grad, padding, threshold = q.shape[2], randn(*v.shape, seed=seed), None, torch.tensor(threshold).double()
+    if padded:
+        padding = (torch.arange(N) >= N - padded).expand(len(q), -1)
+        threshold = threshold * torch.ones(len(q), 1).double()
+        assume((threshold[0] - attention.sparse_matrix(q, k, 0.0, padding[:, None, None])[0]).abs().min() > 1e-9)
+    plain = functools.partial(attention.masked_branch_reference, threshold=threshold, padding=padding, dropout=0.0)
+    expected = results(lambda *x: plain(*x)[0], qkv, grad)
+    for size in (1, 8 * N * N, attention.BLOCK_BYTES):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(attention, "BLOCK_BYTES", size)
+            actual = results(lambda *x: attention.masked_branch(*x, threshold, padding, False)[0], qkv, grad)
+            for a, b in zip(actual, expected, strict=True):
+                assert_close(a, b, rtol=1e-6, atol=1e-7 * (1 + b.abs().max().item()))
+            _, live, totals = attention.masked_branch(q, k, v, threshold, padding, True)
+            assert_close(totals, plain(q, k, v)[1])
+            assert live.sum() <= totals[0]  # a live row keeps at least one entry
+
+
+@given(qkv(max_tokens=40), st.floats(-3, 1), st.floats(1e-4, 1))
+def test_certified_masks_are_empty(qkv, scale, threshold):
+    """A head that the bound passes has no entry above the threshold. It does fire: always at
+    a threshold of 1, and on small logits at twice 1/N."""
+    q, k, v = (10**scale * x / (x.abs().max() + 1e-9) for x in qkv)
+    N, heads = q.shape[2], [x.flatten(0, 1) for x in (q, k)]
+    certain = attention.empty_for_certain(*heads, torch.full((len(heads[0]),), threshold).double())
+    kept = attention.sparse_matrix(*heads, threshold)[1]
+    assert not kept[certain].any()
+    assert attention.empty_for_certain(*heads, torch.full((len(heads[0]),), math.inf)).all()
+    small = [1e-3 * x / (x.abs().max() + 1e-9) for x in heads]
+    assert attention.empty_for_certain(*small, torch.full((len(heads[0]),), 2 / N).double()).all()
+
+
+def test_certified_branch_computes_no_matrix():
+    """Where every mask is certain to be empty no N x N matrix exists, forward or backward, and no statistics change."""
+    seen = []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            seen.extend(x.numel() for x in (out if isinstance(out, tuple | list) else [out]) if torch.is_tensor(x))
+            return out
+
+    q, k, v = randn(3, 1, 2, 300, 4).unbind()
+    threshold = torch.tensor(0.02).double()
+    for scale, matrix in ((0.01, False), (1.0, True)):
+        seen.clear()
+        with Largest():
+            _, live, totals = attention.masked_branch._init_fn(scale * q, scale * k, v, threshold, None, True)
+            attention.masked_branch_backward._init_fn(v, scale * q, scale * k, v, threshold, None, live)
+        assert (max(seen) >= 300 * 300) == matrix == bool(totals[0] > 0)
+
+
+def test_branch_keeps_a_few_blocks_alive():
+    """At N = 3136 with every row live, forward and backward together never hold more than seven blocks of 4 MiB; one
+    head's N x N matrix alone has 39 MB, and the plain form holds four of them per head for backward."""
+    q, k, v = (3 * randn(3, 1, 2, 3136, 8, dtype=torch.float32)).unbind()
+    threshold = torch.tensor(0.02)
+    with flops.Storages() as storages:
+        _, live, _ = attention.masked_branch._init_fn(q, k, v, threshold, None, True)
+        attention.masked_branch_backward._init_fn(v, q, k, v, threshold, None, live)
+    assert live.float().mean() > 0.95
+    assert storages.peak < 7 * attention.BLOCK_BYTES < 4 * 3136**2
+
+
+def test_branch_gradcheck_checkpoint_autocast_and_compile():
+    """The operation passes gradcheck; under gradient checkpointing, compilation and bfloat16 autocast of the caller it
+    gives the same gradients."""
+    q, k, v = (randn(1, 2, 6, 3, seed=s).requires_grad_() for s in range(3))
+    threshold = torch.tensor(0.15).double()
+    assert torch.autograd.gradcheck(lambda *x: attention.masked_branch(*x, threshold, None, False)[0], (q, k, v))
+    core, x = hybrid(epsilon=0.1)
+    grad, x = randn(2, 2, 60, 8, dtype=torch.float32), x.unbind()
+    expected = results(core, x, grad)
+    torch._dynamo.reset()
+
+    def autocast(*x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return core(*x)
+
+    for form in (
+        lambda *x: torch.utils.checkpoint.checkpoint(core, *x, use_reentrant=False),
+        torch.compile(core, fullgraph=True, backend="aot_eager"),
+        autocast,
+    ):
+        for a, b in zip(results(form, x, grad), expected, strict=True):
+            assert_close(a, b)
+
+
 # ---- models.py -------------------------------------------------------------------------------------------------------
 
 TINY_LEVIT = dict(dims=(32, 48, 64), heads=(2, 3, 4), key_dim=8, depths=(1, 1, 1))
