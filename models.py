@@ -110,6 +110,8 @@ ESNET = {  # the stride-32 stage of ESNet-ViT is its stride-2 block and two tran
     "esnet_vit_l": dict(width=1.25, ratios=ESNET_RATIOS_ML, heads=16),
 }
 
+HIDDEN_BYTES = 3 * 2**19  # of an MLP's hidden layer, float32, that inference on a CPU works on at a time
+
 Grid = tuple[int, int]
 
 
@@ -145,8 +147,7 @@ def default_mlp_conv(core: Mapping) -> int:
 class MlpDWConv(nn.Conv2d):
     """Depthwise convolution on the token grid, between the two layers of an MLP; starts as the identity.  D7
 
-    (B, P + N, C) -> same; the P prefix tokens pass by (D6). The paper says only "DWConv in the middle of MLP layers".
-    With `norm` a BatchNorm follows.
+    (B, N, C), grid -> same. The paper says only "DWConv in the middle of MLP layers". With `norm` a BatchNorm follows.
     """
 
     def __init__(self, channels: int, kernel: int, bias: bool = False, norm: bool = False):
@@ -157,10 +158,9 @@ class MlpDWConv(nn.Conv2d):
         self.norm = nn.BatchNorm2d(channels) if norm else nn.Identity()
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        prefix = x.shape[1] - grid[0] * grid[1]
-        patches = self.norm(super().forward(rearrange(x[:, prefix:], "b (y x) c -> b c y x", y=grid[0])))
-        patches = rearrange(patches, "b c y x -> b (y x) c")
-        return torch.cat([x[:, :prefix], patches], dim=1) if prefix else patches
+        # Contiguous tokens are a channels-last map without a copy, the layout in which this convolution is fast.
+        x = self.norm(super().forward(rearrange(x.contiguous(), "b (y x) c -> b c y x", y=grid[0])))
+        return rearrange(x, "b c y x -> b (y x) c")
 
 
 def subsample(x: Tensor, grid: Grid, stride: int = 2) -> tuple[Tensor, Grid]:
@@ -268,7 +268,10 @@ class SelfAttention(AttentionCore):
 
 
 class Mlp(nn.Module):
-    """Linear, [DWConv, [BatchNorm,]] GELU, linear on (B, N, C); `conv` is the DWConv's kernel size, 0 for none."""
+    """Linear, [DWConv, [BatchNorm,]] GELU, linear on (B, P + N, C); `conv` is the DWConv's kernel size, 0 for none.
+
+    The P prefix tokens pass the DWConv by (D6). Inference on a CPU takes as many images at a time as stay in cache.
+    """
 
     def __init__(self, dim: int, hidden: int, conv: int = 0, conv_bias: bool = False, conv_norm: bool = False):
         super().__init__()
@@ -277,10 +280,21 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        x = self.fc1(x)
-        if self.dwconv is not None:
-            x = self.dwconv(x, grid)
-        return self.fc2(F.gelu(x))
+        together = max(1, HIDDEN_BYTES // (4 * x.shape[1] * self.fc1.out_features))
+        in_parts = x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if in_parts and len(x) > together:
+            return torch.cat([self.mlp(part, grid) for part in x.split(together)])
+        return self.mlp(x, grid)
+
+    def mlp(self, x: Tensor, grid: Grid) -> Tensor:
+        """All of it on one part of the batch."""
+        prefix = x.shape[1] - grid[0] * grid[1]
+        if self.dwconv is None:
+            return self.fc2(F.gelu(self.fc1(x)))
+        if prefix:  # apart from the start, because to cut and paste them in the hidden layer costs more
+            prefix, patches = self.fc2(F.gelu(self.fc1(x[:, :prefix]))), self.mlp(x[:, prefix:], grid)       # D6
+            return torch.cat([prefix, patches], dim=1)
+        return self.fc2(F.gelu(self.dwconv(self.fc1(x), grid)))
 
 
 class ViTBlock(nn.Module):
