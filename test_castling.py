@@ -1202,15 +1202,28 @@ def test_resized_positions():
 
 
 def test_mlp_convolution_starts_as_the_identity():
-    """D7: a fresh MLP DWConv passes its tokens through; prefix tokens bypass it always."""
+    """D7: a fresh MLP DWConv passes its tokens through; otherwise it is the 2-D convolution of the token map."""
     conv = models.MlpDWConv(6, 5)
-    x = randn(2, 2 + 12, 6, dtype=torch.float32)
+    x = randn(2, 12, 6, dtype=torch.float32)
     assert_close(conv(x, (3, 4)), x)
     nn.init.normal_(conv.weight)
-    y = conv(x, (3, 4))
-    assert torch.equal(y[:, :2], x[:, :2]) and not torch.allclose(y[:, 2:], x[:, 2:])
-    expected = F.conv2d(x[:, 2:].mT.unflatten(2, (3, 4)), conv.weight, padding=2, groups=6).flatten(2).mT
-    assert_close(y[:, 2:], expected)
+    expected = F.conv2d(x.mT.unflatten(2, (3, 4)), conv.weight, padding=2, groups=6).flatten(2).mT
+    assert_close(conv(x, (3, 4)), expected)
+
+
+@pytest.mark.parametrize("conv", [0, 3])
+def test_mlp_passes_prefix_tokens_by_and_may_take_parts_of_the_batch(conv, monkeypatch):
+    """D6: prefix tokens see the two linear layers only, patches their neighbours too; how many images inference takes
+    at a time changes nothing, and every form is that of one image alone."""
+    mlp = shaken(models.Mlp(6, 8, conv))
+    x = randn(5, 2 + 12, 6, dtype=torch.float32)
+    y = mlp(x, (3, 4))
+    assert_close(y[:, :2], mlp.fc2(F.gelu(mlp.fc1(x[:, :2]))))
+    assert torch.allclose(y[:, 2:], mlp.fc2(F.gelu(mlp.fc1(x[:, 2:]))), atol=1e-5) == (conv == 0)
+    for size in (1, 2 * 4 * 14 * 8, models.HIDDEN_BYTES):
+        monkeypatch.setattr(models, "HIDDEN_BYTES", size)
+        with torch.no_grad():
+            assert_close(mlp(x, (3, 4)), y)
 
 
 def test_head_pool_shares_weights_over_heads():
