@@ -1,0 +1,483 @@
+"""The paper's analyses, redrawn from this code and from committed logs.
+
+    python figures.py                           every figure, to figures/ (about half a minute on one CPU core)
+    python figures.py kernel masks              only these
+    python figures.py --output /elsewhere
+
+    figure        paper           from
+    kernel        Fig. 3, Eq. (7) attention.angular_similarity
+    series        Eq. (8)         attention.angular_series and its bound
+    accuracy      Fig. 1, Fig. 5  the paper's accuracies (Tables 2, 3, 6, 7) at the MACs that flops.py counts
+    masks         Fig. 6          results/levit128_mask_ramp.jsonl and results/levit128_mask_fixed.jsonl
+    frequency     Fig. 7          a two-layer network, trained here in seconds
+    resolution    -               flops.curve; results/bench_cpu.json
+    crossover     -               results/bench_cpu.json
+
+Every figure is a function that computes and one that draws. Needs matplotlib.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import flops
+from attention import angular_series, angular_series_bound, angular_similarity
+
+RESULTS = Path(__file__).parent / "results"
+BENCH = RESULTS / "bench_cpu.json"
+
+# One look for a thing in every figure; line style and marker tell things apart without colour.
+CASTLING = dict(color="#1f4e9c", linestyle="-", marker="o")
+SOFTMAX = dict(color="#e08214", linestyle="--", marker="o", markerfacecolor="white")
+LINES = [  # for anything else
+    dict(color="#111111", linestyle="-"),
+    dict(color="#1f4e9c", linestyle="--"),
+    dict(color="#e08214", linestyle="-."),
+    dict(color="#2a8a57", linestyle=":"),
+    dict(color="#8c8c8c", linestyle=(0, (6, 1, 1, 1, 1, 1))),
+    dict(color="#8c8c8c", linestyle=(0, (1, 2))),
+]
+MARKERS = "os^Dv"
+
+
+@contextlib.contextmanager
+def drawing(path: Path, width: float = 8.4, height: float = 3.5) -> Iterator:
+    """A matplotlib figure of width x height inches, written to `path` in 256 colours; no display, no globals."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {"font.size": 10, "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "legend.fontsize": 8.5,
+             "axes.titlesize": 10.5, "lines.markersize": 5, "legend.framealpha": 0.9}  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure((width, height), layout="constrained")
+        yield figure
+        figure.savefig(path, dpi=150)
+    Image.open(path).convert("RGB").quantize().save(path, optimize=True)
+
+
+# ---- Fig. 3: the feature space of the angular kernel -----------------------------------------------------------------
+
+
+def circle(angle: Tensor) -> Tensor:
+    """Unit vectors (N, 2) at angles (N,) in radians."""
+    return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+def kernel_embedding(x: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+    """Classical multidimensional scaling of the angular kernel: features whose distances are those of Eq. (7).
+
+    Args:
+        x: (N, D) points.
+        dims: axes to keep, at most N; N keeps all.
+    Returns: (N, dims) centred coordinates by falling variance, and (dims,) shares of the whole variance. An axis is
+        known up to its sign, axes of equal variance up to a rotation.
+    """
+    gram = angular_similarity(x, x)
+    gram = gram - gram.mean(0, keepdim=True) - gram.mean(1, keepdim=True) + gram.mean()
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.flip(0).clamp_min(0)
+    return (vectors.flip(1) * values.sqrt())[:, :dims], (values / values.sum())[:dims]
+
+
+def feature_distances(angle: Tensor) -> dict[str, Tensor]:
+    """{kernel: squared distance |phi(x) - phi(y)|^2 = K(x, x) + K(y, y) - 2 K(x, y)} of unit vectors `angle` apart.
+
+    angle: radians, rising from 0 to pi. Each is scaled to the angular kernel's 2 for opposed vectors. The exponential
+    and the RBF kernel (sigma = 1) are proportional on unit vectors, Eq. (2). The angular one is 2 theta / pi, Eq. (7).
+    """
+    x = circle(angle) @ circle(angle[:1])[0]
+    kernels = {
+        "angular": angular_similarity(circle(angle), circle(angle[:1]))[:, 0],
+        "linear terms; cosine": angular_series(x, 0),
+        "exponential; RBF": x.exp(),
+        "polynomial (1 + x)²": (1 + x) ** 2,
+    }
+    return {name: 2 * (value[0] - value) / (value[0] - value[-1]) for name, value in kernels.items()}
+
+
+def turned(axes: Tensor) -> Tensor:
+    """(N, 2) coordinates of equal variance, rotated and mirrored so that the first point is at (+, 0), the second has
+    y > 0: the choice that a degenerate pair of axes leaves open."""
+    z = torch.view_as_complex(axes.contiguous())
+    z = z * z[0].conj() / z[0].abs()
+    return torch.view_as_real(z if z[1].imag > 0 else z.conj().resolve_conj())
+
+
+def kernel(path: Path) -> None:
+    """Fig. 3: the circle of directions, and where the angular kernel puts it.
+
+    Points of any length go to a closed curve on the unit sphere of the feature space: the harmonics 1, 3, 5... of the
+    angle, with 8 / (pi k)^2 of the variance each. Beside it the distance against the angle, with rival kernels.
+    """
+    angle = torch.arange(72, dtype=torch.float64) * 2 * math.pi / 72
+    x = (1 + 0.2 * (3 * angle).sin())[:, None] * circle(angle)  # only directions matter
+    axes, share = kernel_embedding(x, 4)
+    xyz = torch.cat([turned(axes[:, :2]), turned(axes[:, 2:])[:, :1]], dim=1)
+    with drawing(path) as figure:
+        grid = figure.add_gridspec(1, 3, width_ratios=(1, 1.25, 1))
+        flat, plot = figure.add_subplot(grid[0]), figure.add_subplot(grid[2])
+        space = figure.add_subplot(grid[1], projection="3d")
+        look = dict(c=angle, cmap="twilight_shifted", s=16, edgecolors="0.25", linewidths=0.3)
+        flat.scatter(*x.T, **look)
+        flat.set(title="(a) input", aspect="equal", xlim=(-1.9, 1.9), ylim=(-1.9, 1.9))
+        space.plot(*torch.cat([xyz, xyz[:1]]).T, color="0.5", linewidth=0.8)
+        space.scatter(*xyz.T, depthshade=False, **look)
+        space.set(title=f"(b) features, {share[:3].sum():.0%} of the variance", zlim=(-0.5, 0.5))
+        space.set_box_aspect((1, 1, 0.7), zoom=1.1)
+        space.tick_params(labelbottom=False, labelleft=False, labelright=False)
+        for i in range(0, 72, 18):
+            flat.text(*(1.5 * circle(angle)[i]), f"{5 * i}°", ha="center", va="center")
+            space.text(*(1.6 * xyz[i]), f"{5 * i}°", ha="center", va="center")
+        half = torch.linspace(0, math.pi, 181, dtype=torch.float64)
+        for (name, distance), line in zip(feature_distances(half).items(), LINES, strict=False):
+            plot.plot(half.rad2deg(), distance, label=name, **line)
+        plot.set(title="(c) squared feature distance", xlabel="angle, degrees", xticks=[0, 45, 90, 135, 180])
+        plot.legend(loc="lower right", fontsize=7)
+
+
+# ---- Eq. (8): the series ---------------------------------------------------------------------------------------------
+
+
+def series_errors(terms: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
+    """|angular_series(x, K) - (1 - arccos(x) / pi)| for every K of `terms`, and its bound; both (terms, len(x))."""
+    exact = 1 - x.arccos() / math.pi
+    errors = [(angular_series(x, K) - exact).abs() for K in terms]
+    return torch.stack(errors), torch.stack([angular_series_bound(x, K) for K in terms])
+
+
+def series(path: Path) -> None:
+    """Eq. (8): the error of the truncated series over the cosine, and over the number of terms.
+
+    The linear terms that Eq. (9) keeps (0 residual terms) are wrong by at most 0.18, at aligned and opposed vectors;
+    there more terms help slowly, as 1 / sqrt(terms), elsewhere geometrically.
+    """
+    few, x = (0, 1, 3, 10, 30), torch.linspace(-1, 1, 401, dtype=torch.float64)
+    error, bound = series_errors(few, x)
+    many, at = sorted({round(1.3**i) for i in range(30)} | {0}), (1.0, 0.99, 0.9, 0.5)
+    by_terms, bounds = series_errors(many, torch.tensor(at, dtype=torch.float64))
+    floor = 1e-9
+    with drawing(path) as figure:
+        left, right = figure.subplots(1, 2)
+        for K, e, b, line in zip(few, error, bound, LINES, strict=False):
+            left.plot(x, e.clamp_min(floor / 10), label=f"K = {K}" if K else "K = 0: linear", **line)
+            left.plot(x, b.clamp_min(floor / 10), color=line["color"], linewidth=0.6)
+        left.set(title="error of the series (thin: its bound)", xlabel="cosine of the angle")
+        left.set_xticks([-1, -0.5, 0, 0.5, 1])
+        for i, (cosine, line) in enumerate(zip(at, LINES, strict=False)):
+            look = line | dict(marker=MARKERS[i], markerfacecolor="white", markersize=3.5)
+            right.plot(many, by_terms[:, i].clamp_min(floor / 10), label=f"cosine ±{cosine:g}", **look)
+            right.plot(many, bounds[:, i].clamp_min(floor / 10), color=line["color"], linewidth=0.6)
+        right.set(title="error against terms", xlabel="residual terms K of Eq. (8)")
+        right.set_xscale("symlog", linthresh=1)
+        right.set_xlim(0, many[-1])
+        for plot in (left, right):
+            plot.set_yscale("log")
+            plot.set_ylim(floor, 10)
+        left.legend(loc="upper center", ncols=3)
+        right.legend(loc="lower left")
+
+
+# ---- Fig. 1 and 5: accuracy against MACs -----------------------------------------------------------------------------
+
+TOP_1 = {  # ImageNet top-1 in %, softmax and castling, Table 2
+    ("DeiT", "deit_tiny"): (74.5, 76.0), ("DeiT", "deit_base"): (83.4, 84.2),
+    ("LeViT", "levit128"): (78.6, 79.6), ("LeViT", "levit192"): (80.0, 81.3),
+    ("LeViT", "levit256"): (81.6, 82.6), ("LeViT", "levit384"): (82.6, 83.7),
+    ("MViTv2", "mvitv2_tiny"): (82.3, 84.1), ("MViTv2", "mvitv2_small"): (83.6, 84.6),
+    ("MViTv2", "mvitv2_base"): (84.4, 85.0),
+}  # fmt: skip
+AP = [  # COCO AP in %: family, model, pixels, attention; Table 3, and without pre-training Tables 6 and 7
+    ("ESNet-ViT", "esnet_vit_s", 320, "castling", 28.1), ("ESNet-ViT", "esnet_vit_s", 416, "castling", 31.3),
+    ("ESNet-ViT", "esnet_vit_m", 416, "castling", 34.0), ("ESNet-ViT", "esnet_vit_l", 416, "castling", 35.0),
+    ("LCNet-ViT-L", "lcnet_vit_l", 416, "castling", 37.3),
+    ("LCNet-ViT, from scratch", "lcnet_vit_s", 320, "softmax", 25.9),
+    ("LCNet-ViT, from scratch", "lcnet_vit_m", 416, "softmax", 34.9),
+    ("LCNet-ViT, from scratch", "lcnet_vit_s", 320, "castling", 27.0),
+    ("LCNet-ViT, from scratch", "lcnet_vit_m", 416, "castling", 35.3),
+]  # fmt: skip
+
+
+def point(family: str, model: str, attention: str, macs_g: float, accuracy: float) -> dict:
+    """A row: family, model, attention, G MACs of one image, accuracy in %."""
+    return dict(family=family, model=model, attention=attention, macs_g=macs_g, accuracy=accuracy)
+
+
+def classifier_points() -> list[dict]:
+    """Table 2's top-1 at the MACs of one 224 px image, as executed.
+
+    MViTv2's down-sampling blocks keep softmax: the paper's own MACs are those of that design, hence its accuracies.
+    """
+    rows = []
+    for (family, model), accuracies in TOP_1.items():
+        for attention, accuracy in zip(("softmax", "castling"), accuracies, strict=True):
+            options = dict(castle_downsample=False) if (family, attention) == ("MViTv2", "castling") else {}
+            cost = flops.count(*flops.meta_model(model, attention, **options))
+            rows.append(point(family, model, attention, cost.macs / 1e9, accuracy))
+    return rows
+
+
+def detector_points() -> list[dict]:
+    """AP at the detector's MACs of one image, castled, as executed."""
+    rows = []
+    for family, model, pixels, attention, ap in AP:
+        macs = flops.detector_row(model, attention, pixels, (None, None), "")["pure_macs_g"]
+        rows.append(point(family, model, attention, macs, ap))
+    return rows
+
+
+def accuracy(path: Path) -> None:
+    """Fig. 1 and Fig. 5: the paper's accuracies at the MACs counted here, softmax beside castling.
+
+    Up and to the left is better. The accuracies are quoted, nobody has reproduced them here; the MACs are counted.
+    """
+    with drawing(path, height=4.0) as figure:
+        plots = figure.subplots(1, 2)
+        for plot, rows in zip(plots, (classifier_points(), detector_points()), strict=True):
+            markers = dict(zip(dict.fromkeys(r["family"] for r in rows), MARKERS, strict=False))
+            for family, attention in dict.fromkeys((r["family"], r["attention"]) for r in rows):
+                line = [r for r in rows if (r["family"], r["attention"]) == (family, attention)]
+                look = {"softmax": SOFTMAX, "castling": CASTLING}[attention] | dict(marker=markers[family])
+                x, y = [r["macs_g"] for r in line], [r["accuracy"] for r in line]
+                plot.plot(x, y, label=f"{family}, {attention}", **look)
+            plot.set_xscale("log")
+            plot.set_xticks([0.5, 1, 2, 5, 10, 20] if plot is plots[0] else [0.5, 1, 2, 4], minor=False)
+            plot.minorticks_off()
+            plot.xaxis.set_major_formatter("{x:g}")
+            plot.set(xlabel="MACs per image as counted here, G")
+            plot.legend(loc="lower right", fontsize=7.5)
+        plots[0].set(title="ImageNet, accuracies of the paper", ylabel="top-1, %")
+        plots[1].set(title="COCO, accuracies of the paper", ylabel="AP, %")
+
+
+# ---- Fig. 6: masks ---------------------------------------------------------------------------------------------------
+
+MASK_TOKENS = {"stages.0": 64, "stages.1": 16, "stages.2": 4}  # keys N in LeViT's stages at 128 pixels
+MASK_LOGS = {schedule: RESULTS / f"levit128_mask_{schedule}.jsonl" for schedule in ("ramp", "fixed")}
+
+
+def mask_trajectories(log: Path) -> dict[str, list]:
+    """{"step": steps, layer: share of non-zeros of its mask at those steps} of a run's log.jsonl, all epochs joined.
+
+    Raises: ValueError if no epoch of the log has a `mask_curve`.
+    """
+    joined: dict[str, list] = {}
+    for record in map(json.loads, log.read_text().splitlines()):
+        for key, values in record.get("mask_curve", {}).items():
+            joined.setdefault(key, []).extend(values)
+    if not joined:
+        raise ValueError(f"{log} holds no mask_curve: expected the log of a run with the auxiliary branch")
+    return joined
+
+
+def masks(path: Path) -> None:
+    """Fig. 6: non-zeros of every layer's mask over a run, threshold ramped (above) and fixed at 0.02 (below).
+
+    A softmax row over N keys has an entry of at least 1/N, so where N < 50 a fixed 0.02 leaves one in every row: the
+    density never falls below 1/N (hatched), and castling such a layer loses it. The ramp starts at 4/N: a layer of four
+    tokens is empty from the first step. The logs are of
+
+        python train.py --model levit128 --image-size 128 --shapes-length 4000 --epochs 3 --batch-size 64 \\
+            --mask-schedule ramp            # and the same with fixed
+    """
+    runs = {schedule: mask_trajectories(log) for schedule, log in MASK_LOGS.items()}
+    with drawing(path, height=4.6) as figure:
+        plots = figure.subplots(len(runs), len(MASK_TOKENS), sharex=True, sharey="col")
+        for row, (schedule, run) in zip(plots, runs.items(), strict=True):
+            for plot, (stage, N) in zip(row, MASK_TOKENS.items(), strict=True):
+                layers = [layer for layer in run if layer.startswith(stage)]
+                for layer, line in zip(layers, LINES, strict=False):
+                    label = "down-sampling" if "downsample" in layer else f"block {layer.split('.')[3]}"
+                    plot.plot(run["step"], [100 * d for d in run[layer]], label=label, **line)
+                if schedule == "fixed" and N < 50:
+                    plot.axhspan(0, 100 / N, facecolor="0.93", edgecolor="0.7", hatch="///", zorder=0)
+                    box = dict(facecolor="white", edgecolor="none")
+                    where = dict(ha="center", va="center", transform=plot.get_yaxis_transform(), bbox=box)
+                    plot.text(0.5, 0.1, "out of reach", **where)
+                plot.set_title(f"{stage}, N = {N}, {'ramped' if schedule == 'ramp' else 'fixed 0.02'}")
+                plot.set_yscale("symlog", linthresh=0.01)
+                plot.set_ylim(-0.0005, 150)
+                plot.set_yticks([0, 0.01, 0.1, 1, 10, 100], ["0", "0.01", "0.1", "1", "10", "100"])
+            row[0].set_ylabel("non-zeros of the mask, %")
+        for above, below in plots.T:
+            above.legend(fontsize=7)
+            below.set_xlabel("step")
+
+
+# ---- Fig. 7: which frequencies a network learns first ----------------------------------------------------------------
+
+FREQUENCIES = (1, 3, 5, 7, 9, 11)  # of the angle; Sim has no even ones
+
+
+def frequency_study(steps: int = 4000, seed: int = 0) -> dict:
+    """A two-layer network learns Sim of a fixed query with a key that goes round the circle.
+
+    Over the angle Sim is a triangle wave, 1/2 + (4 / pi^2) sum_(k odd) cos(k theta) / k^2, and the linear terms of
+    Eq. (8) are 1/2 + cos(theta) / pi: nearly all of frequency 1 and nothing of the others.
+
+    Args:
+        steps: full-batch Adam steps at 256 angles, learning rate 1e-3; 256 tanh units on (cos theta, sin theta).
+        seed: of the initial weights.
+    Returns: angle (256,), target, linear and fit (256,): values there; step: where things were measured; loss: mean
+        squared error at those steps; residual (steps measured, frequencies): |F[fit] - F[target]| / |F[target]|;
+        linear_residual (frequencies,): that of the linear terms.
+    Source: the residual is the F-principle's, the paper's [67]; the paper states no network, optimiser or target range.
+    """
+    angle = torch.arange(-128, 128, dtype=torch.float64) * math.pi / 128
+    keys = circle(angle)
+    target, linear = angular_similarity(keys, keys[128:129])[:, 0], angular_series(angle.cos(), 0)  # the query at 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(2, 256), nn.Tanh(), nn.Linear(256, 1)).double()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    wanted = torch.fft.rfft(target)[list(FREQUENCIES)]
+
+    def residual(values: Tensor) -> Tensor:
+        return (torch.fft.rfft(values)[list(FREQUENCIES)] - wanted).abs() / wanted.abs()
+
+    step, losses, residuals = [], [], []
+    for i in range(steps + 1):
+        fit = net(keys)[:, 0]
+        loss = (fit - target).square().mean()
+        if i % max(1, steps // 200) == 0:
+            step.append(i), losses.append(loss.item()), residuals.append(residual(fit.detach()))
+        if i < steps:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return dict(
+        angle=angle, target=target, linear=linear, fit=fit.detach(), step=step, loss=losses,
+        residual=torch.stack(residuals), linear_residual=residual(linear),
+    )  # fmt: skip
+
+
+def frequency(path: Path) -> None:
+    """Fig. 7: Sim, its linear terms and a network's fit; the network's loss; what it still lacks of each frequency."""
+    study, names = frequency_study(), dict(target="Sim", linear="linear terms", fit="network")
+    with drawing(path) as figure:
+        left, middle, right = figure.subplots(1, 3)
+        degrees = study["angle"].rad2deg()
+        for (key, name), line in zip(names.items(), LINES, strict=False):
+            left.plot(degrees, study[key], label=name, **line)
+        left.set(title="functions of the angle", xlabel="angle, degrees", xticks=[-180, -90, 0, 90, 180])
+        left.legend(loc="lower center")
+        middle.semilogy(study["step"], study["loss"], **LINES[0])
+        middle.set(title="the network's loss", xlabel="step", ylabel="mean squared error")
+        image = right.imshow(
+            study["residual"].T, aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
+            extent=(0, study["step"][-1], -0.5, len(FREQUENCIES) - 0.5),
+        )  # fmt: skip
+        right.set(title="the network's residual", xlabel="step", ylabel="frequency of the angle")
+        right.set_yticks(range(len(FREQUENCIES)), [str(k) for k in FREQUENCIES])
+        right.grid(False)
+        figure.colorbar(image, ax=right, label="0: learned, 1: missing")
+
+
+# ---- MACs and latency ------------------------------------------------------------------------------------------------
+
+PIXELS = (128, 224, 320, 448, 512, 640, 768, 896, 1024)
+
+
+def model_ratios(result: dict) -> dict[str, list[tuple[int, float]]]:
+    """{model: [(pixels, softmax's time over the castled model's)]} of bench.py's `models` rows, all batch sizes."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in result["models"]:
+        model, pixels = re.match(r"(\w+) (\d+) px", row["shape"]).groups()
+        lines.setdefault(model, []).append((int(pixels), row["softmax"]["ratio"]))
+    return lines
+
+
+def resolution(path: Path) -> None:
+    """MACs of softmax and castled models against resolution, and their ratio beside the measured ratio of times."""
+    times = model_ratios(json.loads(BENCH.read_text()))
+    with drawing(path) as figure:
+        left, right = figure.subplots(1, 2)
+        for name, marker, line in (("deit_tiny", "o", LINES[1]), ("levit128", "s", LINES[2])):
+            rows = flops.curve(name, list(PIXELS))
+            for attention, look in (("softmax", SOFTMAX), ("castling", CASTLING)):
+                macs = [r[f"{attention}_macs_g"] for r in rows]
+                left.plot(PIXELS, macs, label=f"{name}, {attention}", **look | dict(marker=marker))
+            ratio = [r["softmax_macs_g"] / r["castling_macs_g"] for r in rows]
+            right.plot(PIXELS, ratio, label=f"{name}, MACs", **line)
+            dots = dict(color=line["color"], linestyle="none", marker=marker, markerfacecolor="white", markersize=7)
+            right.plot(*zip(*times[name], strict=True), label=f"{name}, time on a CPU", **dots)
+        left.set(title="MACs per image", xlabel="pixels per side", ylabel="G", yscale="log")
+        right.set(title="softmax / castled", xlabel="pixels per side", ylabel="ratio")
+        right.axhline(1, color="0.4", linewidth=1)
+        left.legend()
+        right.legend()
+
+
+def core_ratios(result: dict) -> dict[int, list[tuple[int, float]]]:
+    """{D: [(N, softmax's time over the castling core's)]} of bench.py's `core` rows, by falling D and rising N.
+
+    The median over rows that differ in batch and heads only.
+    """
+    lines: dict[int, dict[int, list[float]]] = {}
+    for row in result["core"]:
+        N, D = map(int, re.search(r"N(\d+) D(\d+)", row["shape"]).groups())
+        lines.setdefault(D, {}).setdefault(N, []).append(row["softmax"]["ratio"])
+    return {D: [(N, statistics.median(lines[D][N])) for N in sorted(lines[D])] for D in sorted(lines, reverse=True)}
+
+
+def crossover(result: dict, path: Path) -> None:
+    """Time of the softmax core over the castling core against tokens, a line per head width D; above 1 castling wins.
+
+    result: what bench.py --json writes, with a `core` table.
+    """
+    with drawing(path, width=6.0) as figure:
+        plot = figure.subplots()
+        for i, (D, points) in enumerate(core_ratios(result).items()):
+            look = LINES[i % len(LINES)] | dict(marker=MARKERS[i % len(MARKERS)], markerfacecolor="white")
+            plot.plot(*zip(*points, strict=True), label=f"D = {D}", **look)
+        plot.axhline(1, color="0.4", linewidth=1)
+        environment = result["environment"]
+        plot.set(title=f"attention core, {environment['device']}, {environment['dtype']}", xlabel="tokens N",
+                 ylabel="time of softmax / castling")  # fmt: skip
+        plot.set_xscale("log", base=2)
+        plot.set_yscale("log", base=2)
+        plot.xaxis.set_major_formatter("{x:g}")
+        plot.yaxis.set_major_formatter("{x:g}")
+        plot.legend()
+
+
+FIGURES: dict[str, Callable[[Path], None]] = {
+    "kernel": kernel,
+    "series": series,
+    "accuracy": accuracy,
+    "masks": masks,
+    "frequency": frequency,
+    "resolution": resolution,
+    "crossover": lambda path: crossover(json.loads(BENCH.read_text()), path),
+}
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    figures = ", ".join(FIGURES)
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=[*FIGURES, "all"], default="all", help=figures)
+    parser.add_argument("--output", type=Path, default=Path("figures"), help="folder for the PNGs; default figures")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name in FIGURES if "all" in args.names else args.names:
+        path = args.output / f"{name}.png"
+        FIGURES[name](path)
+        print(path)
+
+
+if __name__ == "__main__":
+    main(parser().parse_args())
