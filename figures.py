@@ -136,7 +136,7 @@ def kernel(path: Path) -> None:
         space.tick_params(labelbottom=False, labelleft=False, labelright=False)
         for i in range(0, 72, 18):
             flat.text(*(1.5 * circle(angle)[i]), f"{5 * i}°", ha="center", va="center")
-            space.text(*(1.6 * xyz[i]), f"{5 * i}°", ha="center", va="center")
+            space.text(*(1.5 * xyz[i]), f"{5 * i}°", ha="center", va="center")
         half = torch.linspace(0, math.pi, 181, dtype=torch.float64)
         for (name, distance), line in zip(feature_distances(half).items(), LINES, strict=False):
             plot.plot(half.rad2deg(), distance, label=name, **line)
@@ -372,7 +372,7 @@ def frequency(path: Path) -> None:
         middle.semilogy(study["step"], study["loss"], **LINES[0])
         middle.set(title="the network's loss", xlabel="step", ylabel="mean squared error")
         image = right.imshow(
-            study["residual"].T, aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
+            study["residual"].T.numpy(), aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
             extent=(0, study["step"][-1], -0.5, len(FREQUENCIES) - 0.5),
         )  # fmt: skip
         right.set(title="the network's residual", xlabel="step", ylabel="frequency of the angle")

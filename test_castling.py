@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attention
 import bench
 import detect
+import figures
 import flops
 import models
 import segment
@@ -3963,6 +3964,149 @@ def test_released_formula_of_the_benchmark():
         assert_close(block(x), theirs(x), atol=1e-6, rtol=1e-6)
 
 
+# ---- figures.py ------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 10**6), st.integers(2, 20), st.integers(2, 4))
+def test_embedding_keeps_the_kernels_distances(seed, count, dim):
+    """Eq. (7): with all axes kept, squared distances are 2 theta / pi, whatever the lengths; the first vary most."""
+    x = randn(count, dim, seed=seed)
+    features, share = figures.kernel_embedding(x, count)
+    assert_close(torch.cdist(features, features) ** 2, 2 * (1 - angular_similarity(x, x)), atol=1e-6, rtol=0)
+    assert (share.diff() <= 1e-12).all()
+    assert_close(share, features.square().sum(0) / features.square().sum(), atol=1e-12, rtol=0)
+
+
+def test_circle_becomes_odd_harmonics():
+    """Fig. 3: of the circle's variance harmonic k has 8 / (pi k)^2, even ones nothing; on the drawn axes the first
+    point lies at (+, 0), however the solver has turned or mirrored them."""
+    angle = torch.arange(360, dtype=torch.float64) * math.pi / 180
+    features, share = figures.kernel_embedding(figures.circle(angle), 6)
+    assert_close(share, torch.tensor([4 / (math.pi * k) ** 2 for k in (1, 1, 3, 3, 5, 5)]).double(), rtol=3e-3, atol=0)
+    for pair, k in ((features[:, :2], 1), (features[:, 2:4], 3)):
+        radius = pair.norm(dim=1)
+        turn = figures.circle(torch.tensor([1, 1 + math.pi / 2], dtype=torch.float64))
+        for seen in (pair, pair @ turn, pair.flip(1)):
+            assert_close(figures.turned(seen), radius[:, None] * figures.circle(k * angle), atol=1e-9, rtol=0)
+
+
+def test_feature_distances_rise_with_the_angle():
+    """Fig. 3: every kernel's distance rises from 0 to 2, the angular one as 2 theta / pi; the exponential's is the
+    Gaussian RBF's, Eq. (2)."""
+    angle = torch.linspace(0, math.pi, 91, dtype=torch.float64)
+    distances = figures.feature_distances(angle)
+    for d in distances.values():
+        assert d[0] == 0 and d[-1] == 2 and (d.diff() > -1e-12).all()
+    assert_close(distances["angular"], 2 * angle / math.pi, atol=1e-7, rtol=0)
+    x = figures.circle(angle)
+    rbf = 1 - torch.exp(-(x - x[0]).square().sum(1) / 2)
+    assert_close(distances["exponential; RBF"], 2 * rbf / rbf[-1])
+
+
+def test_series_errors_fall_below_their_bound():
+    """Eq. (8): errors stay below the bound, fall with every term, and are worst where the vectors are parallel."""
+    x = torch.linspace(-1, 1, 101, dtype=torch.float64)
+    error, bound = figures.series_errors(range(8), x)
+    assert error.shape == bound.shape == (8, 101)
+    assert (error <= bound + 1e-15).all() and (error.diff(dim=0) <= 1e-15).all()
+    assert (error.max(dim=1).values == error[:, [0, -1]].max(dim=1).values).all()
+
+
+def test_points_are_the_counted_macs(monkeypatch):
+    """Fig. 1, 5: a row for every model of Table 2, at `count`'s MACs; MViTv2 with softmax down-sampling. A detector has
+    its multiply-adds as executed; all are rows of the paper's tables."""
+    assert {model for _, model in figures.TOP_1} == set(flops.TABLE_2)
+    printed = {(name, pixels) for name, pixels, *_ in flops.TABLE_3}
+    printed |= {(f"lcnet_vit_{size}", pixels) for size, pixels, *_ in flops.TABLES_6_AND_7.values()}
+    assert {(model, pixels) for _, model, pixels, *_ in figures.AP} == printed
+    monkeypatch.setattr(figures, "TOP_1", {("LeViT", "levit128"): (1, 2), ("MViTv2", "mvitv2_tiny"): (3, 4)})
+    monkeypatch.setattr(figures, "AP", [("LCNet-ViT", "lcnet_vit_s", 64, "softmax", 5)])
+    levit = [flops.count(*flops.meta_model("levit128", a)).macs / 1e9 for a in ("softmax", "castling")]
+    rows = figures.classifier_points()
+    assert [r["macs_g"] for r in rows[:2]] == levit and [r["accuracy"] for r in rows] == [1, 2, 3, 4]
+    c2 = flops.count(*flops.meta_model("mvitv2_tiny")).macs / 1e9
+    assert c2 < rows[3]["macs_g"] < rows[2]["macs_g"]
+    (row,) = figures.detector_points()
+    with torch.device("meta"):
+        model, image = detect.build_detector("lcnet_vit_s", "softmax", image_size=64), torch.empty(1, 3, 64, 64)
+    assert row == figures.point("LCNet-ViT", "lcnet_vit_s", "softmax", flops.count(model, image).macs / 1e9, 5)
+
+
+def test_mask_figure_reads_every_layer(monkeypatch, tmp_path):
+    """Fig. 6: all epochs of a log joined, every layer in one panel. Ramped masks end empty; fixed ones stay above 1/N,
+    where N, the keys of each stage, is below 50. A log without curves is an error that names it."""
+    tokens, equation_9 = {}, AttentionCore.equation_9
+
+    def noted(core, q, k, v, padding):
+        tokens[id(core)] = k.shape[-2]
+        return equation_9(core, q, k, v, padding)
+
+    monkeypatch.setattr(AttentionCore, "equation_9", noted)
+    model, image = flops.meta_model("levit128", image_size=128)
+    model(image)
+    tokens = {layer: tokens[id(core)] for layer, core in attention.cores(model).items()}
+    for schedule, log in figures.MASK_LOGS.items():
+        run = figures.mask_trajectories(log)
+        step = run.pop("step")
+        assert step == list(range(186)) and run.keys() == tokens.keys()
+        for layer, densities in run.items():
+            (N,) = [n for stage, n in figures.MASK_TOKENS.items() if layer.startswith(stage)]
+            assert len(densities) == len(step) and tokens[layer] == N
+            assert densities[-1] == 0 if schedule == "ramp" else N >= 50 or min(densities) >= 1 / N
+    (tmp_path / "log.jsonl").write_text('{"epoch": 0}\n')
+    with pytest.raises(ValueError, match="log.jsonl holds no mask_curve"):
+        figures.mask_trajectories(tmp_path / "log.jsonl")
+
+
+def test_network_learns_low_frequencies_first():
+    """Fig. 7: the linear terms have 4 pi / 16 of frequency 1 and nothing of the others; the network gets below any
+    half of a frequency before it does at the next; seeded apart from the caller's random numbers."""
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    study = figures.frequency_study(steps=1500)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_close(study["linear_residual"], torch.tensor([1 - math.pi / 4] + [1.0] * 5).double(), atol=1e-3, rtol=0)
+    first, third, fifth = ((study["residual"][:, i] < 0.5).nonzero().flatten().tolist() for i in range(3))
+    assert first[0] < third[0] and not fifth
+    assert study["loss"][-1] < study["loss"][0] / 1000 and study["step"][-1] <= 1500
+    assert (study["fit"] - study["target"]).abs().max() < (study["linear"] - study["target"]).abs().max()
+    again, other = (figures.frequency_study(steps=3, seed=seed)["loss"] for seed in (0, 1))
+    assert again == figures.frequency_study(steps=3)["loss"] != other
+
+
+def test_ratios_are_read_from_the_benchmark():
+    """Every row of bench.py's tables is read: one ratio per D and N, the median over the rest; per model all rows."""
+
+    def table(ratios):
+        return [dict(shape=shape, softmax=dict(ratio=ratio)) for shape, ratio in ratios.items()]
+
+    core = table({"B1 H3 N196 D64": 1, "B8 H3 N196 D64": 3, "B8 H3 N49 D64": 0.5, "B8 H4 N49 D16": 4})
+    assert figures.core_ratios(dict(core=core)) == {64: [(49, 0.5), (196, 2)], 16: [(49, 4)]}
+    nets = table({"deit_tiny 224 px, batch 1": 1, "levit128 512 px, batch 2": 2, "deit_tiny 448 px, batch 8": 3})
+    assert figures.model_ratios(dict(models=nets)) == {"deit_tiny": [(224, 1), (448, 3)], "levit128": [(512, 2)]}
+    committed = json.loads(figures.BENCH.read_text())
+    assert {"deit_tiny", "levit128"} <= set(figures.model_ratios(committed)) and 64 in figures.core_ratios(committed)
+
+
+def test_figures_draws_every_file(tmp_path, monkeypatch, capsys):
+    """The script writes all figures, or those that are named, and says where; counts and training cut short here."""
+    study = figures.frequency_study
+    monkeypatch.setattr(figures, "frequency_study", lambda: study(steps=5))
+    monkeypatch.setattr(figures, "TOP_1", dict(list(figures.TOP_1.items())[:1]))
+    monkeypatch.setattr(figures, "AP", figures.AP[:1])
+    monkeypatch.setattr(figures, "PIXELS", (64,))
+    figures.main(figures.parser().parse_args([f"--output={tmp_path / 'all'}"]))
+    paths = [tmp_path / "all" / f"{name}.png" for name in figures.FIGURES]
+    assert capsys.readouterr().out.split() == [str(p) for p in paths]
+    for path in paths:
+        with Image.open(path) as image:
+            assert image.width >= 800 and len(image.convert("L").getcolors()) > 2
+    figures.main(figures.parser().parse_args(["crossover", f"--output={tmp_path / 'one'}"]))
+    assert [p.name for p in (tmp_path / "one").iterdir()] == ["crossover.png"]
+    with pytest.raises(SystemExit):
+        figures.parser().parse_args(["kernels"])
+
+
 # ---- README ----------------------------------------------------------------------------------------------------------
 
 
@@ -3973,7 +4117,7 @@ def test_readme_commands_parse():
     checked = 0
     for command in commands:
         words = shlex.split(command.split("&&")[-1], comments=True)
-        for module in (train, detect, segment, flops, bench):
+        for module in (train, detect, segment, flops, bench, figures):
             script = f"{module.__name__}.py"
             if script in words:
                 args = module.parser().parse_args(words[words.index(script) + 1 :])
