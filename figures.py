@@ -1,6 +1,6 @@
 """The paper's analyses, redrawn from this code and from committed logs.
 
-    python figures.py                           every figure, to figures/ (about half a minute on one CPU core)
+    python figures.py                           every figure, to figures/ (half a minute of CPU time)
     python figures.py kernel masks              only these
     python figures.py --output /elsewhere
 
@@ -372,8 +372,8 @@ def frequency(path: Path) -> None:
         middle.semilogy(study["step"], study["loss"], **LINES[0])
         middle.set(title="the network's loss", xlabel="step", ylabel="mean squared error")
         image = right.imshow(
-            study["residual"].T.numpy(), aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=1, interpolation="nearest",
-            extent=(0, study["step"][-1], -0.5, len(FREQUENCIES) - 0.5),
+            study["residual"].T.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower",
+            extent=(0, study["step"][-1], -0.5, len(FREQUENCIES) - 0.5), interpolation="nearest",
         )  # fmt: skip
         right.set(title="the network's residual", xlabel="step", ylabel="frequency of the angle")
         right.set_yticks(range(len(FREQUENCIES)), [str(k) for k in FREQUENCIES])

@@ -4124,3 +4124,10 @@ def test_readme_commands_parse():
                 assert vars(args).get("model") in (None, *list_models(), *segment.SEGMENTERS)
                 checked += 1
     assert checked >= 12
+
+
+def test_readme_pictures_exist():
+    """Every picture that the README shows is a committed figure of figures.py."""
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", (ROOT / "README.md").read_text())
+    assert pictures and set(pictures) <= {f"figures/{name}.png" for name in figures.FIGURES}
+    assert all((ROOT / picture).is_file() for picture in pictures)
