@@ -410,6 +410,7 @@ def convolve(x: Tensor, rows: Tensor, out: Tensor) -> Tensor:
 
     On a CPU 2 to 5 times as fast as Conv2d, which pads the H heads to 16 and copies its input into that layout.
     """
+    rows = rows.unbind()
     torch.mul(x, rows[len(rows) // 2], out=out)
     for tap, i, j in shifts(len(rows), x.shape[1]):
         out[:, i].addcmul_(x[:, j], rows[tap])
@@ -491,7 +492,8 @@ class CastledAttention(torch.autograd.Function):
         q, k, v, weight, branch = ctx.saved_tensors
         B, H, N, E = v.shape
         rows = per_channel(weight, v)
-        dq, dk, dx = (t.new_empty(B, N, H, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
+        dq, dk = (t.new_empty(B, N, H, t.shape[-1]).transpose(1, 2) for t in (q, k))
+        dbranch = None if branch is None else torch.empty_like(branch)
         dv, drows = v.new_empty(B, N, H * E), torch.zeros_like(rows)
         with without_autocast(v.device):
             for g in groups(q, v):
@@ -502,7 +504,8 @@ class CastledAttention(torch.autograd.Function):
                 dkv = (qg.mT @ dxg).mul_(2 / math.pi)
                 dq[g] = through_unit((dxg @ kv.mT).mul_(2 / math.pi), qg, q_norm)
                 dk[g] = through_unit(v[g] @ dkv.mT, kg, k_norm)
-                dx[g] = dxg
+                if branch is not None:
+                    torch.mul(dxg, 2, out=dbranch[g])
                 # DWConv, whose transpose is itself with the filters reversed
                 dy, values = channels(grad[g]), channels(v[g])
                 dvg = convolve(dy, rows.flip(0), dv[g]).unflatten(2, (H, E)).transpose(1, 2)
@@ -511,7 +514,7 @@ class CastledAttention(torch.autograd.Function):
                 for tap, i, j in shifts(len(rows), N):
                     drows[tap] += (dy[:, i] * values[:, j]).sum((0, 1))
         dweight = drows.unflatten(1, (H, E)).sum(2).T[:, None, :, None].to(weight.dtype)
-        return dq, dk, dv.unflatten(2, (H, E)).transpose(1, 2), dweight, None if branch is None else 2 * dx
+        return dq, dk, dv.unflatten(2, (H, E)).transpose(1, 2), dweight, dbranch
 
 
 # ---- Eq. (10) in blocks of rows, for training ------------------------------------------------------------------------

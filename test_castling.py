@@ -3926,7 +3926,7 @@ dist.destroy_process_group()
 
 def test_bench_prints_its_tables(tmp_path, capsys, monkeypatch):
     """Every table has a row with time, memory and quartiles around its ratio for each form; the file says on what."""
-    small = {"core": [(2, 2, 30, 8)], "models": [("levit128", 1, 64)], "training": [("deit_tiny", 1, 32)]}
+    small = {"core": [(2, 2, 30, 8)], "models": [("levit128", 1, 64, "levit128")], "training": [("deit_tiny", 1, 32)]}
     tables = {name: (f, small[name], title) for name, (f, _, title) in bench.TABLES.items()}
     monkeypatch.setattr(bench, "TABLES", tables)
     path, threads = tmp_path / "bench.json", torch.get_num_threads()
@@ -3936,6 +3936,7 @@ def test_bench_prints_its_tables(tmp_path, capsys, monkeypatch):
         torch.set_num_threads(threads)
     written = json.loads(path.read_text())
     assert {"threads", "torch", "device", "dtype"} <= set(written["environment"])
+    assert Image.open(tmp_path / "bench.png").size == (900, 525)
     printed = capsys.readouterr().out
     for name in small:
         (row,) = written[name]
