@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torchvision.ops import StochasticDepth
 
 from attention import KERNELS, AttentionCore, cores, look_up
@@ -1240,6 +1241,329 @@ def build_model(
         common["num_classes"] = num_classes
     options = {key: value for key, value in common.items() if key in known} | row | overrides
     return family(core=core, **options)
+
+
+# ---- BatchNorm folded ------------------------------------------------------------------------------------------------
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+
+
+def fold(layer: nn.Conv2d | nn.Linear, norm: BatchNorm) -> None:
+    """The weights of `layer` become those of norm(layer(x)), see `fuse`."""
+    statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    fold_in = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+    layer.weight, layer.bias = fold_in(layer.weight, layer.bias, *statistics)
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Fold every BatchNorm that follows a convolution or linear layer into it, in place; return the model. Idempotent.
+
+    With running mean m and variance u, scale g and shift b:  g (W x + c - m) / s + b  is  W' x + c'  with
+    W' = (g / s) W,  c' = (g / s) (c - m) + b,  s = sqrt(u + eps). Before a linear layer, as in LeViT's heads:
+    W' = W diag(g / s),  c' = c + W (b - (g / s) m). The same function up to rounding, and for inference only: there are
+    no statistics left for training to follow.
+
+    A norm that a module here, in timm or in torchvision registers right after a layer is applied right after it. Any
+    other BatchNorm stays.
+    Raises: ValueError for a model in training mode, whose norms are no constants.
+    """
+    if any(isinstance(module, BatchNorm) and module.training for module in model.modules()):
+        raise ValueError("fuse needs a model in eval mode: call model.eval() first")
+    for module in list(model.modules()):
+        if isinstance(module, MlpDWConv) and isinstance(module.norm, BatchNorm):
+            fold(module, module.norm)
+            module.norm = nn.Identity()
+        elif isinstance(module, NormLinear) and isinstance(module.bn, BatchNorm):
+            bn, linear = module.bn, module.linear
+            scale = bn.weight / (bn.running_var + bn.eps).sqrt()
+            linear.bias = nn.Parameter(linear(bn.bias - scale * bn.running_mean).detach())
+            linear.weight = nn.Parameter((linear.weight * scale).detach())
+            module.bn = nn.Identity()
+        children = list(module.named_children())
+        for (_, layer), (name, norm) in zip(children, children[1:], strict=False):
+            if isinstance(layer, nn.Conv2d | nn.Linear) and isinstance(norm, BatchNorm) and norm.track_running_stats:
+                fold(layer, norm)
+                setattr(module, name, nn.Identity())
+    return model
+
+
+# ---- other people's models -------------------------------------------------------------------------------------------
+
+
+class ConvertedAttention(AttentionCore):
+    """Another library's self-attention: its own layers under their own names, the castling core between them.
+
+    A subclass knows one layout. `parts` are the children and parameters it carries over, `inputs` the arguments of the
+    original's forward that it knows; `heads_of` gives (H, D). Arguments that change what attends to what are a
+    ValueError when given.
+    """
+
+    parts: tuple[str, ...]
+    inputs: tuple[str, ...]
+
+    def __init__(self, original: nn.Module, **core):
+        rates = (getattr(original, name, 0.0) for name in ("attn_drop", "attention_dropout", "dropout"))
+        dropout = max(getattr(rate, "p", rate) for rate in rates)
+        super().__init__(self.heads_of(original)[0], auxiliary=True, dropout=dropout, **core)
+        like = next(original.parameters())
+        self.to(like.device, like.dtype)
+        for name in self.parts:
+            if name in original._modules:
+                self.add_module(name, original._modules[name])
+            elif name in original._parameters:
+                self.register_parameter(name, original._parameters[name])
+        self.train(original.training)
+
+    @classmethod
+    def problems(cls, module: nn.Module) -> list[str]:
+        """Why a module of this layout cannot be converted; [] if it can."""
+        state = {name.split(".")[0] for name in [*dict(module.named_parameters()), *dict(module.named_buffers())]}
+        inputs = inspect.signature(module.forward).parameters
+        scale, dim = getattr(module, "scale", getattr(module, "scaling", None)), cls.heads_of(module)[1]
+        found = [f"{name} has no place in linear-angular attention" for name in sorted(state - set(cls.parts))]
+        found += [f"it is called with {name}, unknown here" for name in inputs if name not in (*cls.inputs, "kwargs")]
+        if isinstance(scale, float) and not math.isclose(scale, dim**-0.5):
+            found.append(f"its logits are scaled by {scale:.4g}, not 1 / sqrt({dim})")
+        if getattr(module, "is_causal", False):
+            found.append("it is causal")
+        return found
+
+    def refuse(self, **given) -> None:
+        """ValueError for arguments that are given and mean something to softmax attention only."""
+        for name, value in given.items():
+            if value is not None and value is not False:
+                raise ValueError(f"a converted {type(self).__name__} cannot honour {name}")
+
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k, (B, H, N, D), as the original compares them."""
+        return q, k
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Tensor:
+        """The core on (B, N, H D), heads side by side."""
+        if q.ndim != 3:
+            raise ValueError(f"expected tokens (B, N, C), got {q.ndim} axes: {tuple(q.shape)}")
+        q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=self.heads) for x in (q, k, v))
+        return rearrange(super().forward(*self.normed(q, k), v, padding=padding), "b h n d -> b n (h d)")
+
+
+class FusedAttention(ConvertedAttention):
+    """timm's `Attention`: one layer to q, k, v, laid out (3, H, D); norms of q and k over D, of the output over H D."""
+
+    parts = ("qkv", "q_norm", "k_norm", "norm", "proj", "proj_drop")
+    inputs = ("x", "attn_mask", "is_causal")
+
+    def __init__(self, original: nn.Module, **core):
+        super().__init__(original, **core)
+        for name in self.parts:
+            if not hasattr(self, name):  # older versions have fewer
+                self.add_module(name, nn.Identity())
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return all(isinstance(getattr(module, name, None), nn.Linear) for name in ("qkv", "proj"))
+
+    @staticmethod
+    def heads_of(module: nn.Module) -> tuple[int, int]:
+        return module.num_heads, module.qkv.out_features // 3 // module.num_heads
+
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.q_norm(q), self.k_norm(k)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        self.refuse(attn_mask=attn_mask, is_causal=is_causal)
+        y = self.attend(*self.qkv(x).chunk(3, dim=-1))
+        return self.proj_drop(self.proj(self.norm(y)))
+
+
+class SeparateAttention(ConvertedAttention):
+    """Hugging Face's: three layers to q, k, v; the output layer inside, or, in older versions, in the parent."""
+
+    triples = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
+    outputs = ("o_proj", "out_proj")
+    parts = (*triples[0], *triples[1], *outputs)
+    inputs = ("hidden_states", "attention_mask", "head_mask", "output_attentions")
+
+    def __init__(self, original: nn.Module, **core):
+        super().__init__(original, **core)
+        self.inputs = tuple(inspect.signature(original.forward).parameters)  # their order differs between versions
+
+    @classmethod
+    def layers(cls, module: nn.Module) -> tuple[nn.Module, ...]:
+        """Those to q, k and v; () if there are no such."""
+        for triple in cls.triples:
+            if all(isinstance(getattr(module, name, None), nn.Linear) for name in triple):
+                return tuple(getattr(module, name) for name in triple)
+        return ()
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return bool(cls.layers(module))
+
+    @classmethod
+    def heads_of(cls, module: nn.Module) -> tuple[int, int]:
+        heads = getattr(module, "num_attention_heads", None) or module.num_heads
+        return heads, cls.layers(module)[0].out_features // heads
+
+    @classmethod
+    def problems(cls, module: nn.Module) -> list[str]:
+        widths = [layer.out_features for layer in cls.layers(module)]
+        unequal = [] if len(set(widths)) == 1 else [f"q, k and v have {widths} channels: not one head each"]
+        return unequal + super().problems(module)
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
+        self.refuse(**dict(zip(self.inputs[1:], args, strict=False)), **kwargs)
+        y = self.attend(*(layer(hidden_states) for layer in self.layers(self)))
+        for name in self.outputs:
+            y = getattr(self, name)(y) if hasattr(self, name) else y
+        return y, None
+
+
+class PackedAttention(ConvertedAttention):
+    """torch.nn.MultiheadAttention as self-attention, in torchvision's models and nn.TransformerEncoder.
+
+    Called like it, with one tensor for query, key and value; returns (output, None) whatever `need_weights` says.
+    """
+
+    parts = ("in_proj_weight", "in_proj_bias", "out_proj")
+    inputs = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights",
+              "is_causal")  # fmt: skip
+    # nn.TransformerEncoderLayer asks for this: True would let it compute softmax from our weights, past `forward`.
+    _qkv_same_embed_dim = False
+
+    def __init__(self, original: nn.MultiheadAttention, **core):
+        super().__init__(original, **core)
+        self.batch_first = original.batch_first
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return isinstance(module, nn.MultiheadAttention)
+
+    @staticmethod
+    def heads_of(module: nn.Module) -> tuple[int, int]:
+        return module.num_heads, module.head_dim
+
+    @classmethod
+    def problems(cls, module: nn.MultiheadAttention) -> list[str]:
+        zero = ["add_zero_attn has no place in linear-angular attention"] if module.add_zero_attn else []
+        return zero + super().problems(module)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        self.refuse(attn_mask=attn_mask, is_causal=is_causal)
+        if key is not query or value is not query:
+            raise ValueError("a converted attention is self-attention: query, key and value must be one tensor")
+        padding = key_padding_mask
+        if padding is not None and padding.dtype != torch.bool:  # nn.TransformerEncoderLayer makes it 0 and -inf
+            padding = padding == -math.inf
+            if (key_padding_mask.masked_fill(padding, 0) != 0).any():
+                raise ValueError("a converted attention can leave tokens out, not weigh them: key_padding_mask")
+        x = query if self.batch_first else query.transpose(0, 1)
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        y = self.out_proj(self.attend(q, k, v, padding))
+        return y if self.batch_first else y.transpose(0, 1), None
+
+
+LAYOUTS = (PackedAttention, FusedAttention, SeparateAttention)
+
+
+@dataclass
+class Conversion:
+    """What became of one attention layer: parameters kept and new, by name; what went."""
+
+    kept: list[str]
+    dropped: list[str]
+    new: list[str]
+
+
+@dataclass
+class ConversionReport:
+    """What `convert` did, by layer; printing it lists equal layers once."""
+
+    layers: dict[str, Conversion]
+
+    def __str__(self) -> str:
+        groups = {}
+        for name, layer in self.layers.items():
+            groups.setdefault((re.sub(r"\d+", "*", name), str(layer)), []).append(layer)
+        lines = []
+        for (kind, _), (layer, *others) in groups.items():
+            lines.append(f"{kind} x {len(others) + 1}")
+            lines += [f"  {group.name}: {', '.join(getattr(layer, group.name))}" for group in fields(layer)]
+        advice = "The converted model is another function with the same weights: fine-tune it before you use it."
+        return "\n".join([*lines, advice])
+
+
+def convert(
+    model: nn.Module, *, epsilon: float = 0.02, schedule: str = "ramp", conv_kernel: int = 9
+) -> ConversionReport:
+    """Swap the softmax self-attention of another library's vision transformer for the castling core, in place.
+
+    Known: timm's `Attention`; Hugging Face's with query, key and value layers (ViT, DINOv2, ...);
+    torch.nn.MultiheadAttention (torchvision's ViT, nn.TransformerEncoder). Every weight stays, under its name, in the
+    model and in its state dict, which gains a `dconv.weight` per layer. Norms of q and k, prefix tokens and attention
+    dropout (on the branch) go on as they were. Fine-tune the result with `set_threshold`, then `castle` it.
+
+    Args: epsilon, schedule, conv_kernel: of every AttentionCore.
+    Raises: ValueError that names every attention layer which cannot be carried over, and why, and for a model without
+        any; the model is then unchanged.
+    """
+    if cores(model):
+        raise ValueError("the model has attention cores already: there is nothing to convert")
+    found, wrong = {}, {}
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") or outer == "" for outer in found):
+            continue  # a part of one
+        layout = next((layout for layout in LAYOUTS if layout.matches(module)), None)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if layout is None:
+            named = "attention" in type(module).__name__.lower() and any(True for _ in module.parameters())
+            if named and not any(layout.matches(part) for part in module.modules() for layout in LAYOUTS):
+                wrong[name] = ["its layout is none of those known here"]
+            continue
+        found[name] = layout
+        problems = layout.problems(module)
+        if isinstance(parent, nn.TransformerDecoderLayer):
+            problems.append("a decoder's attention is causal or to another sequence")
+        if name == "":
+            problems.append("the model itself is one attention layer: put it into a module")
+        if problems:
+            wrong[name] = problems
+    if wrong:
+        reasons = (f"{name or 'model'} ({type(model.get_submodule(name)).__name__}): {', '.join(problems)}"
+                   for name, problems in wrong.items())  # fmt: skip
+        raise ValueError("cannot convert " + "; ".join(reasons))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no self-attention that is known here: looked for nn.MultiheadAttention, and "
+            f"for modules with linear layers named qkv and proj, q_proj, k_proj and v_proj, or query, key and value"
+        )
+    new, report = {}, ConversionReport({})
+    for name, layout in found.items():
+        original = model.get_submodule(name)
+        core = layout(original, epsilon=epsilon, schedule=schedule, conv_kernel=conv_kernel)
+        new[original] = core
+        kept = [key for key, _ in original.named_parameters()]
+        report.layers[name] = Conversion(
+            kept=kept,
+            dropped=["softmax over all pairs of tokens: what is above the threshold stays until castle()"],
+            new=[key for key, _ in core.named_parameters() if key not in kept],
+        )
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child in new:
+                setattr(module, name, new[child])
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # which only its own attention can take
+    return report
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

@@ -1593,6 +1593,206 @@ def test_backbone_starts_from_its_classifier(tmp_path):
         load_pretrained(build_model("lcnet_m"), tmp_path / "c.pt")
 
 
+# ---- models.py: folding norms, converting other models ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [*FAMILIES, "detector"])
+def test_fusing_changes_nothing_but_the_number_of_layers(build):
+    """No BatchNorm is left, outputs are equal up to rounding; twice is once, and norms in training are refused."""
+    if build == "detector":
+        model = shaken(castle(detect.build_detector("esnet_vit_s", num_classes=5))).eval()
+    else:
+        model = castle(tiny(build))
+    x = randn(2, 3, 64, 96, dtype=torch.float32)
+    fused = models.fuse(copy.deepcopy(model))
+    assert not any(isinstance(module, models.BatchNorm) for module in fused.modules())
+    assert models.fuse(fused) is fused
+    with torch.no_grad():
+        for ours, expected in zip(*(y if isinstance(y, tuple) else (y,) for y in (fused(x), model(x))), strict=True):
+            assert_close(ours, expected, atol=1e-5 * max(1, expected.abs().max().item()), rtol=0)
+    if build not in ("deit", "mvit"):  # they have no BatchNorm
+        with pytest.raises(ValueError, match="eval"):
+            models.fuse(model.train())
+
+
+def test_a_norm_that_follows_no_layer_stays():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)).eval()
+    assert [type(layer) for layer in models.fuse(model)] == [nn.BatchNorm2d, nn.Conv2d, nn.ReLU, nn.BatchNorm2d]
+
+
+class OlderAttention(nn.Module):
+    """Self-attention as older versions of transformers have it: the output layer is the parent's."""
+
+    def __init__(self, key_dim=24):
+        super().__init__()
+        self.num_attention_heads, self.dropout = 3, nn.Dropout(0.1)
+        self.query, self.key, self.value = nn.Linear(24, key_dim), nn.Linear(24, key_dim), nn.Linear(24, 24)
+
+    def forward(self, hidden_states, head_mask=None, output_attentions=False):
+        q, k, v = (
+            layer(hidden_states).unflatten(2, (3, 8)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        return (F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2),)
+
+
+class OlderBlock(nn.Sequential):
+    def __init__(self):
+        super().__init__(OlderAttention(), nn.Linear(24, 24))
+
+    def forward(self, x):
+        return self[1](self[0](x, None, False)[0])
+
+
+def foreign(name):
+    """A small model of another library, and an input for it."""
+    images, tokens = randn(2, 3, 32, 32, dtype=torch.float32), randn(2, 9, 24, dtype=torch.float32)
+    small = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
+    if name == "torchvision":
+        from torchvision.models import VisionTransformer
+
+        return VisionTransformer(32, 8, 2, 3, 24, 48, num_classes=5), images
+    if name == "torch":  # its other defaults: batch second, heads of another number, no padding
+        layer = nn.TransformerEncoderLayer(24, 4, 48, dropout=0.0)
+        return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), tokens
+    if name == "torch fast path":
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 4, 48, dropout=0.0, batch_first=True), 2), tokens
+    if name == "older transformers":
+        return OlderBlock(), tokens
+    if name.startswith("timm"):
+        timm = pytest.importorskip("timm.models")
+        if name == "timm DeiT":
+            return timm.deit_tiny_distilled_patch16_224(**small), images
+        return timm.VisionTransformer(**small, qk_norm=True, scale_attn_norm=True, reg_tokens=2), images
+    transformers = pytest.importorskip("transformers")
+    size = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8)
+    if name == "transformers ViT":
+        config = transformers.ViTConfig(**size, intermediate_size=48, attention_probs_dropout_prob=0.1)
+        return transformers.ViTForImageClassification(config), images
+    return transformers.Dinov2Model(transformers.Dinov2Config(**size)), images
+
+
+def output_of(model, x):
+    """The first tensor that a model gives."""
+    y = model(x)
+    return y if isinstance(y, torch.Tensor) else y[0]
+
+
+@pytest.mark.parametrize("name", [
+    "torchvision", "torch", "torch fast path", "older transformers", "timm DeiT", "timm norms", "transformers ViT",
+    "transformers DINOv2",
+])  # fmt: skip
+def test_converted_models_are_wired_like_the_original(name, monkeypatch):
+    """Threshold 0, without linear part, norm and DWConv: the original's output. As it is, it trains and castles. The
+    state dict keeps every name and value and gains the DWConv's."""
+    torch.manual_seed(0)
+    model, x = foreign(name)
+    model = shaken(model).eval()
+    converted = copy.deepcopy(model)
+    report = models.convert(converted, epsilon=0.0, schedule="fixed")
+    before, after = model.state_dict(), converted.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert after.keys() - before.keys() == {f"{layer}.dconv.weight" for layer in report.layers}
+    assert report.layers.keys() == attention.cores(converted).keys() and "fine-tune" in str(report)
+    assert all(layer.new == ["dconv.weight"] and len(layer.kept) >= 3 for layer in report.layers.values())
+    dropout = 0.1 if name in ("older transformers", "transformers ViT") else 0.0
+    assert {core.dropout for core in attention.cores(converted).values()} == {dropout}
+    with torch.no_grad(), monkeypatch.context() as patched:
+        patched.setattr(
+            AttentionCore, "forward", lambda core, q, k, v, **_: masked_softmax_attention(q, k, v, core.epsilon)[0]
+        )
+        assert_close(output_of(converted, x), output_of(model, x), atol=1e-5, rtol=1e-5)
+
+    with torch.no_grad():  # eval mode, where torch's own layer would go past our forward
+        assert not torch.allclose(output_of(converted, x), output_of(model, x), atol=1e-3)
+    optimizer = torch.optim.SGD(converted.train().parameters(), lr=1e-3)
+    for progress in (0.0, 0.5):
+        set_threshold(converted, progress)
+        output_of(converted, x).square().mean().backward()
+        optimizer.step()
+    assert all(core.dconv.weight.grad.any() for core in attention.cores(converted).values())
+    for core in attention.cores(converted).values():
+        core.schedule = "ramp"
+    set_threshold(converted.eval(), 1.0)
+    with torch.no_grad():
+        assert torch.equal(output_of(converted, x), output_of(castle(copy.deepcopy(converted)), x))
+
+
+def test_converted_encoder_leaves_padding_out():
+    """src_key_padding_mask: real tokens come out as if the padded ones were not there, in eval mode too."""
+    model, x = foreign("torch fast path")
+    models.convert(shaken(model).eval())
+    padding = torch.arange(9).expand(2, 9) >= torch.tensor([[9], [6]])
+    with torch.no_grad():
+        assert_close(model(x, src_key_padding_mask=padding)[1, :6], model(x[1:, :6])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_converted_layers_refuse_what_they_cannot_honour():
+    """Masks of pairs, cross-attention, weights on keys and feature maps are ValueErrors that name them."""
+    encoder, x = foreign("torch fast path")
+    models.convert(encoder)
+    layer = encoder.layers[0].self_attn
+    older, _ = foreign("older transformers")
+    models.convert(older)
+    for call, message in [
+        (lambda: layer(x, x, x, attn_mask=torch.zeros(9, 9)), "attn_mask"),
+        (lambda: layer(x, x, x, is_causal=True), "is_causal"),
+        (lambda: layer(x, x + 1, x), "self-attention"),
+        (lambda: layer(x, x, x, key_padding_mask=torch.full((2, 9), 0.5)), "key_padding_mask"),
+        (lambda: older[0](x, torch.ones(3)), "head_mask"),
+        (lambda: older[0](x, output_attentions=True), "output_attentions"),
+        (lambda: older[0](x, position_embeddings=x), "position_embeddings"),
+        (lambda: older[0](x[None]), "axes"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+class Rescaled(OlderAttention):
+    scaling = 1.0
+
+
+class Causal(OlderAttention):
+    is_causal = True
+
+
+class Rotary(OlderAttention):
+    def forward(self, hidden_states, position_embeddings=None):
+        return super().forward(hidden_states)
+
+
+class Biased(OlderAttention):
+    def __init__(self):
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(5, 3))
+
+
+class PooledAttentions(nn.Linear):
+    """An attention by name only."""
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    (lambda: nn.Sequential(OlderAttention(), Biased(), Biased()),
+     r"1 \(Biased\).*relative_position_bias_table.*2 \(Biased\).*relative_position_bias_table"),
+    (lambda: nn.Sequential(Rescaled()), r"0 \(Rescaled\).*1 / sqrt\(8\)"),
+    (lambda: nn.Sequential(Causal()), r"0 \(Causal\).*causal"),
+    (lambda: nn.Sequential(Rotary()), r"0 \(Rotary\).*position_embeddings"),
+    (lambda: nn.Sequential(OlderAttention(key_dim=12)), r"\[12, 12, 24\] channels"),
+    (lambda: nn.Sequential(OlderAttention(), PooledAttentions(2, 2)), r"1 \(PooledAttentions\).*layout"),
+    (lambda: nn.Transformer(24, 2, 1, 1, 24, batch_first=True), "decoder.layers.0.multihead_attn.*another sequence"),
+    (lambda: nn.Sequential(nn.MultiheadAttention(24, 2, add_bias_kv=True, add_zero_attn=True)), "add_zero.*bias_k"),
+    (lambda: nn.MultiheadAttention(24, 2), "put it into a module"),
+    (lambda: nn.Linear(2, 2), "Linear has no self-attention.*looked for"),
+    (lambda: tiny("deit"), "already"),
+])  # fmt: skip
+def test_models_that_cannot_be_converted_are_named_and_unchanged(model, message):
+    """All offending layers by name with the reason; not one layer has been changed."""
+    model = model()
+    layers = [*map(type, model.modules())]
+    with pytest.raises(ValueError, match=message):
+        models.convert(model)
+    assert [*map(type, model.modules())] == layers
+
+
 # ---- train.py: schedules, data, losses -------------------------------------------------------------------------------
 
 
