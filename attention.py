@@ -26,7 +26,10 @@ import contextlib
 import difflib
 import functools
 import math
-from collections.abc import Callable, Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +37,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 SCHEDULES = ("ramp", "fixed", "anneal")
+Kernel = TypeVar("Kernel", bound=Callable[..., Tensor])
 EPS = 1e-12  # floor under every norm, D2
 GROUP_BYTES = 2 * 2**20  # of q, k and v that the core works on at a time on a CPU
 BLOCK_BYTES, BLOCK_BYTES_GPU = 4 * 2**20, 256 * 2**20  # of an N x N matrix that the branch holds at a time
@@ -50,7 +54,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
-def in_float32(function):
+def in_float32(function: Kernel) -> Kernel:
     """Decorator for f(q, k, v, ...) -> Tensor: compute in float32 or wider, return v's dtype.
 
     D3: norms and k^T v are sums over channels and tokens; float16 overflows in them at a few thousand tokens. A result
@@ -58,12 +62,12 @@ def in_float32(function):
     """
 
     @functools.wraps(function)
-    def wrapped(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
+    def wrapped(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         dtype = functools.reduce(torch.promote_types, (q.dtype, k.dtype, v.dtype, torch.float32))
         with without_autocast(v.device):
             return function(q.to(dtype), k.to(dtype), v.to(dtype), *args, **kwargs).to(v.dtype)
 
-    return wrapped
+    return cast(Kernel, wrapped)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, per_token: bool = False) -> None:
@@ -101,6 +105,8 @@ def product(q: Tensor, k: Tensor, v: Tensor, order: str | None = None) -> Tensor
     if order not in (None, "kv", "qk"):
         raise ValueError(f"order must be 'kv', 'qk' or None, got {order!r}")
     (N, D), (M, E) = q.shape[-2:], v.shape[-2:]
+    if order is None and isinstance(N, torch.SymInt):  # exported for any number of tokens
+        order = "kv"
     if order is None:
         order = "qk" if N * M * (D + E) <= (M + N) * D * E else "kv"
     return q @ (k.mT @ v) if order == "kv" else (q @ k.mT) @ v
@@ -258,7 +264,7 @@ KERNELS = {
 }
 
 
-def look_up(table: dict, name, what: str):
+def look_up(table: dict[str, Any], name: str, what: str) -> Any:
     """table[name], or a ValueError that names the nearest keys."""
     if name in table:
         return table[name]
@@ -298,6 +304,7 @@ def mask_threshold(
     t = (progress / RAMP_END).clamp(0, 1) if isinstance(progress, Tensor) else min(1.0, max(0.0, progress / RAMP_END))
     if schedule == "anneal":
         return (4 * (tokens.clamp_min(1) if isinstance(tokens, Tensor) else max(1, tokens))) ** (t - 1)
+    start: float | Tensor
     if isinstance(tokens, Tensor):
         start = (4 / tokens).clamp(min=epsilon, max=1)
     else:
@@ -683,6 +690,8 @@ class AttentionCore(nn.Module):
     A copy that averages buffers, or `to_empty`, loses the threshold: call `set_threshold` on it.
     """
 
+    progress: Tensor
+
     def __init__(
         self,
         heads: int,
@@ -715,6 +724,7 @@ class AttentionCore(nn.Module):
         # Not a buffer, because DistributedDataParallel overwrites every rank's buffers with those of rank 0.
         self.tally = torch.zeros(3, device="cpu")
         self.active, self.record = True, True
+        self.watch: Callable | None = None  # see `captured`
 
     def extra_repr(self) -> str:
         branch = f", auxiliary, {self.schedule}, epsilon={self.epsilon}" if self.auxiliary else ""
@@ -745,6 +755,8 @@ class AttentionCore(nn.Module):
             raise ValueError(f"padding is defined for the linear_angular kernel only, not for {self.kernel!r}")
         if padding is not None and (padding.dtype != torch.bool or padding.shape != (v.shape[0], v.shape[2])):
             raise ValueError(f"expected boolean padding of (B, N), got {padding.dtype} {tuple(padding.shape)}")
+        if self.watch is not None:
+            self.watch((q, k, v))
         if self.kernel == "softmax":
             return softmax_attention(q, k, v, bias, self.dropout if self.training else 0.0)
         if v.shape[2] == 0:
@@ -830,7 +842,7 @@ class LinearAngularAttention(AttentionCore):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, prefix: Tensor | None = None, key_padding_mask: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Args:
@@ -931,3 +943,145 @@ def mask_statistics(model: nn.Module) -> dict[str, tuple[float, float]]:
 def mask_density(model: nn.Module) -> dict[str, float]:
     """{layer: share of non-zero entries of M_sparse}, see `mask_statistics`."""
     return {name: density for name, (density, _) in mask_statistics(model).items()}
+
+
+# ---- looking inside --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def captured(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor, Tensor]]]:
+    """Context that keeps the q, k, v (B, H, N, D) which every core of a model last saw: {layer: (q, k, v)}.
+
+    with captured(model) as seen:
+        model(images)
+    """
+    seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    watched = cores(model)
+    for name, core in watched.items():
+        core.watch = functools.partial(seen.__setitem__, name)
+    try:
+        yield seen
+    finally:
+        for core in watched.values():
+            core.watch = None
+
+
+def check_queries(q: Tensor, queries: Sequence[int] | Tensor) -> Tensor:
+    """Token indices as a tensor (Q,). Raises ValueError for one that q, (B, H, N, D), does not have."""
+    index = torch.as_tensor(queries, device=q.device)
+    if index.ndim != 1 or index.is_floating_point() or index.numel() == 0:
+        raise ValueError(f"expected a list of token indices, got {queries}")
+    if index.min() < 0 or index.max() >= q.shape[-2]:
+        raise ValueError(f"queries must be within 0..{q.shape[-2] - 1}, got {queries}")
+    return index
+
+
+@torch.no_grad()
+def auxiliary_mask_rows(core: AttentionCore, q: Tensor, k: Tensor, queries: Sequence[int] | Tensor) -> Tensor:
+    """Rows of M_sparse at the core's present threshold, (B, H, Q, N) for Q chosen queries; 0 once castled.  Eq. (10)
+
+    Args: q, k: (B, H, N, D), as `captured` gives them; queries: token indices.
+    """
+    index, dtype = check_queries(q, queries), torch.promote_types(q.dtype, torch.float32)
+    q, k = q[..., index, :].to(dtype), k.to(dtype)
+    if not (core.auxiliary and core.active):
+        return q.new_zeros(*q.shape[:-1], k.shape[-2])
+    threshold = mask_threshold(core.progress.float(), k.shape[-2], core.epsilon, core.schedule)
+    return sparse_matrix(q, k, threshold)[0]
+
+
+@torch.no_grad()
+def attention_rows(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int] | Tensor) -> Tensor:
+    """The attention map that a linear-angular core never forms, for chosen queries: (B, H, Q, N), in O(Q N D).
+
+    Row i is (1/2 e_i + q_i K^T / pi [+ row i of M_sparse]) / |y_i|, plus the DWConv's taps around i, so that
+    attention_rows(core, q, k, v, queries) @ v = core(q, k, v)[..., queries, :]  in eval mode. Entries may be negative.
+
+    Args: q, k: (B, H, N, D); v: (B, H, N, E), as `captured` gives them; queries: token indices.
+    Raises: ValueError for a core of another kernel, and for indices that are none.
+    """
+    if core.kernel != "linear_angular":
+        raise ValueError(f"rows are those of the linear_angular kernel, not of {core.kernel!r}")
+    index, dtype = check_queries(q, queries), torch.promote_types(v.dtype, torch.float32)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    own = (index[:, None] == torch.arange(k.shape[-2], device=q.device)).to(dtype)                # (Q, N)
+    rows = 0.5 * own + unit(q)[..., index, :] @ unit(k).mT / math.pi                              # Eq. (9)
+    rows = rows + auxiliary_mask_rows(core, q, k, index)                                          # Eq. (10)
+    rows = rows / torch.linalg.vector_norm(rows @ v, dim=-1, keepdim=True).clamp_min(EPS)         # D2
+    if core.dconv is not None:
+        taps = core.dconv.weight[:, 0, :, 0].to(dtype)                                            # (H, taps)
+        offset = torch.arange(k.shape[-2], device=q.device) - index[:, None] + taps.shape[1] // 2
+        inside = (offset >= 0) & (offset < taps.shape[1])
+        rows = rows + torch.where(inside, taps[:, offset.clamp(0, taps.shape[1] - 1)], 0)
+    return rows
+
+
+@torch.no_grad()
+def effective_rank(q: Tensor, k: Tensor, diagonal: float = 0.5) -> Tensor:
+    """Effective rank, 1..N, of diagonal I + Q K^T / pi, rows of Q and K on the unit sphere: (..., N, D) -> (...).
+
+    exp of the entropy of the singular values over their sum; of the map of Eq. (9) before its normalisation, of its
+    low-rank part alone with diagonal=0. In O(N D^2): outside the span of Q and K the matrix is `diagonal` times the
+    identity, inside it is one of at most 2 D x 2 D.
+    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
+    """
+    check_qkv(q, k, k, per_token=True)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k = unit(q.to(dtype)), unit(k.to(dtype))
+    basis = torch.linalg.qr(torch.cat([q, k], dim=-1)).Q                                          # (..., N, r)
+    N, r = basis.shape[-2:]
+    inner = diagonal * torch.eye(r, dtype=dtype, device=q.device) + (basis.mT @ q) @ (basis.mT @ k).mT / math.pi
+    values = torch.linalg.svdvals(inner)
+    total = (values.sum(-1) + (N - r) * diagonal).clamp_min(EPS)
+    outside = torch.special.entr(torch.as_tensor(diagonal, dtype=dtype, device=q.device) / total)
+    return (torch.special.entr(values / total[..., None]).sum(-1) + (N - r) * outside).exp()
+
+
+# ---- self-check: python attention.py ---------------------------------------------------------------------------------
+
+
+def self_check() -> None:
+    """Assert the laws that make this file what it says, print the convergence of Eq. (8) and this machine's speed."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 100, 16, dtype=torch.float64)
+    cosine = unit(q) @ unit(k).mT
+    definition = 0.5 * v + cosine @ v / math.pi
+    for order in ("kv", "qk"):
+        assert torch.allclose(linear_angular_attention(q, k, v, order=order), definition)
+    assert torch.allclose(angular_attention(q, k, v), (1 - torch.arccos(cosine) / math.pi) @ v)
+
+    core = AttentionCore(4, auxiliary=True).double().eval()
+    hybrid, rows = core(q, k, v), attention_rows(core, q, k, v, [0, 50, 99])
+    assert torch.allclose(rows @ v, hybrid[:, :, [0, 50, 99]])
+    set_threshold(core, 1.0)
+    assert not torch.equal(core(q, k, v), hybrid) and torch.equal(core(q, k, v), castle(core)(q, k, v))
+    assert torch.isfinite(core(0 * q, 0 * k, 0 * v)).all()
+    print("linear = quadratic, rows = map, castled = empty mask: all as they should be")
+
+    print("Eq. (8) after K terms: largest error, where it is")
+    print("  K    |x| <= 0.5   |x| <= 0.9   |x| <= 1     bound at 1")
+    x = torch.linspace(-1, 1, 2001, dtype=torch.float64)
+    exact = 1 - torch.arccos(x) / math.pi
+    for terms in (0, 1, 2, 5, 10, 20, 50):
+        error = (angular_series(x, terms) - exact).abs()
+        assert (error <= angular_series_bound(x, terms) + 1e-12).all()
+        worst = [error[x.abs() <= end].max().item() for end in (0.5, 0.9, 1.0)]
+        bound = angular_series_bound(x[-1:], terms).item()
+        print(f"  {terms:<4} " + "".join(f"{number:<13.2e}" for number in (*worst, bound)))
+
+    ratios: list[str] = []
+    for tokens in (64, 256, 1024, 2048):
+        q, k, v = torch.randn(3, 1, 4, tokens, 32)
+        ratio = []
+        for _ in range(15):
+            clock = [time.perf_counter()]
+            for function in (F.scaled_dot_product_attention, linear_angular_attention):  # in turn
+                function(q, k, v)
+                clock.append(time.perf_counter())
+            ratio.append((clock[1] - clock[0]) / (clock[2] - clock[1]))
+        ratios.append(f"{statistics.median(ratio):.2f} at N = {tokens}")
+    print(f"speed, softmax / linear-angular, {torch.get_num_threads()} CPU threads, D = 32: {', '.join(ratios)}")
+
+
+if __name__ == "__main__":
+    self_check()

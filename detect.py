@@ -357,6 +357,19 @@ def detections(
     return boxes[best], scores[best], labels[best]
 
 
+class Boxes(nn.Module):
+    """What `--export` writes of a detector: (B, 3, H, W) normalised pixels -> boxes (B, P, 4), corners in pixels, and
+    scores (B, P, K) in 0..1 of all points. Low scores and overlaps are left to whoever runs it, see `detections`."""
+
+    def __init__(self, detector: Detector):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits, bins, points = self.detector(x)
+        return decode(bins, points), logits.sigmoid()
+
+
 # ---- data: COCO files and rendered scenes ----------------------------------------------------------------------------
 
 def is_number(value) -> bool:
@@ -891,6 +904,7 @@ DETECTION = Task(
     describe=describe_recipe,
     unnamed=unnamed_classes,
     predict=prepare_prediction,
+    graph=Boxes,
     load=load_start,
     setup=setup,
     begin_epoch=begin_epoch,

@@ -17,12 +17,14 @@ Parameter names are timm's for all families, plus `attn.dconv`, `attn.{pool,norm
 Shapes: B images, N tokens, C channels, H heads, D channels per head; `grid` is the token grid (y, x), row-major.
 """
 
+import copy
+import importlib.util
 import inspect
 import math
 import pickle
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torchvision.ops import StochasticDepth
 
-from attention import KERNELS, AttentionCore, cores, look_up
+from attention import KERNELS, AttentionCore, castle, cores, look_up
 
 ATTENTIONS = {  # name: options of AttentionCore
     "castling": dict(kernel="linear_angular", auxiliary=True),
@@ -125,6 +127,11 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
         raise ValueError(f"image size must be a positive number or a pair of them, got {size!r}")
     return sides
+
+
+def symbolic(sizes: Iterable[int]) -> bool:
+    """Whether a graph is being exported in which one of these sizes may be any: no branch can depend on it."""
+    return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 def halved(grid: Grid) -> Grid:
@@ -248,7 +255,7 @@ class PooledAttention(AttentionCore):
 
 def resize_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
     """Position embeddings (1, y x, C) of grid `old`, resampled to grid `new` (bicubic)."""
-    if old == new:
+    if not symbolic(new) and old == new:
         return table
     table = rearrange(table, "1 (y x) c -> 1 c y x", y=old[0])
     table = F.interpolate(table.float(), size=new, mode="bicubic", align_corners=False).to(table.dtype)
@@ -499,7 +506,7 @@ def activated_projection(dim: int, out_dim: int, bn_weight: float = 1.0) -> nn.S
 
 def resize_offsets(table: Tensor, grid: Grid) -> Tensor:
     """A table of absolute offsets, (H, y, x), for another grid (bilinear); the first and last offset keep theirs."""
-    if tuple(table.shape[1:]) == tuple(grid):
+    if not symbolic(grid) and tuple(table.shape[1:]) == tuple(grid):
         return table
     return F.interpolate(table[None].float(), size=grid, mode="bilinear", align_corners=True)[0].to(table.dtype)
 
@@ -797,7 +804,7 @@ class LeViT(nn.Module):
 
 def resize_relative(table: Tensor, length: int) -> Tensor:
     """A table of relative positions along one axis, (length', D), for another length (linear)."""
-    if len(table) == length:
+    if not symbolic([length]) and len(table) == length:
         return table
     return F.interpolate(table.T[None].float(), size=length, mode="linear")[0].T.to(table.dtype)
 
@@ -1320,8 +1327,11 @@ class ConvertedAttention(AttentionCore):
         state = {name.split(".")[0] for name in [*dict(module.named_parameters()), *dict(module.named_buffers())]}
         inputs = inspect.signature(module.forward).parameters
         scale, dim = getattr(module, "scale", getattr(module, "scaling", None)), cls.heads_of(module)[1]
-        found = [f"{name} has no place in linear-angular attention" for name in sorted(state - set(cls.parts))]
-        found += [f"it is called with {name}, unknown here" for name in inputs if name not in (*cls.inputs, "kwargs")]
+        found = []
+        if extra := sorted(state - set(cls.parts)):
+            found.append(f"linear-angular attention has no place for {', '.join(extra)}")
+        if unknown := [name for name in inputs if name not in (*cls.inputs, "kwargs")]:
+            found.append(f"it is called with {', '.join(unknown)}, unknown here")
         if isinstance(scale, float) and not math.isclose(scale, dim**-0.5):
             found.append(f"its logits are scaled by {scale:.4g}, not 1 / sqrt({dim})")
         if getattr(module, "is_causal", False):
@@ -1538,9 +1548,12 @@ def convert(
         if problems:
             wrong[name] = problems
     if wrong:
-        reasons = (f"{name or 'model'} ({type(model.get_submodule(name)).__name__}): {', '.join(problems)}"
-                   for name, problems in wrong.items())  # fmt: skip
-        raise ValueError("cannot convert " + "; ".join(reasons))
+        alike = {}
+        for name, problems in wrong.items():
+            kind = type(model.get_submodule(name)).__name__
+            alike.setdefault((kind, "; ".join(problems)), []).append(name or "model")
+        reasons = [f"{', '.join(names)} ({kind}): {problems}" for (kind, problems), names in alike.items()]
+        raise ValueError(f"cannot convert {type(model).__name__}\n" + "\n".join(reasons))
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no self-attention that is known here: looked for nn.MultiheadAttention, and "
@@ -1564,6 +1577,83 @@ def convert(
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # which only its own attention can take
     return report
+
+
+# ---- export ----------------------------------------------------------------------------------------------------------
+
+
+def traced(model: nn.Module, image_size: int | tuple[int, int]) -> torch.export.ExportedProgram:
+    """The castled model, its norms folded, as one graph for images (B, 3, H, W) of any number and size.
+
+    A model that itself takes one size only (as timm's do) gives a graph for `image_size`; one with an attribute
+    `images` a graph for that many. A grid is more than one token wide and high in the graph: LeViT's sides are 65
+    pixels or more. torch.export makes sure of that, ONNX does not ask.
+    """
+    model = fuse(castle(copy.deepcopy(model)).eval()).cpu()
+    (height, width), images = pair(image_size), getattr(model, "images", 2)
+    example = torch.zeros(images, 3, max(height, 128), max(width, 128) + 64)  # no two sides equal, no grid of 1
+    sides = torch.export.Dim.AUTO
+    with torch.no_grad():
+        try:
+            model(example)
+        except Exception:  # whatever its own check raises
+            example, sides = torch.zeros(images, 3, height, width), torch.export.Dim.STATIC
+        free = {0: torch.export.Dim.AUTO if images > 1 else torch.export.Dim.STATIC, 2: sides, 3: sides}
+        return torch.export.export(model, (example,), dynamic_shapes=(free,), strict=False)
+
+
+def check_export(path: str | Path) -> None:
+    """Raise ValueError for a file that `export` cannot write here: its kind, its folder, missing packages."""
+    path = Path(path)
+    if path.suffix not in (".onnx", ".pt2") or not path.parent.is_dir():
+        raise ValueError(f"a model is exported to a .onnx or .pt2 file in an existing folder, not to {path}")
+    if path.suffix == ".onnx":
+        missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not importlib.util.find_spec(name)]
+        if missing:
+            raise ValueError(f"{path} needs {', '.join(missing)}: pip install onnx onnxruntime onnxscript")
+
+
+def flattened(outputs: Tensor | Iterable) -> list[Tensor]:
+    """The tensors of nested tuples and lists, in order."""
+    return [outputs] if isinstance(outputs, Tensor) else [tensor for part in outputs for tensor in flattened(part)]
+
+
+def export(model: nn.Module, path: str | Path, image_size: int | tuple[int, int]) -> tuple[list[tuple], float]:
+    """Write `traced` to a .onnx or .pt2 file, read the file back and run it beside the model itself, castled.
+
+    Returns: the shapes that it was run on, and the largest difference, relative to outputs that are greater than 1.
+    Raises: ValueError, see `check_export`.
+    """
+    check_export(path)
+    path, program = Path(path), traced(model, image_size)
+    if path.suffix == ".pt2":
+        torch.export.save(program, path)
+        run = torch.export.load(path).module()
+    else:
+        import onnxruntime
+
+        torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"]).save(path)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+        def run(x: Tensor) -> list[Tensor]:
+            return [torch.from_numpy(y) for y in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
+
+    example = next(node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+    height, width = pair(image_size)
+    sizes = [(height, width)]
+    if symbolic(example.shape[2:]):
+        height, width = max(height, 96), max(width, 96)
+        sizes = [(height, width), (height + 32, width + 64), (2 * height, width + 16)]
+    castled, shapes, difference = castle(copy.deepcopy(model)).eval().cpu(), [], 0.0
+    for seed, size in enumerate(sizes, 1):
+        batch = seed if symbolic(example.shape[:1]) else example.shape[0]
+        x = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            for ours, expected in zip(flattened(run(x)), flattened(castled(x)), strict=True):
+                scale = max(1.0, expected.abs().max().item())
+                difference = max(difference, (ours - expected).abs().max().item() / scale)
+        shapes.append(tuple(x.shape))
+    return shapes, difference
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -1681,7 +1771,7 @@ def resized_table(name: str, value: Tensor, own: Tensor, model: nn.Module, file_
     owner = model.get_submodule(layer)
     if value.ndim != own.ndim:
         return None
-    if kind == "pos_embed" and value.shape[2] == own.shape[2]:
+    if kind == "pos_embed" and value.shape[2] == own.shape[2] and isinstance(owner, DeiT | DenseViT):
         prefix = 2 if file_has_dist else 1
         side = math.isqrt(value.shape[1] - prefix)
         if side**2 != value.shape[1] - prefix:

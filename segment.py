@@ -287,7 +287,7 @@ class DeformableAttention(nn.Module):
         heads, levels, points = self.split
         offsets = self.offsets(query).unflatten(-1, (heads, levels, points, 2))
         weights = self.weights(query).unflatten(-1, (heads, levels * points)).softmax(dim=-1)
-        sizes = offsets.new_tensor([(x, y) for y, x in grids])                        # (L, 2)
+        sizes = torch.stack([offsets.new_full((), side) for y, x in grids for side in (x, y)]).view(levels, 2)
         locations = references[:, None, None, None] + offsets / sizes[:, None]        # (B, T, H, L, P, 2)
         value = self.value(x).unflatten(-1, (heads, -1))
         return self.out(sample_levels(value, grids, locations, weights.unflatten(-1, (levels, points))))
@@ -418,7 +418,7 @@ class MaskedDecoder(nn.Module):
         for level, embed in zip(levels, self.level_embed.weight, strict=True):
             grid, value = tuple(level.shape[2:]), tokens_of(level) + embed
             memories.append((grid, value + sine_positions(grid, value.shape[2], value.device).to(value.dtype), value))
-        x = self.query_feat.weight.repeat(len(mask_features), 1, 1)                    # (B, Q, C)
+        x = self.query_feat.weight.repeat(mask_features.shape[0], 1, 1)               # (B, Q, C)
         outputs = [self.predict(x, mask_features)]
         for i, layer in enumerate(self.layers):
             grid, key, value = memories[i % len(memories)]
@@ -679,6 +679,20 @@ def segment(
     with without_autocast(device):
         seen = tuple(images.shape[2:])
         return resized_argmax(class_scores(outputs[-1], model.padded(seen), seen), size)
+
+
+class Scores(nn.Module):
+    """What `--export` writes of a segmenter: (1, 3, H, W) normalised pixels -> class scores (1, K, H, W)."""
+
+    images = 1  # at a time: to torch.export one image and more are two graphs of torch's multi-head attention
+
+    def __init__(self, segmenter: Segmenter):
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = tuple(x.shape[2:])
+        return class_scores(self.segmenter(x)[-1], self.segmenter.padded(size), size)
 
 
 def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -1147,6 +1161,7 @@ SEGMENTATION = Task(
     describe=describe_recipe,
     unnamed=unnamed_classes,
     predict=prepare_prediction,
+    graph=Scores,
     load=load_start,
 )
 

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 from torch.testing import assert_close
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
@@ -638,16 +639,92 @@ def test_block_survives_copying_halves_and_compiling():
 
 
 def test_attention_file_works_alone(tmp_path):
-    """attention.py pasted into an empty folder imports nothing of ours and runs its docstring example."""
+    """attention.py pasted into an empty folder imports nothing but torch and einops, runs its docstring's example, and
+    as a script its own check, series and speed included."""
     (tmp_path / "attention.py").write_text((ROOT / "attention.py").read_text())
-    code = (
-        "import sys, torch; from attention import *\n"
-        "block = LinearAngularAttention(dim=192, num_heads=3, sparse_reg=True); set_threshold(block, progress=0.5)\n"
-        "assert block(torch.randn(2, 49, 192)).shape == (2, 49, 192); castle(block)\n"
-        "assert block(torch.randn(2, 192, 7, 7)).shape == (2, 192, 7, 7)\n"
-        "assert not {'models', 'train', 'torchvision'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
+    code = """import runpy, sys, textwrap, torch
+runpy.run_path("attention.py", run_name="__main__")
+import attention
+lines = attention.__doc__.split("at the end:")[1].split("Departures")[0]
+names = dict(vars(attention), x=torch.randn(2, 49, 192), step=5, total_steps=10)
+exec(textwrap.dedent(lines), names)
+assert names["y"].shape == (2, 49, 192) and names["block"](torch.randn(2, 192, 7, 7)).shape == (2, 192, 7, 7)
+assert not names["block"].auxiliary and not {"models", "train", "torchvision", "timm", "scipy"} & set(sys.modules)"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, *table, speed = done.stdout.splitlines()
+    assert "as they should be" in first and len(table) == 9 and re.search(r"[\d.]+ at N = 1024", speed)
+
+
+# ---- attention.py: looking inside ------------------------------------------------------------------------------------
+
+
+@given(qkv(), st.booleans(), st.sampled_from([0, 3, 9]), st.data())
+def test_rows_are_those_of_the_map(qkv, auxiliary, taps, data):
+    """attention_rows @ v is the core's output at the chosen queries: kernel, mask, normalisation and DWConv."""
+    q, k, v = qkv
+    core = AttentionCore(q.shape[1], auxiliary=auxiliary, conv_kernel=taps, epsilon=0.1, schedule="fixed").double()
+    queries = data.draw(st.lists(st.integers(0, q.shape[2] - 1), min_size=1, max_size=4))
+    rows = attention.attention_rows(core, q, k, v, queries)
+    assert rows.shape == (*q.shape[:2], len(queries), q.shape[2])
+    assert_close(rows @ v, core(q, k, v)[:, :, queries], atol=1e-9, rtol=1e-7)
+    masks = attention.auxiliary_mask_rows(core, q, k, queries)
+    assert_close(masks, attention.sparse_matrix(q, k, 0.1)[0][:, :, queries] if auxiliary else torch.zeros_like(masks))
+    assert not attention.auxiliary_mask_rows(castle(core), q, k, queries).any()
+
+
+def test_rows_are_computed_without_the_matrix():
+    """At 4096 tokens no operation makes more than Q N numbers per head: 4096^2 would be 500 times as many."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            largest = max([largest, *(x.numel() for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor))])
+            return out
+
+    q, k, v = randn(3, 1, 2, 4096, 4, dtype=torch.float32)
+    core = AttentionCore(2, auxiliary=True)
+    with Watch():
+        attention.attention_rows(core, q, k, v, [0, 9, 4095])
+        attention.effective_rank(q, k)
+    assert largest <= 2 * 4096 * 8
+
+
+@given(qkv(), st.sampled_from([0.0, 0.5]))
+def test_effective_rank_is_that_of_the_matrix(qkv, diagonal):
+    """exp(entropy) of the singular values of the N x N matrix, here formed: 1 for equal tokens, N for I / 2 alone."""
+    q, k, _ = qkv
+    matrix = diagonal * torch.eye(q.shape[2], dtype=q.dtype) + cosines(q, k) / math.pi
+    share = torch.linalg.svdvals(matrix)
+    share = share / share.sum(-1, keepdim=True).clamp_min(1e-12)
+    assume((q.norm(dim=-1) > 1e-9).any() and share.max() > 0)
+    expected = torch.exp(-(share * share.clamp_min(1e-300).log()).sum(-1))
+    assert_close(attention.effective_rank(q, k, diagonal), expected, atol=1e-6, rtol=1e-6)
+    assert_close(attention.effective_rank(0 * q, k), torch.full_like(expected, q.shape[2]), atol=1e-9, rtol=1e-9)
+    same = torch.ones_like(q)
+    assert_close(attention.effective_rank(same, same, 0.0), torch.ones_like(expected), atol=1e-5, rtol=0)
+
+
+def test_captured_shows_what_each_layer_saw():
+    """q, k, v of every layer by name, with which its rows can be had; afterwards nothing is kept any more."""
+    model = tiny("deit")
+    with attention.captured(model) as seen, torch.no_grad():
+        model(randn(2, 3, 64, 64, dtype=torch.float32))
+    assert [*seen] == ["blocks.0.attn", "blocks.1.attn"]
+    assert {x.shape for x in seen["blocks.1.attn"]} == {(2, 2, 17, 12)}
+    before = seen["blocks.0.attn"][0]
+    model(torch.zeros(2, 3, 64, 64))
+    assert seen["blocks.0.attn"][0] is before
+    core, (q, k, v) = attention.cores(model)["blocks.0.attn"], seen["blocks.0.attn"]
+    for queries, message in [([17], "0..16"), ([-1], "0..16"), ([], "indices"), ([0.5], "indices"), ([[0]], "indices")]:
+        with pytest.raises(ValueError, match=message):
+            attention.attention_rows(core, q, k, v, queries)
+    with pytest.raises(ValueError, match="cosine"):
+        attention.attention_rows(AttentionCore(2, "cosine"), q, k, v, [0])
 
 
 # ---- attention.py: the fast forms ------------------------------------------------------------------------------------
@@ -1772,7 +1849,7 @@ class PooledAttentions(nn.Linear):
 
 @pytest.mark.parametrize(("model", "message"), [
     (lambda: nn.Sequential(OlderAttention(), Biased(), Biased()),
-     r"1 \(Biased\).*relative_position_bias_table.*2 \(Biased\).*relative_position_bias_table"),
+     r"Sequential\n1, 2 \(Biased\): linear-angular attention has no place for relative_position_bias_table"),
     (lambda: nn.Sequential(Rescaled()), r"0 \(Rescaled\).*1 / sqrt\(8\)"),
     (lambda: nn.Sequential(Causal()), r"0 \(Causal\).*causal"),
     (lambda: nn.Sequential(Rotary()), r"0 \(Rotary\).*position_embeddings"),
@@ -1791,6 +1868,77 @@ def test_models_that_cannot_be_converted_are_named_and_unchanged(model, message)
     with pytest.raises(ValueError, match=message):
         models.convert(model)
     assert [*map(type, model.modules())] == layers
+
+
+# ---- models.py: export -----------------------------------------------------------------------------------------------
+
+
+def deployed(name):
+    """What --export writes of a small model."""
+    if name == "detector":
+        torch.manual_seed(0)
+        return detect.Boxes(detect.build_detector("lcnet_vit_s", num_classes=5, channels=16, convs=1, **TINY_LCNET))
+    if name == "converted":
+        model, _ = foreign("timm norms")
+        models.convert(model)
+        return shaken(model)
+    return tiny(name) if name in FAMILIES else segment.Scores(tiny_segmenter(pixel_decoder=name, layers=1))
+
+
+def token_counts(model, x):
+    """N of every attention core in one forward."""
+    with attention.captured(model) as seen, torch.no_grad():
+        model(x)
+    return {q.shape[2] for q, _, _ in seen.values()}
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "detector", "fpn_transformer", "converted"])
+def test_exported_graphs_take_any_size_and_hold_no_softmax(name):
+    """torch.export with free batch, height and width equals the castled model at sizes it was not traced at; no node of
+    a castled classifier's graph is a softmax or has two axes of N tokens. timm's models have one size, the segmenter
+    one image at a time and softmax in its decoder."""
+    model = castle(deployed(name).eval())
+    program = models.traced(model, 32 if name == "converted" else 96)
+    example = program.example_inputs[0][0]
+    counts = token_counts(model, example) - set(range(16))  # small ones are also numbers of channels
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    if name == "fpn_transformer":  # up to its decoders
+        nodes = [node for node in nodes if "backbone" in str(node.meta["nn_module_stack"])]
+    values = [value for node in nodes for value in pytree.tree_leaves(node.meta["val"])]
+    shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
+    assert len(shapes) > 20 and counts
+    for shape in shapes:
+        assert not counts & {int(side) for side, other in itertools.combinations(map(int, shape), 2) if side == other}
+    assert name == "detector" or not any("softmax" in str(node.target) for node in nodes)  # it decodes boxes with one
+    run, images = program.module(), 1 if name == "fpn_transformer" else 3
+    sizes = [(32, 32)] if name == "converted" else [(96, 96), (128, 72), (160, 352)]
+    for size in sizes:
+        x = randn(images, 3, *size, dtype=torch.float32)
+        with torch.no_grad():
+            for ours, expected in zip(models.flattened(run(x)), models.flattened(model(x)), strict=True):
+                assert_close(ours, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["deit", "detector"])
+def test_onnx_files_equal_the_model(tmp_path, name):
+    """The file's outputs in ONNX Runtime at three sizes; the model is left as it was."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model = deployed(name).eval()
+    shapes, difference = models.export(model, tmp_path / "model.onnx", 96)
+    assert shapes == [(1, 3, 96, 96), (2, 3, 128, 160), (3, 3, 192, 112)] and difference < 1e-5
+    assert (tmp_path / "model.onnx").stat().st_size > 10_000
+    assert all(core.auxiliary for core in attention.cores(model).values())
+
+
+def test_export_files_are_checked(tmp_path, monkeypatch):
+    """Kind, folder and missing packages are ValueErrors before work starts."""
+    for path, message in [(tmp_path / "x.pt", ".onnx or .pt2"), (tmp_path / "no" / "x.pt2", "existing folder")]:
+        with pytest.raises(ValueError, match=message):
+            models.check_export(path)
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install onnx onnxruntime onnxscript"):
+        models.check_export(tmp_path / "x.onnx")
 
 
 # ---- train.py: schedules, data, losses -------------------------------------------------------------------------------
@@ -2146,7 +2294,7 @@ def test_bad_arguments_exit_with_2(tmp_path, capsys):
         (["--eval"], "--checkpoint"), (["--checkpoint=none.pt"], "none.pt"), (["--resume=none.pt"], "none.pt"),
         (["--distillation=hard"], "--teacher"), (["--teacher=deit_tiny"], "--distillation"),
         (["--batch-size=1"], "BatchNorm"), (["--randaugment=31"], "0..30"), (["--seed=99999999999999999999"], "seed"),
-        (["--eval", "--image=x", "--checkpoint=y"], "two different"), (["--output=/dev/null/x"], "/dev/null/x"),
+        (["--eval", "--image=x", "--checkpoint=y"], "different things"), (["--output=/dev/null/x"], "/dev/null/x"),
         (["--distillation=hard", "--teacher=vgg99", "--teacher-checkpoint=x"], "vgg99"),
         (["--frobnicate"], "frobnicate"),
     ]  # fmt: skip
@@ -2232,6 +2380,58 @@ dist.barrier(); del ddp; gc.collect()
 dist.destroy_process_group()
 """)
     torchrun(2, str(script))
+
+
+def test_train_export(tmp_path, capsys):
+    """--export writes a checkpoint castled and runs the file; timm's models train, resume, evaluate and export by
+    name."""
+    pytest.importorskip("timm")
+    name, kept = "--model=timm:vit_tiny_patch16_224", f"--checkpoint={tmp_path / 'best.pt'}"
+    run_train(tmp_path, name, "--max-steps=2")
+    run_train(tmp_path, name, "--max-steps=2")
+    assert "resumed" in capsys.readouterr().out
+    train.main(train.parser().parse_args(["--eval", "--workers=0", kept]))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["castling_gap"] == 0
+    train.main(train.parser().parse_args([kept, f"--export={tmp_path / 'model.pt2'}"]))
+    assert "run on 1x3x32x32; largest difference" in capsys.readouterr().out
+    model = torch.export.load(tmp_path / "model.pt2").module()
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 12)
+
+
+def test_every_script_exports_what_is_deployed(tmp_path, capsys, monkeypatch):
+    """Boxes and scores of a detector, class scores of a segmenter; a file that is not the model is a failure."""
+    detector, segmenter = detect.build_detector("lcnet_vit_s"), tiny_segmenter()
+    written = []
+    for script, model in ((detect, detector), (segment, segmenter)):
+        monkeypatch.setattr(train, "load_model", lambda task, args, model=model: (model, []))
+        monkeypatch.setattr(train, "export", lambda graph, *_: written.append(graph) or ([(1, 3, 64, 64)], 1e-6))
+        args = ["--checkpoint=x", f"--export={tmp_path / 'model.pt2'}"]
+        script.main(script.parser().parse_args(args))
+        assert "run on 1x3x64x64; largest difference 1.0e-06" in capsys.readouterr().out
+    with torch.no_grad():
+        boxes, scores = written[0].eval()(torch.zeros(1, 3, 64, 64))
+        assert boxes.shape == (1, 85, 4) and scores.shape == (1, 85, 80) and 0 <= scores.min() <= scores.max() <= 1
+        assert written[1].eval()(torch.zeros(1, 3, 40, 72)).shape == (1, 5, 40, 72)
+    monkeypatch.setattr(train, "export", lambda *_: ([(1, 3, 64, 64)], math.nan))
+    with pytest.raises(SystemExit) as stopped:
+        segment.main(segment.parser().parse_args(args))
+    assert stopped.value.code == 1 and "not the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--model=timm:vit_tiny_patch17_224"], "vit_tiny_patch16_224"),
+    (["--model=timm:swin_tiny_patch4_window7_224"], "relative_position_bias_table"),
+    (["--model=timm:vit_tiny_patch16_224", "--attention=cosine"], "castling, not cosine"),
+    (["--model=timm:vit_tiny_patch16_224", "--distilled"], "--distilled"),
+    (["--export=x.pt2"], "need --checkpoint"),
+    (["--export=x.pth", "--checkpoint=y"], "x.pth"),
+    (["--export=x.pt2", "--checkpoint=y", "--eval"], "different things"),
+])  # fmt: skip
+def test_timm_and_export_arguments_are_checked(tmp_path, capsys, options, message):
+    pytest.importorskip("timm")
+    with pytest.raises(SystemExit) as stopped:
+        run_train(tmp_path, *options)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 # ---- detect.py: neck, head, assignment, losses -----------------------------------------------------------------------

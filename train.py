@@ -45,8 +45,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from attention import SCHEDULES, castle, cores, mask_density, mask_statistics, record_masks, set_threshold
-from models import ATTENTIONS, HEADS, MODELS, VIT_DENSE, build_model, load_pretrained, read_checkpoint, weights_in
+from attention import SCHEDULES, castle, cores, look_up, mask_density, mask_statistics, record_masks, set_threshold
+from models import (
+    ATTENTIONS,
+    HEADS,
+    MODELS,
+    VIT_DENSE,
+    build_model,
+    check_export,
+    convert,
+    export,
+    load_pretrained,
+    read_checkpoint,
+    weights_in,
+)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1; used for all data
 
@@ -574,7 +586,7 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay for matrices and filters; none for biases, norms and what the model exempts by name."""
-    exempt = model.no_weight_decay()
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # not all of timm's
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         (others if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
@@ -665,6 +677,7 @@ class Task:
     describe(run) -> the recipe in a line or more, for the start of the output.
     unnamed(path, weights) -> numbered classes, as many as a plain state dict has; ValueError if it is no such model.
     predict(args, device) -> what --image does, checked and ready to go.
+    graph(model) -> the module that --export writes.
     load(model, path) -> LoadReport: weights to start from.
     setup(run): what else has to be made, or checked, before a run starts. begin_epoch(run, epoch).
     """
@@ -684,6 +697,7 @@ class Task:
     describe: Callable
     unnamed: Callable
     predict: Callable
+    graph: Callable = lambda model: model
     load: Callable = load_pretrained
     setup: Callable = lambda run: None
     begin_epoch: Callable = lambda run, epoch: None
@@ -953,6 +967,7 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict] = DA
     add("--eval", action="store_true", help="evaluate --checkpoint and stop")
     add("--split", choices=("val", "train"), default="val", help="what --eval evaluates on; default val")
     add("--image", help="an image or a folder of images to predict with --checkpoint")
+    add("--export", help="a .onnx or .pt2 file to write --checkpoint to, castled, for normalised images of any size")
     bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     add("--amp", action=on_off, default=bfloat16, help="bfloat16 autocast; default on GPUs that have bfloat16")
     add("--compile", action=on_off, default=False, help="torch.compile the training step's model")
@@ -967,6 +982,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="train.py", description=__doc__, formatter_class=formatter,
         epilog=f"models: {', '.join(name for name in MODELS if name not in VIT_DENSE)}; default levit128\n"
+        "timm:NAME is any vision transformer of timm that can be converted, with --attention castling or softmax\n"
         "data: shapes, cifar10, cifar100 (downloaded to ./data), or a folder with train/<class>/ and val/<class>/ "
         "(or test/)",
     )  # fmt: skip
@@ -997,8 +1013,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 # Flags that may differ between a run and its continuation.
-FREE_ON_RESUME = {"output", "resume", "workers", "eval", "image", "amp", "compile", "channels_last", "checkpoint",
-                  "batch_size", "accumulate", "teacher_checkpoint", "eval_every", "split",
+FREE_ON_RESUME = {"output", "resume", "workers", "eval", "image", "export", "amp", "compile", "channels_last",
+                  "checkpoint", "batch_size", "accumulate", "teacher_checkpoint", "eval_every", "split",
                   "backbone"}  # fmt: skip
 # Flags that a checkpoint answers for when they are not given.
 TRAINED_FLAGS = ("model", "attention", "image_size", "castle_downsample", "distilled", "epsilon", "mask_schedule",
@@ -1024,7 +1040,7 @@ def fill_in(args: argparse.Namespace, defaults: Mapping) -> None:
         args.output = str(Path(args.checkpoint).parent / f"eval-{Path(args.data).resolve().name}-{args.split}")
     if args.output is None:
         short = f"-{args.max_steps}steps" if args.max_steps else ""
-        args.output = f"runs/{args.model}-{args.attention}-{Path(args.data).resolve().name}{short}"
+        args.output = f"runs/{args.model}-{args.attention}-{Path(args.data).resolve().name}{short}".replace(":", "-")
     args.global_batch = args.batch_size * args.accumulate * world_size()
 
 
@@ -1040,8 +1056,35 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
     fill_in(args, dict(model="levit128", castle_downsample=True, shapes_length=30000) | recipe | row)
 
 
+def timm_model(args: argparse.Namespace, num_classes: int, image_size: int) -> nn.Module:
+    """--model timm:NAME: timm's model as it is with --attention softmax, converted with castling.
+
+    Raises: ValueError for a model that timm does not have or `convert` refuses, other attention, missing timm.
+    """
+    name = args.model.removeprefix("timm:")
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(f"--model {args.model} needs timm: pip install timm") from None
+    look_up(dict.fromkeys(timm.list_models()), name, "model of timm")
+    if args.attention not in ("castling", "softmax"):
+        raise ValueError(f"timm's models have --attention softmax or castling, not {args.attention}")
+    if args.distilled is not None:
+        raise ValueError("--distilled is for this project's models: timm's are chosen by name")
+    options = dict(num_classes=num_classes, drop_path_rate=args.drop_path or 0.0)
+    try:
+        model = timm.create_model(name, img_size=image_size, **options)
+    except TypeError:  # it has no fixed image size
+        model = timm.create_model(name, **options)
+    if args.attention == "castling":
+        convert(model, epsilon=args.epsilon, schedule=args.mask_schedule)
+    return model
+
+
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> nn.Module:
     """The model that resolved flags describe. Raises ValueError as `build_model` does, and for one without classes."""
+    if args.model.startswith("timm:"):
+        return timm_model(args, num_classes, image_size)
     if args.model in VIT_DENSE:
         raise ValueError(f"{args.model} gives feature maps, not classes: it is a backbone of segment.py")
     options = dict(epsilon=args.epsilon, schedule=args.mask_schedule)
@@ -1399,6 +1442,23 @@ def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callab
     return work
 
 
+def prepare_export(task: Task, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
+    """--export: writes the checkpoint's castled model to a file, and runs the file beside it."""
+    check_export(args.export)
+    model, _ = load_model(task, args)
+
+    def work() -> None:
+        if rank() != 0:
+            return
+        shapes, difference = export(task.graph(model), args.export, args.image_size)
+        shapes = ", ".join("x".join(map(str, shape)) for shape in shapes)
+        print(f"{args.export}: run on {shapes}; largest difference {difference:.1e}")
+        if not difference < 1e-4:
+            raise DataError(f"{args.export} is not the model that it was made from")
+
+    return work
+
+
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -1468,12 +1528,15 @@ def train_and_evaluate(run: Run, progress: Progress) -> dict:
 
 def prepare(task: Task, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """What the arguments ask for, checked and ready to go. Raises ValueError for what the user can mend."""
-    if (args.eval or args.image) and not args.checkpoint:
-        raise ValueError("--eval and --image need --checkpoint")
-    if args.eval and args.image:
-        raise ValueError("--eval and --image are two different things to do")
+    asked = [flag for flag in ("eval", "image", "export") if getattr(args, flag)]
+    if asked and not args.checkpoint:
+        raise ValueError("--eval, --image and --export need --checkpoint")
+    if len(asked) > 1:
+        raise ValueError(f"--{' and --'.join(asked)} are different things to do")
     if args.image:
         return task.predict(args, device)
+    if args.export:
+        return prepare_export(task, args, device)
     return (prepare_evaluation if args.eval else prepare_run)(task, args, device)
 
 
