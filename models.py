@@ -1643,7 +1643,7 @@ def export(model: nn.Module, path: str | Path, image_size: int | tuple[int, int]
     sizes = [(height, width)]
     if symbolic(example.shape[2:]):
         height, width = max(height, 96), max(width, 96)
-        sizes = [(height, width), (height + 32, width + 64), (2 * height, width + 16)]
+        sizes = [(height, width), (height + 32, width + 64), (2 * height, width + 32)]
     castled, shapes, difference = castle(copy.deepcopy(model)).eval().cpu(), [], 0.0
     for seed, size in enumerate(sizes, 1):
         batch = seed if symbolic(example.shape[:1]) else example.shape[0]

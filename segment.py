@@ -682,7 +682,8 @@ def segment(
 
 
 class Scores(nn.Module):
-    """What `--export` writes of a segmenter: (1, 3, H, W) normalised pixels -> class scores (1, K, H, W)."""
+    """What `--export` writes of a segmenter: (1, 3, H, W) normalised pixels -> class scores (1, K, H, W). H and W are
+    multiples of `stride`: padding is left to whoever runs it."""
 
     images = 1  # at a time: to torch.export one image and more are two graphs of torch's multi-head attention
 

@@ -1896,11 +1896,11 @@ def token_counts(model, x):
 def test_exported_graphs_take_any_size_and_hold_no_softmax(name):
     """torch.export with free batch, height and width equals the castled model at sizes it was not traced at; no node of
     a castled classifier's graph is a softmax or has two axes of N tokens. timm's models have one size, the segmenter
-    one image at a time and softmax in its decoder."""
+    one image at a time, of whole patches, and softmax in its decoder."""
     model = castle(deployed(name).eval())
     program = models.traced(model, 32 if name == "converted" else 96)
     example = program.example_inputs[0][0]
-    counts = token_counts(model, example) - set(range(16))  # small ones are also numbers of channels
+    counts = token_counts(model, example)
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
     if name == "fpn_transformer":  # up to its decoders
         nodes = [node for node in nodes if "backbone" in str(node.meta["nn_module_stack"])]
@@ -1908,10 +1908,11 @@ def test_exported_graphs_take_any_size_and_hold_no_softmax(name):
     shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
     assert len(shapes) > 20 and counts
     for shape in shapes:
-        assert not counts & {int(side) for side, other in itertools.combinations(map(int, shape), 2) if side == other}
+        free = [str(side) for side in shape if isinstance(side, torch.SymInt) or name == "converted"]
+        assert not [side for side in shape if free.count(str(side)) > 1 and int(side) in counts]
     assert name == "detector" or not any("softmax" in str(node.target) for node in nodes)  # it decodes boxes with one
     run, images = program.module(), 1 if name == "fpn_transformer" else 3
-    sizes = [(32, 32)] if name == "converted" else [(96, 96), (128, 72), (160, 352)]
+    sizes = [(32, 32)] if name == "converted" else [(96, 96), (128, 80), (160, 352)]
     for size in sizes:
         x = randn(images, 3, *size, dtype=torch.float32)
         with torch.no_grad():
@@ -1926,7 +1927,7 @@ def test_onnx_files_equal_the_model(tmp_path, name):
     pytest.importorskip("onnxruntime")
     model = deployed(name).eval()
     shapes, difference = models.export(model, tmp_path / "model.onnx", 96)
-    assert shapes == [(1, 3, 96, 96), (2, 3, 128, 160), (3, 3, 192, 112)] and difference < 1e-5
+    assert shapes == [(1, 3, 96, 96), (2, 3, 128, 160), (3, 3, 192, 128)] and difference < 1e-5
     assert (tmp_path / "model.onnx").stat().st_size > 10_000
     assert all(core.auxiliary for core in attention.cores(model).values())
 
@@ -2411,7 +2412,7 @@ def test_every_script_exports_what_is_deployed(tmp_path, capsys, monkeypatch):
     with torch.no_grad():
         boxes, scores = written[0].eval()(torch.zeros(1, 3, 64, 64))
         assert boxes.shape == (1, 85, 4) and scores.shape == (1, 85, 80) and 0 <= scores.min() <= scores.max() <= 1
-        assert written[1].eval()(torch.zeros(1, 3, 40, 72)).shape == (1, 5, 40, 72)
+        assert written[1].eval()(torch.zeros(1, 3, 48, 64)).shape == (1, 5, 48, 64)
     monkeypatch.setattr(train, "export", lambda *_: ([(1, 3, 64, 64)], math.nan))
     with pytest.raises(SystemExit) as stopped:
         segment.main(segment.parser().parse_args(args))
