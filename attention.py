@@ -360,7 +360,7 @@ def masked_branch_reference(
 # ---- Eq. (9) as the modules compute it -------------------------------------------------------------------------------
 
 
-def watched() -> bool:
+def observed() -> bool:
     """Whether somebody counts, traces or transforms the operators of eager mode: they see the formulas as written."""
     return (
         torch._C._len_torch_dispatch_stack() > 0  # FlopCounterMode
@@ -379,7 +379,7 @@ def castled_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, branch: T
     Returns: (B, H, N, E). `castled_attention_reference` is the formula; in eager mode on a CPU this one is faster.
     """
     # torch.compile fuses the formula itself, a GPU wants large steps.
-    if v.device.type != "cpu" or torch.compiler.is_compiling() or watched():
+    if v.device.type != "cpu" or torch.compiler.is_compiling() or observed():
         return castled_attention_reference(q, k, v, weight, branch)
     inputs = q, k, v, weight, branch
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
@@ -783,7 +783,7 @@ class AttentionCore(nn.Module):
         threshold = mask_threshold(self.progress.float(), tokens, self.epsilon, self.schedule)
         threshold = torch.as_tensor(threshold, dtype=q.dtype, device=q.device)                   # () or (B, 1)
         dropout = self.dropout if self.training else 0.0
-        if dropout > 0 or not torch.compiler.is_compiling() and watched():
+        if dropout > 0 or not torch.compiler.is_compiling() and observed():
             out, totals = masked_branch_reference(q, k, v, threshold, padding, dropout)
         else:
             out, _, totals = masked_branch(q, k, v, threshold, padding, self.record)
@@ -1050,13 +1050,18 @@ def self_check() -> None:
         assert torch.allclose(linear_angular_attention(q, k, v, order=order), definition)
     assert torch.allclose(angular_attention(q, k, v), (1 - torch.arccos(cosine) / math.pi) @ v)
 
+    inputs = q, k, v, torch.randn(4, 1, 9, 1, dtype=torch.float64), v.roll(1)
+    assert torch.allclose(castled_attention(*inputs), castled_attention_reference(*inputs))
+    branch = masked_branch(3 * q, k, v, torch.tensor(0.05).double(), None, False)[0]
+    assert branch.any() and torch.allclose(branch, masked_softmax_attention(3 * q, k, v, 0.05)[0])
+
     core = AttentionCore(4, auxiliary=True).double().eval()
     hybrid, rows = core(q, k, v), attention_rows(core, q, k, v, [0, 50, 99])
     assert torch.allclose(rows @ v, hybrid[:, :, [0, 50, 99]])
     set_threshold(core, 1.0)
     assert not torch.equal(core(q, k, v), hybrid) and torch.equal(core(q, k, v), castle(core)(q, k, v))
     assert torch.isfinite(core(0 * q, 0 * k, 0 * v)).all()
-    print("linear = quadratic, rows = map, castled = empty mask: all as they should be")
+    print("linear = quadratic, fast = formula, rows = map, castled = empty mask: all as they should be")
 
     print("Eq. (8) after K terms: largest error, where it is")
     print("  K    |x| <= 0.5   |x| <= 0.9   |x| <= 1     bound at 1")

@@ -4362,8 +4362,7 @@ def test_released_formula_of_the_benchmark():
     theirs = Released(16, 2, bias=False, sparse=True)
     theirs.load_state_dict(block.state_dict())
     x = randn(2, 60, 16, dtype=torch.float32)
-    with bench.released():
-        assert_close(block(x), theirs(x), atol=1e-6, rtol=1e-6)
+    assert_close(bench.released(block)(x), theirs(x), atol=1e-6, rtol=1e-6)
 
 
 # ---- figures.py ------------------------------------------------------------------------------------------------------
