@@ -3309,15 +3309,12 @@ def test_branch_and_parts_are_counted(family):
     """Hybrid less castled is the branch's softmax attention in every layer; modules add up; the mode is left alone."""
     model = tiny(family, image_size=96).train()
     x = torch.zeros(1, 3, 96, 96)
-    sizes = {}
-    for name, core in attention.cores(model).items():  # shapes as the core sees them
-        core.auxiliary_branch = lambda q, k, v, p, name=name: sizes.update({name: (*q.shape[1:], v.shape[-1])}) or 0
-    model.eval()(x)
-    for core in attention.cores(model).values():
-        del core.auxiliary_branch
+    with attention.captured(model) as seen:  # shapes as the cores see them
+        model.eval()(x)
     whole, castled = flops.count(model.train(), x), flops.count(castle(copy.deepcopy(model)), x)
     assert model.training
-    branch = sum(flops.attention_macs("softmax", h, n, n, d, e) for h, n, d, e in sizes.values())
+    sizes = [(*q.shape[1:], v.shape[-1]) for q, _, v in seen.values()]
+    branch = sum(flops.attention_macs("softmax", h, n, n, d, e) for h, n, d, e in sizes)
     assert whole.macs - castled.macs == branch == whole.attention - castled.attention
     assert castled.by_module[""] == castled.macs
     assert castled.params == parameters(model) and castled.params_weights == weights_only(model)
