@@ -991,13 +991,17 @@ def auxiliary_mask_rows(core: AttentionCore, q: Tensor, k: Tensor, queries: Sequ
 
 
 @torch.no_grad()
-def attention_rows(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int] | Tensor) -> Tensor:
+def attention_rows(
+    core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int] | Tensor, band: bool = True
+) -> Tensor:
     """The attention map that a linear-angular core never forms, for chosen queries: (B, H, Q, N), in O(Q N D).
 
     Row i is (1/2 e_i + q_i K^T / pi [+ row i of M_sparse]) / |y_i|, plus the DWConv's taps around i, so that
     attention_rows(core, q, k, v, queries) @ v = core(q, k, v)[..., queries, :]  in eval mode. Entries may be negative.
 
-    Args: q, k: (B, H, N, D); v: (B, H, N, E), as `captured` gives them; queries: token indices.
+    Args:
+        q, k: (B, H, N, D); v: (B, H, N, E), as `captured` gives them.
+        queries: token indices. band: False leaves the DWConv out.
     Raises: ValueError for a core of another kernel, and for indices that are none.
     """
     if core.kernel != "linear_angular":
@@ -1008,7 +1012,7 @@ def attention_rows(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, queries
     rows = 0.5 * own + unit(q)[..., index, :] @ unit(k).mT / math.pi                              # Eq. (9)
     rows = rows + auxiliary_mask_rows(core, q, k, index)                                          # Eq. (10)
     rows = rows / torch.linalg.vector_norm(rows @ v, dim=-1, keepdim=True).clamp_min(EPS)         # D2
-    if core.dconv is not None:
+    if band and core.dconv is not None:
         taps = core.dconv.weight[:, 0, :, 0].to(dtype)                                            # (H, taps)
         offset = torch.arange(k.shape[-2], device=q.device) - index[:, None] + taps.shape[1] // 2
         inside = (offset >= 0) & (offset < taps.shape[1])

@@ -852,7 +852,7 @@ TRAINED_FLAGS = ("model", "attention", "image_size", "mlp_dw", "v_dconv", "epsil
 def parser() -> argparse.ArgumentParser:
     """The command line of detect.py; what is left None is filled in by `resolve`."""
     formatter = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(
+    p = train.Parser(
         prog="detect.py", description=__doc__, formatter_class=formatter,
         epilog=f"models: {', '.join(DETECTORS)}; default lcnet_vit_s\n"
         "data: shapes, or a folder with annotations/instances_{train,val}2017.json, train2017/ and val2017/\n"

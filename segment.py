@@ -1035,7 +1035,7 @@ masks: {a.pixel_decoder}, {a.queries} queries, {a.layers} decoder layers, losses
 def parser() -> argparse.ArgumentParser:
     """The command line of segment.py; what is left None is filled in by `resolve`."""
     formatter = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(
+    p = train.Parser(
         prog="segment.py", description=__doc__, formatter_class=formatter,
         epilog=f"models: {', '.join(SEGMENTERS)}\n"
         "data: shapes, or a folder with training/ and validation/ in images/ and in annotations/, and class names in "

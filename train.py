@@ -567,11 +567,18 @@ class Progress:
             self.bar.close()
 
 
-def append_log(folder: Path, record: dict) -> None:
-    """One JSON object as a line of log.jsonl, rank 0 only."""
-    if rank() == 0:
-        with open(folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+def append_log(run: "Run", record: dict) -> None:
+    """One JSON object as a line of log.jsonl, and to Weights & Biases with --log-wandb; rank 0 only."""
+    if rank() != 0:
+        return
+    with open(run.folder / "log.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+    if run.args.log_wandb:
+        import wandb
+
+        if wandb.run is None:
+            wandb.init(project="castling-vit", name=run.folder.name, dir=str(run.folder), config=vars(run.args))
+        wandb.log(record, step=record["step"])
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
@@ -941,6 +948,33 @@ def at_least(minimum: float, kind: type = int, most: float = math.inf) -> Callab
 share = at_least(0, float, most=1)
 
 
+ALIASES = {  # what the scripts of DeiT, LeViT, timm and torchvision call our flags
+    "--data": ("--data-path", "--data-dir"), "--image-size": ("--input-size", "--img-size"), "--batch-size": ("-b",),
+    "--workers": ("--num-workers", "-j"), "--output": ("--output-dir",), "--optimizer": ("--opt",),
+    "--checkpoint": ("--finetune", "--initial-checkpoint"), "--eval": ("--test-only",), "--weight-decay": ("--wd",),
+    "--schedule": ("--sched", "--lr-scheduler"), "--compile": ("--torchcompile",), "--clip-grad": ("--clip-grad-norm",),
+    "--smoothing": ("--label-smoothing",), "--mixup": ("--mixup-alpha",), "--cutmix": ("--cutmix-alpha",),
+    "--erasing": ("--reprob", "--random-erase"), "--ema-decay": ("--model-ema-decay",),
+    "--accumulate": ("--grad-accum-steps",), "--teacher": ("--teacher-model",),
+    "--teacher-checkpoint": ("--teacher-path",), "--distillation": ("--distillation-type",),
+    "--alpha": ("--distillation-alpha",), "--tau": ("--distillation-tau",),
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes flags with hyphens or underscores, and under their ALIASES."""
+
+    def add_argument(self, *flags, **options) -> argparse.Action:
+        return super().add_argument(*flags, *ALIASES.get(flags[0], ()), **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            flag, equals, value = word.partition("=")
+            words.append(flag.replace("_", "-") + equals + value if flag.startswith("--") else word)
+        return super().parse_known_args(words, namespace)
+
+
 def by_data(flag: str, defaults: dict[str, dict] = DATA_DEFAULTS) -> str:
     """The part of a flag's help that says what its default is for each kind of data."""
     given = [f"{row[flag]} for {data}" for data, row in defaults.items() if flag in row]
@@ -974,12 +1008,13 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict] = DA
     add("--accumulate", type=at_least(1), default=1, help="batches per optimiser step")
     add("--epsilon", type=share, help="mask threshold of Eq. (10); default 0.02")
     add("--mask-schedule", choices=SCHEDULES, help="how the threshold moves in training (D4); default ramp")
+    add("--log-wandb", action="store_true", help="send every line of the log to Weights & Biases as well")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of train.py; what is left None is filled in by `resolve`."""
     formatter = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="train.py", description=__doc__, formatter_class=formatter,
         epilog=f"models: {', '.join(name for name in MODELS if name not in VIT_DENSE)}; default levit128\n"
         "timm:NAME is any vision transformer of timm that can be converted, with --attention castling or softmax\n"
@@ -1014,8 +1049,8 @@ def parser() -> argparse.ArgumentParser:
 
 # Flags that may differ between a run and its continuation.
 FREE_ON_RESUME = {"output", "resume", "workers", "eval", "image", "export", "amp", "compile", "channels_last",
-                  "checkpoint", "batch_size", "accumulate", "teacher_checkpoint", "eval_every", "split",
-                  "backbone"}  # fmt: skip
+                  "checkpoint", "batch_size", "accumulate", "teacher_checkpoint", "eval_every", "split", "backbone",
+                  "log_wandb"}  # fmt: skip
 # Flags that a checkpoint answers for when they are not given.
 TRAINED_FLAGS = ("model", "attention", "image_size", "castle_downsample", "distilled", "epsilon", "mask_schedule",
                  "data", "shapes_length", "seed")  # fmt: skip
@@ -1269,6 +1304,11 @@ def open_data(task: Task, args: argparse.Namespace) -> tuple[Dataset, Dataset]:
 def prepare_run(task: Task, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """Everything a training run needs, checked before work starts. Raises ValueError for what the user can mend."""
     task.resolve(args)
+    if args.log_wandb:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise ValueError("--log-wandb needs wandb: pip install wandb") from None
     train_set, val_set = open_data(task, args)
     steps_per_epoch, total_steps = task.length(args, train_set)
     if args.ema_decay is None:
@@ -1420,15 +1460,21 @@ def prepare_drawings(
     return work
 
 
-def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
-    """--image: prints the five likeliest classes of a file, or of each image file of a folder."""
+def load_predictor(args: argparse.Namespace) -> tuple[nn.Module, list, Callable]:
+    """`load_model` of a classifier, and what turns an image into its square uint8 input (3, size, size)."""
     if args.data is None and not settings_for(CLASSIFICATION, args.checkpoint):
         args.data = "folder"  # somebody else's model: the sizes and crop of photographs
     model, classes = load_model(CLASSIFICATION, args)
-    paths = image_paths(args.image)
     transform = eval_transform(args)
     if args.data == "shapes":  # its images are square: fit others whole
         transform = v2.Compose([v2.Resize((args.image_size, args.image_size)), v2.PILToTensor()])
+    return model, classes, transform
+
+
+def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
+    """--image: prints the five likeliest classes of a file, or of each image file of a folder."""
+    model, classes, transform = load_predictor(args)
+    paths = image_paths(args.image)
 
     @torch.inference_mode()
     def work() -> None:
@@ -1487,13 +1533,14 @@ def train(run: Run) -> None:
     if record is None:  # the run was complete already
         set_threshold(run.ema.module, run.step / run.total_steps)
         record = evaluate_castling(run.task, run.ema.module, run.val_loader, run.args, run.device)
-    append_log(run.folder, {"castling_report": castling_report(run, record), "step": run.step})
+    append_log(run, {"castling_report": castling_report(run, record), "step": run.step})
 
 
 def train_and_evaluate(run: Run, progress: Progress) -> dict:
     """One epoch, or what is left of it: evaluated if it is its turn, logged, then saved."""
     epoch, ema, args = run.step // run.steps_per_epoch, run.ema.module, run.args
     record = dict(epoch=epoch, **train_one_epoch(run, epoch, progress), step=run.step)
+    record["n_parameters"] = sum(parameter.numel() for parameter in run.model.parameters())
     synchronise_buffers(ema)
     set_threshold(ema, run.step / run.total_steps)
     scores, improved = "", False
@@ -1505,7 +1552,7 @@ def train_and_evaluate(run: Run, progress: Progress) -> dict:
         scores = " ".join(f"{title} {record[f'test_{key}']:.2f}" for key, title in run.task.metrics.items())
         castled = f" (castled: {deployed(run.task, record):.2f})" if "castling_gap" in record else ""
         scores = f"* {scores}{castled}, "
-    append_log(run.folder, record)  # before the checkpoint: resuming drops lines that are ahead of it
+    append_log(run, record)  # before the checkpoint: resuming drops lines that are ahead of it
     if rank() == 0:
         state = dict(
             ema=ema.state_dict(),
