@@ -3,6 +3,7 @@
     python figures.py                           every figure, to figures/ (half a minute of CPU time)
     python figures.py kernel masks              only these
     python figures.py --output /elsewhere
+    python figures.py attention --checkpoint runs/deit_tiny-castling-shapes/best.pt --image photo.jpg
 
     figure        paper           from
     kernel        Fig. 3, Eq. (7) attention.angular_similarity
@@ -12,6 +13,7 @@
     frequency     Fig. 7          a two-layer network, trained here in seconds
     resolution    -               flops.curve; results/bench_cpu.json
     crossover     -               results/bench_cpu.json
+    attention     -               a checkpoint of train.py and an image
 
 Every figure is a function that computes and one that draws. Needs matplotlib.
 """
@@ -22,6 +24,7 @@ import json
 import math
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -30,7 +33,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 import flops
-from attention import angular_series, angular_series_bound, angular_similarity
+import train
+from attention import (
+    angular_series,
+    angular_series_bound,
+    angular_similarity,
+    attention_rows,
+    auxiliary_mask_rows,
+    captured,
+    cores,
+    effective_rank,
+    look_up,
+    set_threshold,
+)
 
 RESULTS = Path(__file__).parent / "results"
 BENCH = RESULTS / "bench_cpu.json"
@@ -449,6 +464,76 @@ def crossover(result: dict, path: Path) -> None:
         plot.legend()
 
 
+# ---- attention maps of a trained model -------------------------------------------------------------------------------
+
+
+def square_grid(tokens: int) -> tuple[int, int]:
+    """(prefix tokens, patches a side) of the tokens of a square image: 197 are 1 and 14 x 14, 49 are 0 and 7 x 7."""
+    side = math.isqrt(tokens)
+    return tokens - side**2, side
+
+
+def default_tokens(prefix: int, side: int) -> list[int]:
+    """The class token, if there is one, and three patches along the diagonal."""
+    places = dict.fromkeys(side * part // 4 for part in (1, 2, 3))
+    return [*range(min(prefix, 1)), *(prefix + place * side + place for place in places)]
+
+
+def attention(path: Path, args: argparse.Namespace) -> None:
+    """Of one layer, for chosen tokens: the image, the rows of the linear-angular map, of the same with the DWConv's
+    band, and of the auxiliary mask.
+
+    Rows are means over heads and show patches only. The scale of maps leaves out the token itself, whose 1/2 outshines
+    the others. Prints the effective rank of every layer's map.
+    Raises: ValueError for a checkpoint, layer or token that there is not; train.DataError for the image.
+    """
+    options = train.parser().parse_args([f"--checkpoint={args.checkpoint}"])
+    model, _, transform = train.load_predictor(options)
+    pixels = transform(train.read_image(args.image, upright=True))                            # (3, size, size) uint8
+    if args.progress is not None:
+        set_threshold(model, args.progress)
+    layers = {name: core for name, core in cores(model).items() if core.kernel == "linear_angular"}
+    if not layers:
+        raise ValueError(f"{args.checkpoint} has no linear-angular attention to show")
+    layer = args.layer or list(layers)[len(layers) // 2]
+    core = look_up(layers, layer, "layer")
+    with captured(model) as seen, torch.no_grad():
+        model(train.to_model_input(pixels[None], torch.device("cpu")))
+    for name in layers:
+        q, k, _ = seen[name]
+        full, low = (effective_rank(q, k, diagonal).mean().item() for diagonal in (0.5, 0.0))
+        print(f"{name}: {q.shape[2]} tokens, effective rank {full:.1f}; of q k^T alone {low:.1f} of {min(q.shape[2:])}")
+    q, k, v = seen[layer]
+    prefix, side = square_grid(q.shape[2])
+    tokens = args.tokens or default_tokens(prefix, side)
+    maps, banded = (attention_rows(core, q, k, v, tokens, band)[0].mean(0) for band in (False, True))  # (Q, N)
+    masks = auxiliary_mask_rows(core, q, k, tokens)[0].mean(0)
+
+    with drawing(path, width=2.5 * len(tokens), height=8.6) as figure:
+        axes = figure.subplots(4, len(tokens), squeeze=False)
+        for column, token, *rows in zip(axes.T, tokens, maps, banded, masks, strict=True):
+            patch = token - prefix
+            column[0].imshow(pixels.permute(1, 2, 0))
+            column[0].set_title(f"patch {patch // side}, {patch % side}" if patch >= 0 else f"prefix token {token}")
+            if patch >= 0:
+                cell = pixels.shape[-1] / side
+                left, top = patch % side * cell - 0.5, patch // side * cell - 0.5
+                x, y = (left, left + cell, left + cell, left, left), (top, top, top + cell, top + cell, top)
+                column[0].plot(x, y, color="red", linewidth=2)
+            for axis, row, colours in zip(column[1:], rows, ("RdBu_r", "RdBu_r", "magma"), strict=True):
+                others = row.index_fill(0, torch.tensor(token), 0)[prefix:].abs().max().item() or 1.0
+                least = 0 if colours == "magma" else -others
+                shown = axis.imshow(row[prefix:].reshape(side, side), cmap=colours, vmin=least, vmax=others)
+                figure.colorbar(shown, ax=axis, shrink=0.8)
+        for axis in axes.flat:
+            axis.set(xticks=[], yticks=[])
+        kept = "castled: no branch" if not core.auxiliary else f"{100 * (masks > 0).float().mean():.1f}% kept"
+        labels = "input", "linear-angular map", "and DWConv", f"auxiliary mask,\n{kept}"
+        for axis, label in zip(axes[:, 0], labels, strict=True):
+            axis.set_ylabel(label)
+        figure.suptitle(f"{options.model}, {layer}, mean over {q.shape[1]} heads")
+
+
 FIGURES: dict[str, Callable[[Path], None]] = {
     "kernel": kernel,
     "series": series,
@@ -464,19 +549,36 @@ FIGURES: dict[str, Callable[[Path], None]] = {
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    figures = ", ".join(FIGURES)
-    parser.add_argument("names", nargs="*", metavar="NAME", choices=[*FIGURES, "all"], default="all", help=figures)
-    parser.add_argument("--output", type=Path, default=Path("figures"), help="folder for the PNGs; default figures")
-    return parser
+    p = train.Parser(prog="figures.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, figures = p.add_argument, [*FIGURES, "attention"]
+    add("names", nargs="*", metavar="NAME", choices=[*figures, "all"], default="all",
+        help=f"{', '.join(figures)}; default all but the last")  # fmt: skip
+    add("--output", type=Path, default=Path("figures"), help="folder for the PNGs; default figures")
+    add("--checkpoint", help="attention: of train.py")
+    add("--image", help="attention: an image file")
+    add("--layer", help="attention: name of a layer, as it is printed; default the one in the middle")
+    add("--tokens", type=int, nargs="+", help="attention: token numbers, prefix tokens first; default class token and "
+        "diagonal")  # fmt: skip
+    add("--progress", type=train.share, help="attention: show the mask as at this share of training; default the "
+        "checkpoint's own")  # fmt: skip
+    return p
 
 
 def main(args: argparse.Namespace) -> None:
-    args.output.mkdir(parents=True, exist_ok=True)
-    for name in FIGURES if "all" in args.names else args.names:
-        path = args.output / f"{name}.png"
-        FIGURES[name](path)
-        print(path)
+    try:
+        if "attention" in args.names and not (args.checkpoint and args.image):
+            raise ValueError("attention needs --checkpoint and --image")
+        args.output.mkdir(parents=True, exist_ok=True)
+        for name in FIGURES if "all" in args.names else args.names:
+            path = args.output / f"{name}.png"
+            if name == "attention":
+                attention(path, args)
+            else:
+                FIGURES[name](path)
+            print(path)
+    except (OSError, ValueError, train.DataError) as error:
+        sys.stderr.write(f"figures.py: error: {error}\n")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

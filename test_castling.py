@@ -14,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -2287,6 +2288,44 @@ def test_folder_trains_and_names_what_is_wrong(tmp_path, photos, capsys):
     assert "no-such-folder" in refused(2, "--data=no-such-folder")
 
 
+def test_flags_of_other_projects_are_understood():
+    """Hyphen or underscore, and what DeiT, timm and torchvision call a flag, in every script; values stay as are."""
+    theirs = "--data_path my_images -b 8 --input_size=96 --num_workers 0 --opt adamw --sched cosine --wd 0.1 --reprob 0.5"
+    theirs += " --output_dir a_b --distillation_type hard --teacher_model deit_tiny --teacher-path t_1.pt"
+    theirs += " --no_castle_downsample --torchcompile --finetune=x_y.pt --seed 7"
+    args = train.parser().parse_args(theirs.split())
+    expected = dict(
+        data="my_images", batch_size=8, image_size=96, workers=0, optimizer="adamw", schedule="cosine", output="a_b",
+        weight_decay=0.1, erasing=0.5, distillation="hard", teacher="deit_tiny", teacher_checkpoint="t_1.pt",
+        castle_downsample=False, compile=True, checkpoint="x_y.pt", seed=7,
+    )  # fmt: skip
+    assert {key: getattr(args, key) for key in expected} == expected
+    for script in (detect, segment):
+        args = script.parser().parse_args(["--data-path=a_b", "--clip_grad_norm=1", "--max_steps", "3"])
+        assert (args.data, args.clip_grad, args.max_steps) == ("a_b", 1.0, 3)
+
+
+def test_log_goes_to_wandb_where_asked(tmp_path, monkeypatch, capsys):
+    """Every line of log.jsonl is sent, with its step; without wandb it is an error before work starts; DeiT's keys."""
+    sent = []
+    fake = types.SimpleNamespace(run=None, log=lambda record, step: sent.append((record, step)))
+
+    def init(**options):
+        fake.run = options
+
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    records = run_train(tmp_path, "--log-wandb", "--max-steps=2")
+    assert sent == [(record, record["step"]) for record in records] and len(sent) == 2
+    assert fake.run["config"]["model"] == "levit128" and fake.run["name"] == tmp_path.name
+    keys = {"epoch", "train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "n_parameters"}
+    assert keys <= records[0].keys()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit):
+        run_train(tmp_path, "--log-wandb")
+    assert "pip install wandb" in capsys.readouterr().err
+
+
 def test_bad_arguments_exit_with_2(tmp_path, capsys):
     """Every wrong value stops before work starts, with status 2 and the value in the message."""
     cases = [
@@ -4506,6 +4545,44 @@ def test_figures_draws_every_file(tmp_path, monkeypatch, capsys):
         figures.parser().parse_args(["kernels"])
 
 
+def test_attention_figure(tmp_path, capsys, monkeypatch):
+    """Image, maps and masks of a layer for chosen tokens are drawn; every layer's effective rank is printed; layers,
+    tokens and files that do not exist are named."""
+    pytest.importorskip("matplotlib")
+    model = tiny("deit")
+    transform = train.eval_transform(flags(image_size=64))
+    monkeypatch.setattr(train, "load_predictor", lambda args: (model, [], transform))
+    Image.fromarray(train.Shapes("val", 12, 64).scene(3).image).save(tmp_path / "one.png")
+
+    def draw(*options):
+        words = ["attention", "--checkpoint=x", f"--image={tmp_path}/one.png", *options]
+        figures.main(figures.parser().parse_args(words))
+        return capsys.readouterr().out
+
+    out = draw(f"--output={tmp_path}", "--progress=0", "--layer=blocks.0.attn")
+    assert re.search(r"blocks.1.attn: 17 tokens, effective rank [\d.]+; of q k\^T alone [\d.]+ of 12", out)
+    pixels = np.asarray(Image.open(tmp_path / "attention.png").convert("RGB"))
+    assert pixels.shape[0] > 800 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+    draw(f"--output={tmp_path}", "--tokens", "0", "16")
+    for options, message in [
+        (["--layer=blocks.9.attn"], "blocks.0.attn"), (["--tokens", "17"], "0..16"),
+        (["--checkpoint="], "needs --checkpoint"), (["--image=/no/such.png"], "/no/such.png"),
+    ]:  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            draw(*options)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    model = tiny("deit", "softmax")
+    with pytest.raises(SystemExit):
+        draw()
+    assert "no linear-angular attention" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("tokens", "prefix", "side"), [(197, 1, 14), (198, 2, 14), (49, 0, 7), (17, 1, 4), (1, 0, 1)])
+def test_square_grid(tokens, prefix, side):
+    assert figures.square_grid(tokens) == (prefix, side)
+    assert all(0 <= token < tokens for token in figures.default_tokens(prefix, side))
+
+
 # ---- README ----------------------------------------------------------------------------------------------------------
 
 
@@ -4520,7 +4597,8 @@ def test_readme_commands_parse():
             script = f"{module.__name__}.py"
             if script in words:
                 args = module.parser().parse_args(words[words.index(script) + 1 :])
-                assert vars(args).get("model") in (None, *list_models(), *segment.SEGMENTERS)
+                model = vars(args).get("model")
+                assert model in (None, *list_models(), *segment.SEGMENTERS) or model.startswith("timm:")
                 checked += 1
     assert checked >= 12
 
