@@ -19,6 +19,7 @@ Train with the auxiliary branch, tell it how far training is, and remove it at t
     y = block(x)                                            # (B, N, 192) or (B, 192, H, W), same shape out
     castle(block)                                           # from here on O(N): no N x N softmax is left
 
+`python attention.py` checks the laws of this file and times it on your machine.
 Departures from the paper and the released block are numbered D1, D2, ... as in the README.
 """
 

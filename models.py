@@ -13,6 +13,7 @@ ViT     He et al., arXiv:2111.06377 (MAE); dense, for segment.py: feature maps i
 Castling variants: arXiv:2211.10526v4, section 4, and the counts of its Tables 1 and 2, which fix what the text leaves
 out: a depthwise convolution inside the MLPs (D7), 3x3 depthwise pooling of q, k, v, queries added to the output.
 
+`convert` makes castling models of other libraries' vision transformers; `fuse` and `export` take any of them along.
 Parameter names are timm's for all families, plus `attn.dconv`, `attn.{pool,norm}_{q,k,v}`, `mlp.dwconv` and `skip`.
 Shapes: B images, N tokens, C channels, H heads, D channels per head; `grid` is the token grid (y, x), row-major.
 """
@@ -1642,7 +1643,8 @@ def export(model: nn.Module, path: str | Path, image_size: int | tuple[int, int]
     height, width = pair(image_size)
     sizes = [(height, width)]
     if symbolic(example.shape[2:]):
-        height, width = max(height, 96), max(width, 96)
+        least = 96 if path.suffix == ".pt2" else 32  # see `traced`
+        height, width = max(height, least), max(width, least)
         sizes = [(height, width), (height + 32, width + 64), (2 * height, width + 32)]
     castled, shapes, difference = castle(copy.deepcopy(model)).eval().cpu(), [], 0.0
     for seed, size in enumerate(sizes, 1):
