@@ -1883,7 +1883,9 @@ def deployed(name):
         model, _ = foreign("timm norms")
         models.convert(model)
         return shaken(model)
-    return tiny(name, image_size=96) if name in FAMILIES else segment.Scores(tiny_segmenter(pixel_decoder=name, layers=1))
+    if name in FAMILIES:
+        return tiny(name, image_size=96)
+    return segment.Scores(tiny_segmenter(pixel_decoder=name, layers=1))
 
 
 def token_counts(model, x):
