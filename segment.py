@@ -418,7 +418,7 @@ class MaskedDecoder(nn.Module):
         for level, embed in zip(levels, self.level_embed.weight, strict=True):
             grid, value = tuple(level.shape[2:]), tokens_of(level) + embed
             memories.append((grid, value + sine_positions(grid, value.shape[2], value.device).to(value.dtype), value))
-        x = self.query_feat.weight.repeat(mask_features.shape[0], 1, 1)               # (B, Q, C)
+        x = self.query_feat.weight.repeat(len(mask_features), 1, 1)                    # (B, Q, C)
         outputs = [self.predict(x, mask_features)]
         for i, layer in enumerate(self.layers):
             grid, key, value = memories[i % len(memories)]
