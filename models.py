@@ -1422,7 +1422,8 @@ class SeparateAttention(ConvertedAttention):
         return unequal + super().problems(module)
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
-        self.refuse(**dict(zip(self.inputs[1:], args, strict=False)), **kwargs)
+        given = dict(zip(self.inputs[1:], args, strict=False)) | kwargs
+        self.refuse(**{name: given[name] for name in given if name not in ("output_hidden_states", "return_dict")})
         y = self.attend(*(layer(hidden_states) for layer in self.layers(self)))
         for name in self.outputs:
             y = getattr(self, name)(y) if hasattr(self, name) else y

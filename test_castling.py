@@ -1811,6 +1811,7 @@ def test_converted_layers_refuse_what_they_cannot_honour():
     layer = encoder.layers[0].self_attn
     older, _ = foreign("older transformers")
     models.convert(older)
+    assert older[0](x, output_hidden_states=True, return_dict=True)[1] is None  # asked of the model, passed to all
     for call, message in [
         (lambda: layer(x, x, x, attn_mask=torch.zeros(9, 9)), "attn_mask"),
         (lambda: layer(x, x, x, is_causal=True), "is_causal"),
