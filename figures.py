@@ -513,7 +513,7 @@ def attention(path: Path, args: argparse.Namespace) -> None:
         axes = figure.subplots(4, len(tokens), squeeze=False)
         for column, token, *rows in zip(axes.T, tokens, maps, banded, masks, strict=True):
             patch = token - prefix
-            column[0].imshow(pixels.permute(1, 2, 0))
+            column[0].imshow(pixels.permute(1, 2, 0).numpy())
             column[0].set_title(f"patch {patch // side}, {patch % side}" if patch >= 0 else f"prefix token {token}")
             if patch >= 0:
                 cell = pixels.shape[-1] / side
@@ -523,7 +523,7 @@ def attention(path: Path, args: argparse.Namespace) -> None:
             for axis, row, colours in zip(column[1:], rows, ("RdBu_r", "RdBu_r", "magma"), strict=True):
                 others = row.index_fill(0, torch.tensor(token), 0)[prefix:].abs().max().item() or 1.0
                 least = 0 if colours == "magma" else -others
-                shown = axis.imshow(row[prefix:].reshape(side, side), cmap=colours, vmin=least, vmax=others)
+                shown = axis.imshow(row[prefix:].reshape(side, side).numpy(), cmap=colours, vmin=least, vmax=others)
                 figure.colorbar(shown, ax=axis, shrink=0.8)
         for axis in axes.flat:
             axis.set(xticks=[], yticks=[])

@@ -252,7 +252,7 @@ class Storages(TorchDispatchMode):
 def peak_activation_bytes(model: nn.Module, *inputs: Tensor) -> int:
     """Largest sum of bytes of intermediate results alive at once in one eval forward without gradients.
 
-    An estimate: eager execution of the formulas as written (attention.py holds less on a CPU), no allocator overhead, no
+    An estimate: eager execution of the formulas as written (attention.py holds less on a CPU), no allocator overhead or
     scratch memory inside an operation; softmax attention is taken as the fused kernel, which allocates its output only.
     """
     training = model.training
