@@ -347,7 +347,7 @@ def masked_softmax_attention(q: Tensor, k: Tensor, v: Tensor, threshold: float |
 
 
 def masked_branch_reference(
-    q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, padding: Tensor | None, dropout: float
+    q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, padding: Tensor | None = None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """M_sparse V with dropout on the kept probabilities, through the whole matrix; and (kept entries, their sum).
 
@@ -401,7 +401,8 @@ def dwconv(v: Tensor, weight: Tensor) -> Tensor:
     taps, weight = weight.shape[2], weight.to(v.dtype)
     if torch.compiler.is_compiling():  # shifted sums fuse into the kernel around them, a convolution does not
         padded = F.pad(v, (0, 0, taps // 2, taps // 2))
-        return sum(weight[:, :, tap] * padded[:, :, tap : tap + v.shape[2]] for tap in range(taps))
+        shifted = [weight[:, :, tap] * padded[:, :, tap : tap + v.shape[2]] for tap in range(taps)]
+        return functools.reduce(torch.add, shifted)
     # Channels-last, i.e. heads innermost: the layout in which this convolution is fast on a CPU.
     v = v.contiguous(memory_format=torch.channels_last)
     return F.conv2d(v, weight, padding=(taps // 2, 0), groups=weight.shape[0])
@@ -418,10 +419,10 @@ def convolve(x: Tensor, rows: Tensor, out: Tensor) -> Tensor:
 
     On a CPU 2 to 5 times as fast as Conv2d, which pads the H heads to 16 and copies its input into that layout.
     """
-    rows = rows.unbind()
-    torch.mul(x, rows[len(rows) // 2], out=out)
-    for tap, i, j in shifts(len(rows), x.shape[1]):
-        out[:, i].addcmul_(x[:, j], rows[tap])
+    taps = rows.unbind()
+    torch.mul(x, taps[len(taps) // 2], out=out)
+    for tap, i, j in shifts(len(taps), x.shape[1]):
+        out[:, i].addcmul_(x[:, j], taps[tap])
     return out
 
 
@@ -465,7 +466,7 @@ def castled_attention_in_groups(q: Tensor, k: Tensor, v: Tensor, weight: Tensor,
     B, H, N, E = v.shape
     rows, out = per_channel(weight, v), v.new_empty(B, N, H * E)
     for g in groups(q, v):
-        x, x_norm, *_ = before_normalising(*(t if t is None else t[g] for t in (q, k, v, branch)))
+        x, x_norm, *_ = before_normalising(q[g], k[g], v[g], None if branch is None else branch[g])
         y = convolve(channels(v[g]), rows, out[g]).unflatten(2, (H, E))
         y.transpose(1, 2).addcdiv_(x, x_norm)
     return out.unflatten(2, (H, E)).transpose(1, 2)
@@ -477,7 +478,7 @@ def through_unit(grad: Tensor, y: Tensor, norm: Tensor, floor: float = EPS) -> T
     return grad.div_(norm.masked_fill(norm <= floor, math.inf))
 
 
-def differentiable_gradients(ctx, grad: Tensor, function: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
+def differentiable_gradients(ctx: Any, grad: Tensor, function: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
     """Gradients of all inputs of `function(*ctx.saved_tensors)` that need one, which can be differentiated again."""
     wanted = [x for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True) if needed]
     with torch.enable_grad():
@@ -489,12 +490,12 @@ class CastledAttention(torch.autograd.Function):
     """`castled_attention_in_groups` with a backward that does the same: it keeps the inputs only."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, branch: Tensor | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, branch: Tensor | None) -> Tensor:
         ctx.save_for_backward(q, k, v, weight, branch)
         return castled_attention_in_groups(q, k, v, weight, branch)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True: the formula's backward can itself be differentiated
             return differentiable_gradients(ctx, grad, castled_attention_reference)
         q, k, v, weight, branch = ctx.saved_tensors
@@ -505,15 +506,15 @@ class CastledAttention(torch.autograd.Function):
         dv, drows = v.new_empty(B, N, H * E), torch.zeros_like(rows)
         with without_autocast(v.device):
             for g in groups(q, v):
-                inputs = (t if t is None else t[g] for t in (q, k, v, branch))
-                x, x_norm, qg, q_norm, kg, k_norm, kv = before_normalising(*inputs)
+                of_branch = None if branch is None else branch[g]
+                x, x_norm, qg, q_norm, kg, k_norm, kv = before_normalising(q[g], k[g], v[g], of_branch)
                 dxg = grad[g].clone(memory_format=torch.contiguous_format)
                 dxg = through_unit(dxg, x.div_(x_norm), x_norm, 2 * EPS)
                 dkv = (qg.mT @ dxg).mul_(2 / math.pi)
                 dq[g] = through_unit((dxg @ kv.mT).mul_(2 / math.pi), qg, q_norm)
                 dk[g] = through_unit(v[g] @ dkv.mT, kg, k_norm)
-                if branch is not None:
-                    torch.mul(dxg, 2, out=dbranch[g])
+                if dbranch is not None:
+                    dbranch[g] = 2 * dxg
                 # DWConv, whose transpose is itself with the filters reversed
                 dy, values = channels(grad[g]), channels(v[g])
                 dvg = convolve(dy, rows.flip(0), dv[g]).unflatten(2, (H, E)).transpose(1, 2)
@@ -556,12 +557,15 @@ def blocks(heads: Tensor, thresholds: list[float], tokens: int, like: Tensor) ->
         yield some, thresholds[some[0]], max(1, size // max(1, len(some) * tokens))
 
 
-def flat_inputs(q, k, v, threshold, padding) -> tuple:
+def flat_inputs(
+    q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, padding: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The operation's arguments with batch and heads as one axis G, and thresholds of 1 as infinity: P > 1 is false."""
-    (B, H), flat = v.shape[:2], [x.flatten(0, 1) for x in (q, k, v)]
+    B, H = v.shape[:2]
     threshold = threshold.expand(B, H).flatten()
     hidden = None if padding is None else padding[:, None].expand(-1, H, -1).flatten(0, 1)
-    return *flat, torch.where(threshold < 1, threshold, math.inf), hidden
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    return q, k, v, torch.where(threshold < 1, threshold, math.inf), hidden
 
 
 @torch.library.custom_op(
@@ -569,7 +573,9 @@ def flat_inputs(q, k, v, threshold, padding) -> tuple:
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor threshold, Tensor? padding, bool count) -> (Tensor, Tensor, Tensor)",
 )
-def masked_branch(q, k, v, threshold, padding, count):
+def masked_branch(
+    q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, padding: Tensor | None, count: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """M_sparse V of Eq. (10), as `masked_softmax_attention`, with one block of rows of an N x N matrix at a time.
 
     An operation of its own, so that torch.compile and checkpointing take it whole.
@@ -589,7 +595,8 @@ def masked_branch(q, k, v, threshold, padding, count):
     if hidden is None and N > 0:
         heads = heads[~empty_for_certain(q, k, threshold)]
     for g, above, step in blocks(heads, threshold.tolist(), N, q):
-        qg, kg, vg, hg, og, lg = (None if x is None else x[g] for x in (q, k, v, hidden, out, live))
+        qg, kg, vg, og, lg = (x[g] for x in (q, k, v, out, live))
+        hg = None if hidden is None else hidden[g]
         for i in range(0, N, step):
             p = row_probabilities(qg[:, i : i + step], kg, hg, slice(i, i + step))               # (G, R, N)
             alive = lg[:, i : i + step] = p.amax(-1) > above
@@ -600,7 +607,7 @@ def masked_branch(q, k, v, threshold, padding, count):
                 p = p[:, rows]
             else:
                 rows = torch.arange(p.shape[1], device=p.device)
-            p = F.threshold_(p, above, 0)                                                        # M_sparse
+            p = torch.threshold_(p, above, 0)                                                      # M_sparse
             if count:
                 totals += torch.stack([p.count_nonzero().to(p.dtype), p.sum()])
             og.index_copy_(1, rows + i, p @ vg)
@@ -615,7 +622,9 @@ def masked_branch(q, k, v, threshold, padding, count):
     schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor threshold, Tensor? padding, Tensor live)"
     " -> (Tensor, Tensor, Tensor)",
 )
-def masked_branch_backward(grad, q, k, v, threshold, padding, live):
+def masked_branch_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, padding: Tensor | None, live: Tensor
+) -> tuple[Tensor, ...]:
     """Gradients of q, k, v: each block of live rows is computed anew; a dead row's gradient is exactly 0."""
     shapes, scale, N = (q.shape, k.shape, v.shape), q.shape[-1] ** -0.5, v.shape[2]
     q, k, v, threshold, hidden = flat_inputs(q, k, v, threshold, padding)
@@ -623,7 +632,8 @@ def masked_branch_backward(grad, q, k, v, threshold, padding, live):
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     with without_autocast(v.device):
         for g, above, step in blocks(live.any(1).nonzero().squeeze(1), threshold.tolist(), N, q):
-            qg, kg, vg, hg, dyg = (None if x is None else x[g] for x in (q, k, v, hidden, grad))
+            qg, kg, vg, dyg = (x[g] for x in (q, k, v, grad))
+            hg = None if hidden is None else hidden[g]
             dqg, dkg, dvg = (torch.zeros_like(x) for x in (qg, kg, vg))
             for rows in live[g].any(0).nonzero().squeeze(1).split(step):
                 q_rows, dy = qg[:, rows], dyg[:, rows]
@@ -641,25 +651,25 @@ def masked_branch_backward(grad, q, k, v, threshold, padding, live):
 
 
 @masked_branch.register_fake
-def _(q, k, v, threshold, padding, count):
+def _(q: Tensor, k: Tensor, v: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor]:
     live = v.new_empty(v.shape[:3], dtype=torch.bool)
     return torch.empty_like(v, memory_format=torch.contiguous_format), live, v.new_empty(2)
 
 
 @masked_branch_backward.register_fake
-def _(grad, q, k, v, threshold, padding, live):
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *unused: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
-def save_inputs(ctx, inputs, output) -> None:
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Nothing of size N x N is kept for backward: (B, H, N) marks of the live rows, beside the inputs."""
     q, k, v, threshold, padding, _ = inputs
     ctx.save_for_backward(q, k, v, threshold, padding, output[1])
 
 
-def masked_branch_gradients(ctx, grad, *unused) -> tuple:
+def masked_branch_gradients(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph=True
-        return differentiable_gradients(ctx, grad, lambda *saved: masked_branch_reference(*saved[:5], 0.0)[0])
+        return differentiable_gradients(ctx, grad, lambda *saved: masked_branch_reference(*saved[:5])[0])
     return *masked_branch_backward(grad, *ctx.saved_tensors), None, None, None
 
 
@@ -780,7 +790,7 @@ class AttentionCore(nn.Module):
 
     def auxiliary_branch(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
         """M_sparse V at this layer's threshold, (B, H, N, E); the mask's statistics go to the tally.  Eq. (10)"""
-        tokens = k.shape[-2] if padding is None else (~padding).sum(-1)[:, None]                 # N or (B, 1)
+        tokens: int | Tensor = k.shape[-2] if padding is None else (~padding).sum(-1)[:, None]   # N or (B, 1)
         threshold = mask_threshold(self.progress.float(), tokens, self.epsilon, self.schedule)
         threshold = torch.as_tensor(threshold, dtype=q.dtype, device=q.device)                   # () or (B, 1)
         dropout = self.dropout if self.training else 0.0
@@ -794,6 +804,8 @@ class AttentionCore(nn.Module):
 
     def add_to_tally(self, totals: Tensor, images: int, tokens: int | Tensor) -> None:
         """Add a batch's density and mass from its kept entries and their sum, over the real tokens of each image."""
+        entries: int | Tensor
+        rows: int | Tensor
         if isinstance(tokens, Tensor):
             entries, rows = (self.heads * x.sum().clamp_min(1) for x in (tokens**2, tokens))
         else:
