@@ -361,13 +361,14 @@ def masked_branch_reference(
 # ---- Eq. (9) as the modules compute it -------------------------------------------------------------------------------
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def observed() -> bool:
     """Whether somebody counts, traces or transforms the operators of eager mode: they see the formulas as written."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0  # FlopCounterMode
-        or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
-    )
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing() or transformed()
 
 
 def castled_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, branch: Tensor | None = None) -> Tensor:
@@ -399,7 +400,8 @@ def castled_attention_reference(
 def dwconv(v: Tensor, weight: Tensor) -> Tensor:
     """DWConv(V) of Eq. (9): (B, H, N, E), filters (H, 1, K, 1) along the tokens -> (B, H, N, E)."""
     taps, weight = weight.shape[2], weight.to(v.dtype)
-    if torch.compiler.is_compiling():  # shifted sums fuse into the kernel around them, a convolution does not
+    if torch.compiler.is_compiling() or transformed():
+        # Shifted sums fuse into the kernel around them, a convolution does not; and vmap knows no channels-last.
         padded = F.pad(v, (0, 0, taps // 2, taps // 2))
         shifted = [weight[:, :, tap] * padded[:, :, tap : tap + v.shape[2]] for tap in range(taps)]
         return functools.reduce(torch.add, shifted)
@@ -479,15 +481,22 @@ def through_unit(grad: Tensor, y: Tensor, norm: Tensor, floor: float = EPS) -> T
 
 
 def differentiable_gradients(ctx: Any, grad: Tensor, function: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
-    """Gradients of all inputs of `function(*ctx.saved_tensors)` that need one, which can be differentiated again."""
-    wanted = [x for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True) if needed]
-    with torch.enable_grad():
-        found = iter(torch.autograd.grad(function(*ctx.saved_tensors), wanted, grad, create_graph=True))
+    """Gradients of all inputs of `function(*ctx.saved_tensors)` that need one, which can be differentiated again.
+
+    Of aliases of the inputs: one input may be a function of another.
+    """
+    with torch.enable_grad(), without_autocast(grad.device):
+        inputs = [x if x is None else x.view_as(x) for x in ctx.saved_tensors]
+        wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+        found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
     return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
 
 
 class CastledAttention(torch.autograd.Function):
-    """`castled_attention_in_groups` with a backward that does the same: it keeps the inputs only."""
+    """`castled_attention_in_groups` with a backward that does the same: it keeps the inputs only.
+
+    For Jacobians use torch.func.jacrev: a batch of gradients (is_grads_batched) is not taken.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, branch: Tensor | None) -> Tensor:
@@ -668,7 +677,8 @@ def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def masked_branch_gradients(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # create_graph=True
+    """Of the six inputs; in place of the last, `count`, the live rows are saved, and neither needs one."""
+    if torch.is_grad_enabled():
         return differentiable_gradients(ctx, grad, lambda *saved: masked_branch_reference(*saved[:5])[0])
     return *masked_branch_backward(grad, *ctx.saved_tensors), None, None, None
 
@@ -698,6 +708,7 @@ class AttentionCore(nn.Module):
 
     Attributes: `auxiliary` (the branch exists; `castle` clears it), `active` (its mask can still be non-empty),
     `record` (keep mask statistics; False makes them free), `tally` (sums of images x density, images x mass, images).
+    The DWConv is computed from `dconv.weight`; hooks on `dconv` itself are not called.
     A copy that averages buffers, or `to_empty`, loses the threshold: call `set_threshold` on it.
     """
 
@@ -982,7 +993,7 @@ def captured(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor, Tenso
 def check_queries(q: Tensor, queries: Sequence[int] | Tensor) -> Tensor:
     """Token indices as a tensor (Q,). Raises ValueError for one that q, (B, H, N, D), does not have."""
     index = torch.as_tensor(queries, device=q.device)
-    if index.ndim != 1 or index.is_floating_point() or index.numel() == 0:
+    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool or index.numel() == 0:
         raise ValueError(f"expected a list of token indices, got {queries}")
     if index.min() < 0 or index.max() >= q.shape[-2]:
         raise ValueError(f"queries must be within 0..{q.shape[-2] - 1}, got {queries}")

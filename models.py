@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torchvision.ops import StochasticDepth
 
-from attention import KERNELS, AttentionCore, castle, cores, look_up
+from attention import KERNELS, AttentionCore, castle, cores, look_up, observed
 
 ATTENTIONS = {  # name: options of AttentionCore
     "castling": dict(kernel="linear_angular", auxiliary=True),
@@ -279,7 +279,8 @@ class SelfAttention(AttentionCore):
 class Mlp(nn.Module):
     """Linear, [DWConv, [BatchNorm,]] GELU, linear on (B, P + N, C); `conv` is the DWConv's kernel size, 0 for none.
 
-    The P prefix tokens pass the DWConv by (D6). Inference on a CPU takes as many images at a time as stay in cache.
+    The P prefix tokens pass the DWConv by (D6). Inference on a CPU takes as many images at a time as stay
+    in cache: hooks on its layers see parts of the batch.
     """
 
     def __init__(self, dim: int, hidden: int, conv: int = 0, conv_bias: bool = False, conv_norm: bool = False):
@@ -290,18 +291,18 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         together = max(1, HIDDEN_BYTES // (4 * x.shape[1] * self.fc1.out_features))
-        in_parts = x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if in_parts and len(x) > together:
-            return torch.cat([self.mlp(part, grid) for part in x.split(together)])
-        return self.mlp(x, grid)
+        whole = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or observed()
+        if x.device.type != "cpu" or whole or len(x) <= together:
+            return self.layers(x, grid)
+        return torch.cat([self.layers(part, grid) for part in x.split(together)])
 
-    def mlp(self, x: Tensor, grid: Grid) -> Tensor:
-        """All of it on one part of the batch."""
-        prefix = x.shape[1] - grid[0] * grid[1]
+    def layers(self, x: Tensor, grid: Grid) -> Tensor:
+        """The MLP of one part of the batch."""
+        before = x.shape[1] - grid[0] * grid[1]
         if self.dwconv is None:
             return self.fc2(F.gelu(self.fc1(x)))
-        if prefix:  # apart from the start, because to cut and paste them in the hidden layer costs more
-            prefix, patches = self.fc2(F.gelu(self.fc1(x[:, :prefix]))), self.mlp(x[:, prefix:], grid)       # D6
+        if before:  # apart from the start, because to cut and paste them in the hidden layer costs more
+            prefix, patches = self.fc2(F.gelu(self.fc1(x[:, :before]))), self.layers(x[:, before:], grid)    # D6
             return torch.cat([prefix, patches], dim=1)
         return self.fc2(F.gelu(self.dwconv(self.fc1(x), grid)))
 
@@ -1256,11 +1257,21 @@ def build_model(
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
 
-def fold(layer: nn.Conv2d | nn.Linear, norm: BatchNorm) -> None:
-    """The weights of `layer` become those of norm(layer(x)), see `fuse`."""
-    statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    fold_in = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
-    layer.weight, layer.bias = fold_in(layer.weight, layer.bias, *statistics)
+def normed_layers(module: nn.Module) -> list[tuple[nn.Conv2d | nn.Linear, str]]:
+    """(layer, name of a norm) where the module's forward is known to apply the norm right after the layer."""
+    if isinstance(module, MlpDWConv):
+        return [(module, "norm")]
+    if isinstance(module, ConvNorm | LinearNorm):
+        return [(module.linear, "bn")]
+    if isinstance(module, DepthSeparable):
+        return [(module.conv_dw, "bn1"), (module.conv_pw, "bn2")]
+    if isinstance(module, LCNet):
+        return [(module.conv_stem, "bn1")]
+    if type(module).forward is not nn.Sequential.forward:
+        return []
+    children = list(module.named_children())
+    pairs = zip(children, children[1:], strict=False)
+    return [(layer, name) for (_, layer), (name, norm) in pairs if type(layer) is nn.Conv2d]
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -1271,26 +1282,26 @@ def fuse(model: nn.Module) -> nn.Module:
     W' = W diag(g / s),  c' = c + W (b - (g / s) m). The same function up to rounding, and for inference only: there are
     no statistics left for training to follow.
 
-    A norm that a module here, in timm or in torchvision registers right after a layer is applied right after it. Any
-    other BatchNorm stays.
+    Of other people's models, pairs in an nn.Sequential are folded; any other BatchNorm, and shared layers, stay.
     Raises: ValueError for a model in training mode, whose norms are no constants.
     """
     if any(isinstance(module, BatchNorm) and module.training for module in model.modules()):
         raise ValueError("fuse needs a model in eval mode: call model.eval() first")
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for module in list(model.modules()):
-        if isinstance(module, MlpDWConv) and isinstance(module.norm, BatchNorm):
-            fold(module, module.norm)
-            module.norm = nn.Identity()
-        elif isinstance(module, NormLinear) and isinstance(module.bn, BatchNorm):
+        if isinstance(module, NormLinear) and isinstance(module.bn, BatchNorm):
             bn, linear = module.bn, module.linear
             scale = bn.weight / (bn.running_var + bn.eps).sqrt()
-            linear.bias = nn.Parameter(linear(bn.bias - scale * bn.running_mean).detach())
-            linear.weight = nn.Parameter((linear.weight * scale).detach())
+            linear.bias = nn.Parameter(linear(bn.bias - scale * bn.running_mean).detach(), linear.bias.requires_grad)
+            linear.weight = nn.Parameter((linear.weight * scale).detach(), linear.weight.requires_grad)
             module.bn = nn.Identity()
-        children = list(module.named_children())
-        for (_, layer), (name, norm) in zip(children, children[1:], strict=False):
-            if isinstance(layer, nn.Conv2d | nn.Linear) and isinstance(norm, BatchNorm) and norm.track_running_stats:
-                fold(layer, norm)
+        for layer, name in normed_layers(module):
+            norm = getattr(module, name)
+            plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d) and norm.track_running_stats  # subclasses do more
+            if plain and uses[id(layer)] == uses[id(norm)] == 1:
+                statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+                fold = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+                layer.weight, layer.bias = fold(layer.weight, layer.bias, *statistics)
                 setattr(module, name, nn.Identity())
     return model
 

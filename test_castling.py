@@ -796,7 +796,7 @@ def test_castled_attention_makes_few_copies():
 
 
 def test_core_can_be_differentiated_twice_and_transformed():
-    """Second derivatives, and torch.func's gradients and directional derivatives, with and without branch."""
+    """Second derivatives with and without branch; torch.func's and forward-mode ones are the plain ones."""
     q, k, v = randn(3, 1, 2, 4, 3).unbind()
     weight, branch = randn(2, 1, 3, 1, seed=1), randn(1, 2, 4, 3, seed=2)
     for inputs in ((q, k, v, weight), (q, k, v, weight, branch)):
@@ -813,8 +813,33 @@ def test_core_can_be_differentiated_twice_and_transformed():
         return core(*x).square().sum()
 
     (expected,) = torch.autograd.grad(loss(x.requires_grad_()), x)
-    assert_close(torch.func.grad(loss)(x.detach()), expected)
-    assert_close(torch.func.jvp(loss, (x.detach(),), (direction,))[1], (expected * direction).sum())
+    once = x.detach()
+    assert_close(torch.func.grad(loss)(once), expected)
+    for jvp in (torch.func.jvp, torch.autograd.functional.jvp):
+        assert_close(jvp(loss, (once,), (direction,))[1], (expected * direction).sum())
+    record_masks(core, False)  # vmap hides what is inside from what is outside
+    each = torch.func.vmap(torch.func.grad(lambda x: loss(x[:, None])), in_dims=1, out_dims=1)
+    assert_close(each(once), expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = loss(torch.autograd.forward_ad.make_dual(once, direction))
+        assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, (expected * direction).sum())
+    rows = torch.func.jacrev(lambda x: core(*x).sum((0, 1, 2)))(once)
+    for row, weight in zip(rows, torch.eye(3).double(), strict=True):
+        leaf = once.clone().requires_grad_()
+        assert_close(row, torch.autograd.grad((core(*leaf).sum((0, 1, 2)) * weight).sum(), leaf)[0])
+
+
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_first_gradients_do_not_depend_on_create_graph(auxiliary):
+    """Also where q, k and v are one tensor, or one is a function of another, as the branch is of v."""
+    core = AttentionCore(2, auxiliary=auxiliary, epsilon=0.3).double()
+    z = 2 * randn(2, 2, 5, 3).requires_grad_()
+    for q, k, v in ((z, z, z), (z, 2 * z, z.sin())):
+        loss = core(q, k, v).square().sum() + core(q, k, v)[0].sum()
+        (plain,) = torch.autograd.grad(loss, z, retain_graph=True)
+        (twice,) = torch.autograd.grad(loss, z, create_graph=True)
+        assert plain.abs().max() > 1e-3
+        assert_close(twice, plain)
 
 
 def test_core_compiles_for_any_number_of_tokens():
@@ -1302,7 +1327,21 @@ def test_mlp_passes_prefix_tokens_by_and_may_take_parts_of_the_batch(conv, monke
     for size in (1, 2 * 4 * 14 * 8, models.HIDDEN_BYTES):
         monkeypatch.setattr(models, "HIDDEN_BYTES", size)
         with torch.no_grad():
-            assert_close(mlp(x, (3, 4)), y)
+            assert_close(mlp.eval()(x, (3, 4)), y)
+
+
+def test_mlp_in_training_takes_the_batch_whole():
+    """BatchNorm sees the batch in training, without gradients too (update_bn); a trace has no parts to count."""
+    mlp, x = models.Mlp(6, 2**16, 3, conv_norm=True), randn(4, 12, 6, dtype=torch.float32)
+    expected = mlp.dwconv.norm(F.conv2d(mlp.fc1(x).mT.unflatten(2, (3, 4)), mlp.dwconv.weight, padding=1, groups=2**16))
+    mlp.dwconv.norm.reset_running_stats()
+    with torch.no_grad():
+        assert_close(mlp(x, (3, 4)), mlp.fc2(F.gelu(expected.flatten(2).mT)), atol=1e-4, rtol=1e-4)
+    assert mlp.dwconv.norm.num_batches_tracked == 1
+    mlp.eval().requires_grad_(False)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: mlp(x, (3, 4)), x)
+        assert_close(traced(x[:1]), mlp(x[:1], (3, 4)))
 
 
 def test_head_pool_shares_weights_over_heads():
@@ -1693,9 +1732,35 @@ def test_fusing_changes_nothing_but_the_number_of_layers(build):
             models.fuse(model.train())
 
 
-def test_a_norm_that_follows_no_layer_stays():
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)).eval()
-    assert [type(layer) for layer in models.fuse(model)] == [nn.BatchNorm2d, nn.Conv2d, nn.ReLU, nn.BatchNorm2d]
+def test_norms_that_cannot_be_folded_stay():
+    """Without a layer before them, or with more to do than a BatchNorm, or after a layer that serves twice, or where
+    nobody knows what the forward does."""
+
+    class NormAct(nn.BatchNorm2d):
+        def forward(self, x):
+            return F.relu(super().forward(x))
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.bn(self.conv(x) + x)
+
+    shared = nn.Conv2d(3, 3, 1)
+    for model in (
+        nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)),
+        nn.Sequential(nn.Conv2d(3, 4, 1), NormAct(4)),
+        nn.Sequential(shared, nn.BatchNorm2d(3), shared, nn.BatchNorm2d(3)),
+        Residual(),
+    ):
+        shaken(model).eval()
+        x, before = randn(2, 3, 4, 4, dtype=torch.float32), [type(m) for m in model.modules()]
+        y = model(x)
+        assert torch.equal(models.fuse(model)(x), y) and [type(m) for m in model.modules()] == before
+    folded = models.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False)).eval())
+    assert type(folded[1]) is nn.Identity
 
 
 class OlderAttention(nn.Module):
