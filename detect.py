@@ -52,7 +52,7 @@ from models import (
     read_checkpoint,
     weights_in,
 )
-from train import SHAPES, DataError, EpochSampler, Run, Scenes, Task, at_least, share
+from train import SHAPES, Augmented, DataError, EpochSampler, Run, Scenes, Task, at_least, share
 
 STRIDES = (8, 16, 32, 64)  # of the levels, pixels
 BINS = 8  # a side of a box is the mean of a distribution over 0..7 strides
@@ -525,21 +525,15 @@ def sample(image: Tensor, boxes, labels, image_id: int) -> dict:
     )
 
 
-class Resized(Dataset):
+class Resized(Augmented):
     """`base`, augmented if a transform is given, then resized to a square, its aspect not kept.
 
     Keys are (epoch, index, side in pixels); the randomness of an item follows from (seed, epoch, index).
     """
 
-    def __init__(self, base: Dataset, transform: Callable | None, seed: int):
-        self.base, self.transform, self.seed = base, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.base)
-
     def __getitem__(self, key: tuple[int, int, int]) -> dict:
         epoch, index, side = key
-        item = self.base[index]
+        item = self.read(index)
         if self.transform is not None:
             with train.seeded(self.seed, epoch, index):
                 item = self.transform(item)
@@ -553,10 +547,11 @@ def collate(items: list[dict]) -> tuple[Tensor, list[dict]]:
 
 
 class CropWithBoxes(v2.RandomIoUCrop):
-    """torchvision's crop, which cannot do without boxes, leaves images without them as they are."""
+    """torchvision's crop, which needs boxes, and sides that it leaves a pixel of, keeps other images as they are."""
 
     def forward(self, item: dict) -> dict:
-        return super().forward(item) if len(item["boxes"]) else item
+        large = min(item["image"].shape[1:]) * self.min_scale >= 1
+        return super().forward(item) if large and len(item["boxes"]) else item
 
 
 def augmentation(augment: bool) -> Callable:
@@ -585,7 +580,7 @@ class ScaleSampler(EpochSampler):
         self.sides, self.per_step = sides, per_step
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        for position, (epoch, index) in enumerate(super().__iter__()):
+        for position, (epoch, index) in enumerate(super().__iter__(), self.start):
             if position % self.per_step == 0:
                 drawn = random.Random(train.mixed_seed(self.seed or 0, epoch, position // self.per_step))
                 side = drawn.choice(self.sides)
@@ -743,7 +738,7 @@ def train_loader(args: argparse.Namespace, train_set: Dataset) -> DataLoader:
     sides = [args.image_size + 32 * i for i in range(-args.multi_scale, args.multi_scale + 1)]
     order = dict(rank=train.rank(), world=train.world_size(), seed=args.seed, multiple=args.global_batch)
     sampler = ScaleSampler(len(train_set), sides=sides, per_step=args.batch_size * args.accumulate, **order)
-    dataset = Resized(train_set, augmentation(args.augment), args.seed)
+    dataset = Resized(train_set, augmentation(args.augment), args.seed, training=True)
     return train.make_loader(dataset, sampler, args.batch_size, args.workers, collate)
 
 

@@ -947,12 +947,12 @@ class IntervalSampler(EpochSampler):
         self.interval = interval
 
     def __len__(self) -> int:
-        return len(range(self.rank, self.interval, self.world))
+        return len(range(self.rank, self.interval, self.world)[self.start :])
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         current, order = -1, None
-        start = self.epoch * self.interval
-        for position in range(start + self.rank, start + self.interval, self.world):
+        first = self.epoch * self.interval
+        for position in range(first + self.rank, first + self.interval, self.world)[self.start :]:
             passed, place = divmod(position, self.length)
             if passed != current:
                 generator = torch.Generator().manual_seed(train.mixed_seed(self.seed, passed))
@@ -964,7 +964,8 @@ def train_loader(args: argparse.Namespace, train_set: Dataset) -> DataLoader:
     """Augmented batches (images, labels), shuffled, for one interval between evaluations."""
     interval = args.eval_steps * args.global_batch
     sampler = IntervalSampler(len(train_set), interval, rank=rank(), world=world_size(), seed=args.seed)
-    return train.make_loader(Pairs(train_set, train_transform(args), args.seed), sampler, args.batch_size, args.workers)
+    dataset = Pairs(train_set, train_transform(args), args.seed, training=True)
+    return train.make_loader(dataset, sampler, args.batch_size, args.workers)
 
 
 def val_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:

@@ -4,17 +4,27 @@ Oracles are the slow, obvious form in float64. Tolerances come from the dtype.
 """
 
 import colorsys
+import contextlib
 import copy
+import dataclasses
 import functools
+import hashlib
+import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
 import shlex
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import types
+import zipfile
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -23,7 +33,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
@@ -2211,7 +2221,13 @@ SMALL = ("--image-size=32", "--shapes-length=40", "--batch-size=8", "--workers=0
 def run_train(folder, *options):
     """train.py in this process, into `folder`; the log's records."""
     train.main(train.parser().parse_args([f"--output={folder}", *SMALL, *options]))
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return records_of(folder)
+
+
+def records_of(folder):
+    """The lines of a run's log, but for those about dropped branches."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record for record in records if "dropped" not in record]
 
 
 def test_script_trains_castles_and_evaluates(tmp_path, capsys):
@@ -2254,48 +2270,6 @@ def test_evaluation_can_be_rarer(tmp_path):
     *epochs, report = run_train(tmp_path, "--epochs=3", "--max-steps=15", "--eval-every=2")
     assert ["test_acc1" in record for record in epochs] == [False, True, True]
     assert report["castling_report"]["test_acc1"] == epochs[-1]["test_acc1"]
-
-
-def test_interrupted_run_continues(tmp_path, monkeypatch, capsys):
-    """Stopped after its first epoch and started again, a run ends with the weights and log of one never stopped."""
-    whole = ("--max-steps=10",)
-    expected = run_train(tmp_path / "a", *whole)
-    evaluate, calls = train.append_log, []
-
-    def stop_after_one(folder, record):
-        calls.append(record)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        evaluate(folder, record)
-
-    monkeypatch.setattr(train, "append_log", stop_after_one)
-    with pytest.raises(KeyboardInterrupt):
-        run_train(tmp_path / "b", *whole)
-    monkeypatch.undo()
-    with open(tmp_path / "b" / "log.jsonl", "a") as log:
-        log.write('{"epoch": 1, "cut o')
-    resumed = run_train(tmp_path / "b", *whole)
-    assert "resumed from" in capsys.readouterr().out
-    a, b = (models.read_checkpoint(tmp_path / x / "last.pt") for x in "ab")
-    for key in ("model", "ema"):
-        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
-    for one, other in zip(expected[:-1], resumed[:-1], strict=True):
-        assert {k: v for k, v in one.items() if not k.startswith(("test_", "train_loss"))}.keys() == other.keys() - {
-            k for k in other if k.startswith(("test_", "train_loss"))
-        }
-        assert one["train_loss"] == other["train_loss"] and one["test_loss"] == other["test_loss"]
-    # a finished run is not trained further, and another run's flags are refused
-    assert run_train(tmp_path / "b", *whole)[:-1] == resumed[:-1]
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        run_train(tmp_path / "b", *whole, "--seed=1")
-    assert stopped.value.code == 2 and "seed 0 -> 1" in capsys.readouterr().err
-    run_train(tmp_path / "c", *whole, f"--resume={tmp_path}/b/last.pt")  # complete, elsewhere
-    assert {"config.json", "last.pt", "castled.pt"} <= {p.name for p in (tmp_path / "c").iterdir()}
-    # starting over leaves nothing of the old run to be resumed, even if the new one dies at once
-    with pytest.raises(SystemExit):
-        run_train(tmp_path / "b", *whole, "--resume=never", "--lr=1e30")
-    assert {p.name for p in (tmp_path / "b").iterdir()} == {"config.json", "log.jsonl"}
 
 
 @pytest.mark.parametrize("options", [
@@ -2423,43 +2397,107 @@ def test_non_finite_loss_stops(tmp_path, capsys):
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "last.pt").exists()
     with pytest.raises(SystemExit) as stopped:  # diverges in the last step: seen by the evaluation
-        run_train(tmp_path, "--lr=1e38", "--max-steps=2", "--resume=never")
+        run_train(tmp_path, "--lr=1e38", "--max-steps=2")
     assert stopped.value.code == 1 and not (tmp_path / "castled.pt").exists()
 
 
-def test_saving_is_atomic(tmp_path, monkeypatch):
-    """A save that dies half-way leaves the old checkpoint readable."""
-    train.save(tmp_path / "x.pt", {"step": 1})
-
-    def dies(state, file):
-        file.write(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", dies)
-    with pytest.raises(OSError, match="No space"):
-        train.save(tmp_path / "x.pt", {"step": 2})
-    assert models.read_checkpoint(tmp_path / "x.pt") == {"step": 1}
+def start(*command):
+    """A command in the repository's folder, on the CPU, as a running process."""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    # After a restart gloo would else find, now and then, the addresses of before it: torchrun keeps them in one store.
+    env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def launch(*command, **environment):
-    """A command in the repository's folder, on the CPU; its output, or an assertion with it."""
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def finished(*processes):
+    """What processes have printed once all have come to their end, which must be a good one."""
+    printed = ""
+    try:
+        for process in processes:
+            printed += process.communicate(timeout=120)[0]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.terminate()  # torchrun ends its workers
+            printed += process.communicate()[0]
+    assert [process.returncode for process in processes] == [0] * len(processes), printed
+    return printed
 
 
-def torchrun(processes, *command):
-    run = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
-    return launch(sys.executable, *run, *command)
+def in_group(world, function):
+    """Exit codes of `world` forked processes that call function(rank) as torchrun would have them, on one thread."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def run(rank):
+        torch.set_num_threads(1)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+        function(rank)
+
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=(r,)) for r in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    return [process.exitcode for process in processes]
 
 
-def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
-    """Five steps of DeiT: weights within 1e-5, the same validation metrics and mask statistics."""
-    common = ["train.py", "--model=deit_tiny", "--image-size=32", "--shapes-length=60", "--max-steps=5", "--workers=0",
+@contextlib.contextmanager
+def two_hosts():
+    """(command prefix of each, address of the first): network namespaces with a cable between them, where the platform
+    lets us make them; else this machine twice."""
+    names = [f"castling{os.getpid()}{end}" for end in "ab"]
+    setup = [f"ip netns add {names[0]}", f"ip netns add {names[1]}",
+             f"ip -n {names[0]} link add eth0 type veth peer name eth0 netns {names[1]}"]  # fmt: skip
+    for name, address in zip(names, ("10.77.0.1/24", "10.77.0.2/24"), strict=True):
+        setup += [f"ip -n {name} address add {address} dev eth0", f"ip -n {name} link set lo up",
+                  f"ip -n {name} link set eth0 addrgenmode none up"]  # fmt: skip
+    try:
+        made = all(subprocess.run(command.split(), capture_output=True).returncode == 0 for command in setup)
+    except OSError:
+        made = False
+    try:
+        inside = [["ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=eth0"] for name in names]
+        yield (inside, "10.77.0.1") if made else ([[], []], "127.0.0.1")
+    finally:
+        for name in names if made else ():
+            subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+def test_two_hosts_equal_one_process(tmp_path):
+    """Five steps of DeiT on two machines that meet by c10d, gradients accumulated, one worker killed in the third step
+    and all restarted by torchrun: weights within 1e-5 of one process with the whole batch, the same validation metrics
+    and mask statistics."""
+    common = ["--model=deit_tiny", "--image-size=32", "--shapes-length=60", "--max-steps=5", "--workers=0",
               "--mask-schedule=anneal"]  # fmt: skip
-    torchrun(2, *common, "--batch-size=4", f"--output={tmp_path}/two")
-    launch(sys.executable, *common, "--batch-size=8", f"--output={tmp_path}/one")
+    (tmp_path / "dies_once.py").write_text(f"""
+import os, pathlib, signal, sys; sys.path.insert(0, {str(ROOT)!r})
+import train
+step, mark = train.Progress.step, pathlib.Path({str(tmp_path / "killed")!r})
+def dies(self, *args, **values):
+    if self.done == 2 and train.rank() == 1 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self, *args, **values)
+train.Progress.step = dies
+train.main(train.parser().parse_args())
+""")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with two_hosts() as (prefixes, address):
+        agents = []
+        for number, prefix in enumerate(prefixes):
+            run = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3",
+                   "--rdzv-backend=c10d", f"--rdzv-endpoint={address}:{port}", f"--rdzv-conf=is_host={1 - number}",
+                   f"--local-addr=10.77.0.{1 + number}" if prefix else "--local-addr=127.0.0.1"]  # fmt: skip
+            two = ["--batch-size=2", "--accumulate=2", "--save-minutes=1e-9", f"--output={tmp_path}/two"]
+            agents.append(start(*prefix, sys.executable, *run, str(tmp_path / "dies_once.py"), *common, *two))
+        printed = finished(*agents)
+    assert (tmp_path / "killed").exists() and re.search("resumed from .* at step [23] of 5", printed)
+    run_alone = train.parser().parse_args([*common, "--batch-size=8", f"--output={tmp_path}/one"])
+    train.main(run_alone)
     one, two = (models.read_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
     for key in ("model", "ema"):
         assert max((one[key][name] - two[key][name]).abs().max().item() for name in one[key]) < 1e-5
@@ -2488,7 +2526,7 @@ assert abs(mask_density(ddp)[""] - expected) < 1e-6, (mask_density(ddp), expecte
 dist.barrier(); del ddp; gc.collect()
 dist.destroy_process_group()
 """)
-    torchrun(2, str(script))
+    assert in_group(2, lambda rank: exec(script.read_text(), {})) == [0, 0]
 
 
 def test_train_export(tmp_path, capsys):
@@ -2845,7 +2883,7 @@ for a, b in zip(whole, gradients(slice(2 * dist.get_rank(), 2 * dist.get_rank() 
     assert (a - b / 2).abs().max() < 1e-6, (a - b / 2).abs().max()
 dist.barrier(); dist.destroy_process_group()
 """)
-    torchrun(2, str(script))
+    assert in_group(2, lambda rank: exec(script.read_text(), {})) == [0, 0]
 
 
 # ---- detect.py: data, evaluation, the script -------------------------------------------------------------------------
@@ -3110,7 +3148,7 @@ DETECT_SMALL = ("--image-size=64", "--shapes-length=40", "--batch-size=4", "--wo
 def run_detect(folder, *options):
     """detect.py in this process, into `folder`; the log's records."""
     detect.main(detect.parser().parse_args([f"--output={folder}", *DETECT_SMALL, *options]))
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return records_of(folder)
 
 
 def confident(checkpoint, path):
@@ -3210,8 +3248,7 @@ def test_detection_draws_and_prints(tmp_path, capsys):
 
 def test_average_starts_anew(tmp_path, monkeypatch):
     """Every --ema-reset epochs the average of weights is set to the current ones."""
-    counts = []
-    monkeypatch.setattr(train, "append_log", lambda folder, record: counts.append(record.get("epoch")))
+    monkeypatch.setattr(train, "append_log", lambda folder, *records: None)
     updates = []
     averaged = train.averaged
 
@@ -3275,12 +3312,14 @@ def test_detection_arguments_are_checked(tmp_path, capsys, options, message):
 
 def test_detection_trains_on_two_processes(tmp_path, capsys):
     """Two processes share data and metrics: one log, one gradient; every image is evaluated once over both."""
-    torchrun(2, "detect.py", *DETECT_SMALL, "--batch-size=2", f"--output={tmp_path}/two")
-    records = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    common = [*DETECT_SMALL, "--batch-size=2", f"--output={tmp_path}/two"]
+    assert in_group(2, lambda rank: run_detect_with(*common)) == [0, 0]
+    records = records_of(tmp_path / "two")
     assert len(records) == 2 and records[0]["step"] == 4
     sure = confident(tmp_path / "two" / "best.pt", tmp_path / "sure.pt")
-    torchrun(2, "detect.py", "--eval", f"--checkpoint={sure}", "--workers=0", f"--output={tmp_path}/by-two")
-    run_detect_with("--eval", f"--checkpoint={sure}", "--workers=0", f"--output={tmp_path}/by-one")
+    common = ["--eval", f"--checkpoint={sure}", "--workers=0"]
+    assert in_group(2, lambda rank: run_detect_with(*common, f"--output={tmp_path}/by-two")) == [0, 0]
+    run_detect_with(*common, f"--output={tmp_path}/by-one")
     one, two = (json.loads((tmp_path / name / "coco_results.json").read_text()) for name in ("by-one", "by-two"))
     assert len(one) == len(two) > 2
     for a, b in zip(one, two, strict=True):
@@ -4227,7 +4266,7 @@ SMALL_SEGMENT = ("--image-size=32", "--shapes-length=40", "--batch-size=4", "--w
 def run_segment(folder, *options):
     """segment.py in this process, into `folder`; the log's records."""
     segment.main(segment.parser().parse_args([f"--output={folder}", *SMALL_SEGMENT, *options]))
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return records_of(folder)
 
 
 def test_segmentation_script_trains_castles_and_evaluates(tmp_path, capsys, monkeypatch):
@@ -4283,7 +4322,7 @@ def test_segmentation_learns(tmp_path):
     """Sixty steps on one scene, over and over: the loss falls to a third, mIoU rises above that of background alone."""
     options = ("--shapes-length=1", "--max-steps=60", "--eval-steps=30", "--split=train", "--lr=3e-3", "--ema-decay=0")
     run_segment(tmp_path / "run", *options, "--batch-size=4")
-    first, second = (json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()[:2])
+    first, second, _ = records_of(tmp_path / "run")
     assert second["train_loss"] < 0.6 * first["train_loss"]
     args = segment.parser().parse_args([f"--checkpoint={tmp_path}/run/last.pt", "--workers=0"])
     model, _ = train.load_model(segment.SEGMENTATION, args)
@@ -4302,27 +4341,6 @@ def test_segmenter_starts_from_one_of_other_classes(tmp_path, streets, capsys):
     assert "new: decoder.class_head.bias, decoder.class_head.weight" in capsys.readouterr().out
 
 
-def test_segmentation_continues(tmp_path):
-    """A run stopped after its first interval and started again ends as one that was never stopped."""
-    expected = run_segment(tmp_path / "a")
-    append, calls = train.append_log, []
-
-    def stop(folder, record):
-        calls.append(record)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        append(folder, record)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "append_log", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run_segment(tmp_path / "b")
-    resumed = run_segment(tmp_path / "b")
-    assert [r["train_loss"] for r in resumed[:-1]] == [r["train_loss"] for r in expected[:-1]]
-    a, b = (models.read_checkpoint(tmp_path / x / "last.pt")["model"] for x in "ab")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
 def test_segmentation_folder_trains_and_names_what_is_wrong(tmp_path, streets, capsys):
     """Folders train, evaluate image by image and predict; missing, unreadable and unfitting files are named: before
     work starts where names show it, while loading where only the contents do."""
@@ -4334,7 +4352,7 @@ def test_segmentation_folder_trains_and_names_what_is_wrong(tmp_path, streets, c
 
     def refused(code, *options):
         with pytest.raises(SystemExit) as stopped:
-            run_segment(tmp_path / "refused", *folder, "--resume=never", *options)
+            run_segment(tmp_path / "refused", *folder, "--resume=never", "--overwrite", *options)
         assert stopped.value.code == code
         return capsys.readouterr().err
 
@@ -4424,7 +4442,7 @@ assert torch.equal(matrix, both)
 dist.barrier(); del ddp; gc.collect()
 dist.destroy_process_group()
 """)
-    torchrun(2, str(script))
+    assert in_group(2, lambda rank: exec(script.read_text(), {})) == [0, 0]
 
 
 # ---- bench.py --------------------------------------------------------------------------------------------------------
@@ -4650,6 +4668,511 @@ def test_attention_figure(tmp_path, capsys, monkeypatch):
 def test_square_grid(tokens, prefix, side):
     assert figures.square_grid(tokens) == (prefix, side)
     assert all(0 <= token < tokens for token in figures.default_tokens(prefix, side))
+
+
+# ---- faults: what a run survives -------------------------------------------------------------------------------------
+
+CLASSIFIER = dataclasses.replace(train.CLASSIFICATION, make_model=lambda args, classes, size: build_model(
+    "levit128", "castling", classes, size, drop_path=0.1, epsilon=args.epsilon, schedule=args.mask_schedule,
+    **TINY_LEVIT))  # fmt: skip
+# Of each script: its module, its task with a tiny model, and the flags of a short run of two epochs.
+TINY_RUNS = {
+    "train": (
+        train,
+        CLASSIFIER,
+        ("--image-size=32", "--batch-size=4", "--shapes-length=16", "--epochs=2", "--mixup=0.8", "--erasing=0.5",
+         "--mask-schedule=anneal"),
+    ),
+    "detect": (
+        detect,
+        dataclasses.replace(detect.DETECTION, make_model=lambda args, classes, size: detect.build_detector(
+            "lcnet_vit_s", "castling", classes, size, channels=16, convs=1, **TINY_LCNET)),
+        ("--image-size=64", "--batch-size=2", "--shapes-length=8", "--epochs=2", "--multi-scale=1", "--ema-reset=1"),
+    ),
+    "segment": (
+        segment,
+        dataclasses.replace(segment.SEGMENTATION, make_model=lambda args, classes, size: segment.build_segmenter(
+            "vit_mini", "castling", classes, args.pixel_decoder, size, dim=32, depth=2, patch_size=8, width=64, heads=4,
+            queries=6, layers=2, encoder_layers=1, drop_path=0.1)),
+        ("--image-size=32", "--batch-size=2", "--shapes-length=6", "--max-steps=8", "--eval-steps=4", "--points=64"),
+    ),
+}  # fmt: skip
+CLOCK = {"seconds", "images_per_s", "data_wait", "step_seconds", "inference_images_per_s"}  # what the log measures
+
+
+def run_tiny(script, folder, *options):
+    """A short run of a script's tiny model in this process, on one thread: bit for bit the same whenever."""
+    module, task, flags = TINY_RUNS[script]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        args = [f"--output={folder}", "--workers=0", "--save-minutes=1e-9", *flags, *options]
+        train.run_script(task, module.parser().parse_args(args))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def without_clock(record):
+    """A record of the log but for the times in it."""
+    if not isinstance(record, dict):
+        return record
+    return {key: without_clock(value) for key, value in record.items() if key not in CLOCK}
+
+
+def outcome(folder):
+    """What has to be the same however a run came to its end: SHA-256 of weights and average, and the log."""
+    state = models.read_checkpoint(folder / "last.pt")
+    digest = hashlib.sha256()
+    for part in ("model", "ema"):
+        for name, tensor in state[part].items():
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return digest.hexdigest(), [without_clock(record) for record in log]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """script -> `outcome` of its tiny run that nothing has happened to."""
+
+    @functools.cache
+    def run(script):
+        folder = tmp_path_factory.mktemp(script)
+        run_tiny(script, folder)
+        return outcome(folder)
+
+    return run
+
+
+@contextlib.contextmanager
+def after(event, act):
+    """Within, act() at the event-th thing that matters: a step done, a file about to be written, renamed or logged."""
+    events = itertools.count(1)
+
+    def hooked(function):
+        def call(*args, **options):
+            if next(events) == event:
+                act()
+            return function(*args, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((train.Progress, "step"), (train.torch, "save"), (train.os, "replace"),
+                            (train, "append_log")):  # fmt: skip
+            patch.setattr(owner, name, hooked(getattr(owner, name)))
+        yield events
+
+
+def killed(script, folder, event, *options):
+    """Whether a run in a process of its own, killed with -9 at that event, was."""
+
+    def run():
+        with after(event, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+            run_tiny(script, folder, *options)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(300)
+    return process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("script", TINY_RUNS)
+@given(data=st.data())
+@settings(max_examples=3, phases=[Phase.generate])  # a failure is not shrunk: a run a try is too slow for that
+def test_nothing_is_lost_when_killed(script, undisturbed, tmp_path_factory, data):
+    """kill -9 within an epoch, then at any moment, a save among them; then another number of workers: weights, average
+    and log are those of the run that was never disturbed, bit for bit."""
+    folder = tmp_path_factory.mktemp("killed")
+    assert killed(script, folder, data.draw(st.integers(5, 13), "event"))
+    every = data.draw(st.sampled_from(["1e-9", "0"]), "--save-minutes")  # at every step, or at the ends of epochs only
+    killed(script, folder, data.draw(st.integers(1, 20), "event"), f"--save-minutes={every}")
+    run_tiny(script, folder, f"--workers={data.draw(st.integers(0, 1), 'workers')}", f"--save-minutes={every}")
+    assert outcome(folder) == undisturbed(script)
+
+
+@pytest.mark.parametrize(("script", "number"), [
+    ("train", signal.SIGTERM), ("train", signal.SIGINT), ("detect", signal.SIGTERM), ("segment", signal.SIGTERM),
+])  # fmt: skip
+def test_signals_stop_after_the_step(script, number, undisturbed, tmp_path, capsys, monkeypatch):
+    """SIGTERM and SIGINT, as preemption sends them, finish the step, save, print how to go on, and end with status 0;
+    outside of steps, as in an evaluation, everything is saved already. The run goes on as if nothing had been."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--output", "a folder", "--resume=never"])
+    with after(5, lambda: os.kill(os.getpid(), number)):
+        run_tiny(script, tmp_path, "--resume=never")
+    stopped = models.read_checkpoint(tmp_path / "last.pt")["step"]
+    printed = capsys.readouterr().out
+    assert stopped == 3 and "stopped at step 3 of 8; continue with: python" in printed
+    assert "train.py --output 'a folder' --resume=never --resume=auto\n" in printed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "evaluated", lambda run: os.kill(os.getpid(), number))
+        run_tiny(script, tmp_path)
+    printed = capsys.readouterr().out
+    assert f"last.pt at step {stopped} of 8" in printed and "stopped at step 4 of 8; continue with: " in printed
+    assert models.read_checkpoint(tmp_path / "last.pt")["trained"] is not None
+    run_tiny(script, tmp_path)
+    assert outcome(tmp_path) == undisturbed(script)
+
+def refused(capsys, code, run, *arguments):
+    """What a run that ends with exit status `code` says on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    said = capsys.readouterr().err
+    assert stopped.value.code == code, said
+    return said
+
+
+def test_runs_are_not_mixed_up(undisturbed, tmp_path, capsys):
+    """A complete run is not trained further; other flags or data are refused with what differs, and no run is thrown
+    away without --overwrite; a run can go on in another folder; a line of the log that was cut off is dropped."""
+    run_tiny("train", tmp_path / "a")
+    with open(tmp_path / "a" / "log.jsonl", "a") as log:
+        log.write('{"epoch": 1, "cut o')
+    run_tiny("train", tmp_path / "a")
+    assert "resumed from" in capsys.readouterr().out and outcome(tmp_path / "a") == undisturbed("train")
+    again = (capsys, 2, run_tiny, "train", tmp_path / "a")
+    said = refused(*again, "--seed=1", "--shapes-length=17")
+    assert "seed 0 -> 1" in said and "training images 16 -> 17" in said and "--overwrite" in said
+    assert "model" in refused(capsys, 2, run_tiny, "detect", tmp_path / "a")
+    assert "seed 0 -> 1" in (said := refused(*again, "--resume=never", "--seed=1")) and "last.pt, previous.pt" in said
+    assert "of the same flags" in refused(*again, "--resume=never")
+    run_tiny("train", tmp_path / "b", f"--resume={tmp_path}/a/last.pt")  # complete, elsewhere
+    assert outcome(tmp_path / "b")[0] == undisturbed("train")[0]
+    assert {"config.json", "castled.pt", "best.pt"} <= {p.name for p in (tmp_path / "b").iterdir()}
+    assert "holds a run" in refused(*again, f"--resume={tmp_path}/b/last.pt")
+    # starting over leaves nothing of the old run to be resumed, even if the new one dies at once
+    assert "no checkpoint yet" in refused(capsys, 1, run_tiny, "train", tmp_path / "a", "--resume=never", "--overwrite",
+                                          "--lr=1e38", "--save-minutes=0")  # fmt: skip
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"config.json", "log.jsonl"}
+
+
+@given(data=st.data())
+@settings(max_examples=4, phases=[Phase.generate])
+def test_damaged_checkpoints_fall_back(undisturbed, tmp_path_factory, data):
+    """One wrong byte of a tensor, or a cut, in last.pt: said, and the run goes on from previous.pt to the same end. A
+    damaged file is not evaluated, and with both damaged nothing goes on."""
+    folder, said = tmp_path_factory.mktemp("damaged"), io.StringIO()
+    killed("train", folder, data.draw(st.integers(20, 30), "event"))
+    last, previous = folder / "last.pt", folder / "previous.pt"
+    if not last.exists():  # killed between the two renames
+        os.replace(previous, last)
+        shutil.copyfile(last, previous)
+    with zipfile.ZipFile(last) as file:
+        record = max(file.infolist(), key=lambda info: info.file_size)
+    content = bytearray(last.read_bytes())
+    if data.draw(st.booleans(), "cut"):
+        content = content[: data.draw(st.integers(0, len(content) - 1), "length")]
+    else:
+        content[record.header_offset + 200 + data.draw(st.integers(0, record.file_size - 300), "byte")] ^= 1
+    last.write_bytes(content)
+    with pytest.raises(ValueError, match="last.pt"):
+        train.load_model(train.CLASSIFICATION, train.parser().parse_args([f"--checkpoint={last}"]))
+    with contextlib.redirect_stderr(said):
+        run_tiny("train", folder)
+    assert f"warning: {last} is damaged" in said.getvalue() and outcome(folder) == undisturbed("train")
+    for path in (last, previous):
+        path.write_bytes(b"cut")
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit, match="2"):
+        run_tiny("train", folder)
+    assert "nothing to continue from" in said.getvalue()
+
+
+def test_full_disk_leaves_the_old_checkpoint(undisturbed, tmp_path, capsys):
+    """A save that the disk has no place for stops the run, says so, leaves the checkpoint before it and no debris."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # noqa: E731
+    try:
+        with after(6, limit):
+            said = refused(capsys, 1, run_tiny, "train", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"cannot save the checkpoint {tmp_path}/last.pt" in said and "the one before it is still there" in said
+    assert not list(tmp_path.glob("*.tmp")) and 0 < models.read_checkpoint(tmp_path / "last.pt")["step"] < 8
+    run_tiny("train", tmp_path)
+    assert outcome(tmp_path) == undisturbed("train")
+    with pytest.raises(train.SaveError, match="there is none yet"):
+        train.save(tmp_path / "gone" / "x.pt", {})
+
+
+def test_memory_and_dead_loaders_are_explained(undisturbed, tmp_path, capsys, monkeypatch):
+    """Out of memory names batch, image size and the flags that help; a killed loader process is named, and costs
+    nothing; other errors stay as they are."""
+    for error in (lambda: torch.empty(2**50), lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA"))):
+        monkeypatch.setattr(train, "train_step", lambda *_, error=error: next(iter(error())))
+        said = refused(capsys, 1, run_tiny, "train", tmp_path / "a")
+        assert all(word in said for word in ("--batch-size 4", "--image-size 32", "--accumulate 2", "--amp"))
+    monkeypatch.setattr(train, "train_step", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run_tiny("train", tmp_path / "a")
+    monkeypatch.undo()
+    draw = train.Shapes.scene
+
+    def dies(shapes, index):
+        if index == 9 and shapes.split == 0 and multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(shapes, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Shapes, "scene", dies)
+        said = refused(capsys, 1, run_tiny, "train", tmp_path / "b", "--workers=1", "--save-minutes=0")
+    assert "DataLoader worker" in said and "--workers help (1 now)" in said
+    run_tiny("train", tmp_path / "b")
+    assert outcome(tmp_path / "b") == undisturbed("train")
+
+
+def test_bad_images_are_replaced_and_counted(tmp_path, capsys, monkeypatch):
+    """Training goes on with the next image and says which one was bad, once an epoch; loader processes count together;
+    more than 1% stops the run; a validation image that cannot be read does, too."""
+    draw, bad = train.Shapes.__getitem__, {7}
+
+    def read(shapes, index):
+        if index in bad and shapes.split == 0:
+            raise train.DataError(f"cannot read image {index}")
+        return draw(shapes, index)
+
+    monkeypatch.setattr(train.Shapes, "__getitem__", read)
+    data = train.Augmented(train.Shapes("train", 100, 8), lambda image: image, 0, training=True)
+    assert torch.equal(data[0, 7][0], draw(data.base, 8)[0]) and data[0, 7][1] == 8 and data.bad.sum() == 1
+    assert capsys.readouterr().err.count("cannot read image 7; the next image takes its place") == 1
+    many = ("--shapes-length=100", "--batch-size=20", "--image-size=16", "--max-steps=6")
+    run_tiny("train", tmp_path / "a", *many, "--workers=1")
+    epochs = [r for r in outcome(tmp_path / "a")[1] if "epoch" in r]
+    assert [record["bad_images"] for record in epochs] == [1, 0] or epochs[0]["bad_images"] == 1
+    bad.add(8)
+    for workers in (0, 1):
+        said = refused(capsys, 1, run_tiny, "train", tmp_path / f"b{workers}", *many, f"--workers={workers}")
+        assert "2 of 100 images are bad, more than 1%; the last: cannot read image" in said
+    with pytest.raises(train.DataError, match="cannot read image 7"):
+        train.Augmented(data.base, lambda image: image, 0)[0, 7]
+
+
+def test_empty_masks_are_dropped_early(tmp_path, capsys):
+    """A layer whose mask held nothing for an epoch stops computing its branch: logged, and zero from then on. Masks of
+    a fresh network that are empty from the start may fill: they wait for half of the run."""
+    options = ("--image-size=64", "--epochs=20", "--shapes-length=4", "--eval-every=10", "--save-minutes=0")
+    run_tiny("train", tmp_path / "a", *options)
+    log = outcome(tmp_path / "a")[1]
+    drops, epochs = [r for r in log if "dropped" in r], [r for r in log if "epoch" in r]
+    assert len(epochs) == 20 and "saved per step by dropped branches" in capsys.readouterr().out
+    when = {name: drop["step"] for drop in drops for name in drop["dropped"]}
+    assert when.keys() == epochs[-1]["mask_density"].keys() and min(when.values()) < 19
+    for record in epochs:
+        for name, step in when.items():  # dropped after the one step in which it was empty for the first time
+            assert (record["mask_curve"][name] == [0]) == (record["step"] >= step)
+    report = log[-1]["castling_report"]
+    assert report["castling_gap"] == 0 and report["macs"]["castled"] < report["macs"]["with branch"]
+    assert models.read_checkpoint(tmp_path / "a" / "last.pt")["dropped"] == when
+    model, _ = train.load_model(CLASSIFIER, train.parser().parse_args([f"--checkpoint={tmp_path}/a/last.pt"]))
+    assert not any(core.auxiliary for core in attention.cores(model).values())
+    run_tiny("train", tmp_path / "b", *options, "--no-early-drop")
+    assert not any("dropped" in record for record in outcome(tmp_path / "b")[1])
+    assert outcome(tmp_path / "a")[0] == outcome(tmp_path / "b")[0]  # an empty branch adds nothing
+    run_tiny("train", tmp_path / "c", *options, "--mask-schedule=ramp", "--epsilon=1")
+    (drop,) = [record for record in outcome(tmp_path / "c")[1] if "dropped" in record]
+    assert drop["step"] == 10 and set(drop["dropped"]) == set(when)
+
+
+def test_what_was_held_may_be_dropped_before_half_of_the_run():
+    """Before half of the run, of three empty and full masks only that which is empty and was not is dropped."""
+    blocks = [nn.ModuleDict({name: AttentionCore(1, auxiliary=True) for name in "abc"}) for _ in range(2)]
+    gathered = train.Gathered(occupied={"a": 0.0, "b": torch.tensor(0.5), "c": 0.0})
+    run = types.SimpleNamespace(model=blocks[0], ema=types.SimpleNamespace(module=blocks[1]), held={"a"}, dropped={},
+                                device="cpu", step=2, total_steps=10, gathered=gathered)  # fmt: skip
+    train.drop_empty_branches(run, {"step_seconds": 0.1}, train.Progress(10))
+    assert run.dropped == {"a": 2} and run.held == {"a", "b"} and run.before_drop == 0.1
+    for model in blocks:
+        assert [core.auxiliary for core in model.values()] == [False, True, True]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("script", TINY_RUNS)
+def test_half_precision_stays_finite(script, dtype, tmp_path):
+    """Steps under autocast have finite losses, and move the weights; only float16 scales its loss. 64 pixels, because
+    at 32 LeViT's last down-sampling is a stride-2 convolution of a map one pixel wide, whose bfloat16 weight gradient
+    on a CPU is random memory (torch 2.6 to 2.15)."""
+    size = "--image-size=64"
+    run_tiny(script, tmp_path, "--amp", f"--amp-dtype={dtype}", "--clip-grad=1", "--save-minutes=0", size)
+    state = models.read_checkpoint(tmp_path / "last.pt")
+    assert bool(state["scaler"]) == (dtype == "float16") and all(map(math.isfinite, state["losses"]))
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_processes_stop_and_go_on_together(tmp_path, capfd):
+    """Two processes: a signal to one stops both after the same step, and they go on bit for bit; one may take over with
+    the same global batch, told what is no longer exact; another global batch is refused."""
+    half = ("--batch-size=2", "--accumulate=1")
+    assert in_group(2, lambda rank: run_tiny("train", tmp_path / "whole", *half)) == [0, 0]
+
+    def stopped(rank):
+        with after(3, lambda: os.kill(os.getpid(), signal.SIGTERM)) if rank else contextlib.nullcontext():
+            run_tiny("train", tmp_path / "two", *half)
+
+    assert in_group(2, stopped) == [0, 0]
+    assert models.read_checkpoint(tmp_path / "two" / "last.pt")["step"] == 4
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    assert in_group(2, lambda rank: run_tiny("train", tmp_path / "two", *half)) == [0, 0]
+    assert outcome(tmp_path / "two") == outcome(tmp_path / "whole")
+    capfd.readouterr()
+    run_tiny("train", tmp_path / "one")
+    assert "not bit for bit" in (said := capfd.readouterr().out) and "processes 2 -> 1" in said
+    losses = [[r["train_loss"] for r in outcome(tmp_path / name)[1] if "epoch" in r] for name in ("one", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)
+    with pytest.raises(SystemExit, match="2"):
+        run_tiny("train", tmp_path / "one", "--batch-size=2")
+    assert "global_batch 4 -> 2" in capfd.readouterr().err
+
+
+def test_processes_that_differ_stop(tmp_path, capfd, monkeypatch):
+    """Ranks with other flags stop before work starts, each with the difference; NaN pixels on one rank stop all of them
+    in the same step, before the weights have changed."""
+    other = lambda rank: run_tiny("train", tmp_path / "a", "--batch-size=2", f"--lr={1 + rank}")  # noqa: E731
+    assert in_group(2, other) == [2, 2]
+    assert capfd.readouterr().err.count("processes differ: --lr is 1.0 on rank 0, 2.0 on rank 1") == 2
+    prepare, calls = train.to_model_input, itertools.count()
+
+    def spoilt(images, *options):
+        x = prepare(images, *options)
+        return x * math.nan if os.environ["RANK"] == "1" and next(calls) == 2 else x
+
+    monkeypatch.setattr(train, "to_model_input", spoilt)
+    assert in_group(2, lambda rank: run_tiny("train", tmp_path / "b", "--batch-size=2")) == [1, 1]
+    said = capfd.readouterr().err
+    assert "loss is nan at step 2" in said and "loss is nan or inf on another process at step 2" in said
+    state = models.read_checkpoint(tmp_path / "b" / "last.pt")
+    assert state["step"] == 2 and all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize("script", TINY_RUNS)
+@pytest.mark.parametrize("pixels", [math.nan, math.inf])
+def test_pixels_that_are_no_numbers_stop(script, pixels, tmp_path, capsys, monkeypatch):
+    """NaN and Inf in the input of a step are found in that step."""
+    prepare = train.to_model_input
+    monkeypatch.setattr(train, "to_model_input", lambda *given: prepare(*given) * pixels)
+    assert "loss is nan at step 0" in refused(capsys, 1, run_tiny, script, tmp_path)
+
+
+def test_slurm_variables():
+    """srun's variables become torchrun's, the first host of the list being the place to meet; torchrun's own win."""
+    env = dict(SLURM_PROCID="5", SLURM_NTASKS="8", SLURM_LOCALID="1", SLURM_NTASKS_PER_NODE="4", SLURM_JOB_ID="123456",
+               SLURM_JOB_NODELIST="gpu[07-09,12],login")  # fmt: skip
+    assert train.slurm_variables(env) == dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4",
+                                              MASTER_ADDR="gpu07", MASTER_PORT="23456")  # fmt: skip
+    hosts = {"a1,b[2-3]": "a1", "n-[3,5]": "n-3", "solo": "solo", "r1n[01-02]-ib,x": "r1n01-ib"}
+    for listed, first in hosts.items():
+        assert train.slurm_variables(env | {"SLURM_JOB_NODELIST": listed})["MASTER_ADDR"] == first
+    given = env | {"MASTER_ADDR": "head", "MASTER_PORT": "29500", "SLURM_STEP_TASKS_PER_NODE": "2(x4)"}
+    del given["SLURM_NTASKS_PER_NODE"]
+    found = train.slurm_variables(given)
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"], found["LOCAL_WORLD_SIZE"]) == ("head", "29500", "2")
+    for elsewhere in ({}, env | {"RANK": "0"}, env | {"SLURM_NTASKS": "1"}):
+        assert train.slurm_variables(elsewhere) == {}
+
+
+def odd_images(folder):
+    """{what: path} of images that are unusual, and fine."""
+    rng = np.random.default_rng(0)
+    pixels = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    thin = Image.new("RGB", (20_000, 1), "orange")
+    far = folder.joinpath(*["sehr langer Pfad " + 100 * "ß"] * 5)
+    far.mkdir(parents=True)
+    palette = pixels.quantize(16)
+    palette.info["transparency"] = 3
+    images = {
+        "grey.png": pixels.convert("L"), "bits.png": pixels.convert("1"), "palette.png": palette,
+        "alpha.png": pixels.convert("RGBA"), "grey alpha.png": pixels.convert("LA"), "cmyk.jpg": pixels.convert("CMYK"),
+        "one.png": pixels.crop((0, 0, 1, 1)), "wide.png": thin, "high.png": thin.transpose(Image.Transpose.ROTATE_90),
+        "日本語 ñ.png": pixels,
+    }  # fmt: skip
+    for name, image in images.items():
+        image.save(folder / name)
+    pixels.save(far / "far.jpg")
+    return {name: folder / name for name in images} | {"far": far / "far.jpg"}
+
+
+def test_odd_images_are_read(tmp_path):
+    """Grey, palette, alpha, CMYK, one pixel, 20,000 pixels wide or high, names of any language, paths of 600
+    characters: read as RGB, and every transform of the three scripts takes them."""
+    classifying, segmenting = flags("--data=.", "--image-size=32", "--randaugment=9"), flags("--image-size=32")
+    segmenting.data = "folder"
+    for name, path in odd_images(tmp_path).items():
+        image = train.read_image(path)
+        assert image.mode == "RGB" and image.size == Image.open(path).size, name
+        for transform in (train.train_transform(classifying), train.eval_transform(classifying)):
+            assert transform(image).shape == (3, 32, 32), name
+        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        box = [[0, 0, image.width, image.height]]
+        for transform in (detect.augmentation(True), None):
+            data = detect.Resized([detect.sample(tensor, box, [0], 1)], transform, 0)
+            assert data[0, 0, 64]["image"].shape == (3, 64, 64), name
+        labels = torch.zeros(tensor.shape[1:], dtype=torch.uint8)
+        assert [x.shape[-2:] for x in segment.train_transform(segmenting)(tensor, labels)] == [(32, 32), (32, 32)]
+        seen = segment.eval_transform(segmenting)(tensor, labels)[0]
+        assert 1 <= min(seen.shape[1:]) <= 32 and max(seen.shape[1:]) <= 128, name
+
+
+def test_bad_images_are_named(tmp_path, monkeypatch):
+    """16 bits and floats, which would be clipped, bombs, cut and empty files, text, and links in a circle are refused
+    by name; of a size that Pillow only warns of, an image is read."""
+    good = tmp_path / "good.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)).save(good)
+    bad = {name: tmp_path / name for name in ("16.png", "float.tiff", "bomb.png", "cut.jpg", "empty.png", "text.png",
+                                              "circle.png", "folder.png", "gone.png")}  # fmt: skip
+    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(bad["16.png"])
+    Image.fromarray(np.zeros((9, 9), np.float32)).save(bad["float.tiff"])
+    Image.new("RGB", (250, 100)).save(bad["bomb.png"])
+    bad["cut.jpg"].write_bytes(good.read_bytes()[:800])
+    bad["empty.png"].write_bytes(b"")
+    bad["text.png"].write_text("no picture")
+    bad["circle.png"].symlink_to(bad["circle.png"])
+    bad["folder.png"].mkdir()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    for path in bad.values():
+        with pytest.raises(train.DataError, match=re.escape(str(path))):
+            train.read_image(path)
+    Image.new("RGB", (150, 100)).save(good)
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert train.read_image(good).size == (150, 100)
+
+
+def test_folders_of_links_and_long_names(tmp_path, photos, capsys, monkeypatch):
+    """A link back to a folder that it lies in is refused, by way of others too; links to elsewhere are followed. Names
+    that no file system takes are wrong arguments. Nothing is written but to --output."""
+    monkeypatch.chdir(tmp_path / "photos")
+    before = sorted(tmp_path.rglob("*"))
+    run = (f"--data={photos}", "--batch-size=4", "--max-steps=1")
+    for link, target in (("train/dark/again", photos / "train"), ("train/dark/other", photos / "test" / "dark")):
+        (photos / link).symlink_to(target)
+        if link.endswith("other"):
+            (photos / "test" / "dark" / "back").symlink_to(photos / "train" / "dark")
+        said = refused(capsys, 2, run_tiny, "train", tmp_path / "out", *run)
+        assert f"{photos}/train/dark/" in said and "is a link back to" in said
+        (photos / link).unlink()
+    (photos / "test" / "dark" / "back").unlink()
+    (photos / "train" / "dark" / "more").symlink_to(photos / "test" / "dark")
+    run_tiny("train", tmp_path / "out", *run)
+    assert "15 training" in capsys.readouterr().out
+    (photos / "train" / "dark" / "more").unlink()
+    long = 300 * "x"
+    for wrong in (f"--data={long}", f"--output={long}", f"--checkpoint={long}", f"--resume={long}"):
+        assert "too long" in refused(capsys, 2, run_tiny, "train", tmp_path / "new", wrong) or "--data" in wrong
+    assert "too long" in refused(capsys, 2, run_tiny, "train", tmp_path / "new", f"--image={long}", "--checkpoint=x")
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.relative_to(tmp_path).parts[0] != "out"] == before
+
+
+@pytest.mark.parametrize("script", TINY_RUNS)
+def test_no_code_of_a_checkpoint_runs(script, tmp_path, capsys):
+    """A pickle that would write a file is refused wherever a checkpoint is read: by its own folder too."""
+    evil = tmp_path / "run" / "last.pt"
+    evil.parent.mkdir()
+    torch.save({"model": Malicious(tmp_path / "owned")}, evil)
+    ways = [(), (f"--resume={evil}",), (f"--checkpoint={evil}", "--eval"),
+            (f"--checkpoint={evil}", f"--image={evil}", f"--output={tmp_path}/x.png")]  # fmt: skip
+    ways += {"train": [("--distillation=hard", "--teacher=levit128", f"--teacher-checkpoint={evil}", "--resume=never",
+                        "--overwrite")], "detect": [(f"--backbone={evil}", "--resume=never", "--overwrite")]
+             }.get(script, [])  # fmt: skip
+    for options in ways:
+        assert "last.pt" in refused(capsys, 2, run_tiny, script, evil.parent, *options)
+    assert not (tmp_path / "owned").exists()
 
 
 # ---- README ----------------------------------------------------------------------------------------------------------

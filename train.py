@@ -4,6 +4,7 @@
     torchrun train.py --model levit128                             the same, under torchrun
     torchrun --nproc-per-node=8 train.py --data /data/imagenet     the paper's recipe on eight GPUs
     torchrun --nnodes=8 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py --data /imagenet
+    srun --nodes=8 --ntasks-per-node=8 python train.py --data /data/imagenet       the same under SLURM
     python train.py --eval --checkpoint runs/X/best.pt             accuracy with and without the auxiliary branch
     python train.py --image photo.jpg --checkpoint runs/X/best.pt  the five likeliest classes
 
@@ -19,15 +20,21 @@ import copy
 import datetime
 import functools
 import gc
+import hashlib
 import json
 import math
 import os
+import re
+import shlex
 import shutil
+import signal
+import statistics
 import sys
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +52,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from attention import SCHEDULES, castle, cores, look_up, mask_density, mask_statistics, record_masks, set_threshold
+from attention import SCHEDULES, castle, cores, look_up, mask_statistics, record_masks, set_threshold
 from models import (
     ATTENTIONS,
     HEADS,
@@ -323,7 +330,7 @@ def read_image(path: str | Path, upright: bool = False) -> Image.Image:
     """An image file as RGB, `upright` as its EXIF orientation says; DataError names the file that cannot be read."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):
+            if image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits per channel, which would be clipped")
             return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -342,19 +349,38 @@ class Augmented(Dataset):
     """`base` with its images transformed, by randomness that is a function of (seed, epoch, index) alone.
 
     Items are asked for as (epoch, index), which is what `EpochSampler` yields: so no worker needs to be told the epoch,
-    and their number changes nothing.
+    and their number changes nothing. In a set for training, the next item stands in for one that cannot be read, until
+    more than 1% of the images were bad; an evaluation of other images would be of something else.
+
+    bad: (images,) uint8, in memory shared with loader processes, 1 where an image could not be read in this epoch.
     """
 
-    def __init__(self, base: Dataset, transform: Callable, seed: int):
-        self.base, self.transform, self.seed = base, transform, seed
+    def __init__(self, base: Dataset, transform: Callable | None, seed: int, training: bool = False):
+        self.base, self.transform, self.seed, self.training = base, transform, seed, training
+        self.bad = torch.zeros(len(base), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return len(self.base)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
-        item = self.base[key[1]]
+        item = self.read(key[1])
         with seeded(self.seed, *key):
             return self.apply(*item)
+
+    def read(self, index: int):
+        """Item `index` of `base`, or the next that is good. Raises DataError."""
+        while True:
+            try:
+                return self.base[index]
+            except DataError as error:
+                if not self.training:
+                    raise
+                if not self.bad[index]:
+                    sys.stderr.write(f"{error}; the next image takes its place\n")
+                    self.bad[index] = 1
+                if (count := int(self.bad.sum())) > len(self) / 100 / world_size():
+                    raise DataError(f"{count} of {len(self)} images are bad, more than 1%; the last: {error}") from None
+                index = (index + 1) % len(self)
 
     def apply(self, image, label: int) -> tuple[Tensor, int]:
         """One item of `base`, transformed; where more than the image changes, a subclass says how."""
@@ -372,17 +398,17 @@ class EpochSampler(Sampler):
         """`seed` None is evaluation; `multiple` is the global batch that training lengths are cut to."""
         self.length, self.rank, self.world, self.seed = length, rank, world, seed
         self.used = length if seed is None else length // multiple * multiple
-        self.epoch = 0
+        self.epoch = self.start = 0  # `start`: how many of this rank's items have been had already
 
     def __len__(self) -> int:
-        return len(range(self.rank, self.used, self.world))
+        return len(range(self.rank, self.used, self.world)[self.start :])
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = torch.arange(self.length)
         if self.seed is not None:
             generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
             order = torch.randperm(self.length, generator=generator)
-        for index in order[self.rank : self.used : self.world].tolist():
+        for index in order[self.rank : self.used : self.world][self.start :].tolist():
             yield self.epoch, index
 
 
@@ -402,7 +428,21 @@ def eval_transform(args: argparse.Namespace) -> Callable:
     if args.data == "shapes":
         return v2.PILToTensor()  # leaves rendered tensors as they are
     resize = v2.Resize(round(args.image_size / 0.875), interpolation=v2.InterpolationMode.BICUBIC)
-    return v2.Compose([resize, v2.CenterCrop(args.image_size), v2.PILToTensor()])
+    return v2.Compose([without_far_ends, resize, v2.CenterCrop(args.image_size), v2.PILToTensor()])
+
+
+def without_far_ends(image: Image.Image) -> Image.Image:
+    """At most 8 times as long as wide, about the middle: resizing a thin image whole could take gigabytes."""
+    width, height = image.size
+    return v2.functional.center_crop(image, [min(height, 8 * width), min(width, 8 * height)])
+
+
+def refuse_loops(root: Path) -> None:
+    """Raise ValueError if a link below `root` leads back to a folder it is in: its images would be read 40 times."""
+    for path, folders, _ in os.walk(root, followlinks=True):
+        for link in (Path(path, name) for name in folders if Path(path, name).is_symlink()):
+            if os.path.realpath(link) in map(os.path.realpath, link.parents):
+                raise ValueError(f"{link} is a link back to {os.path.realpath(link)}, which it lies in")
 
 
 def open_folder(root: Path, split: str) -> Dataset:
@@ -412,6 +452,7 @@ def open_folder(root: Path, split: str) -> Dataset:
         folder = root / "test"
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: expected {root}/train/<class>/ and {root}/val/<class>/ (or test/)")
+    refuse_loops(folder)
     try:
         return torchvision.datasets.ImageFolder(str(folder), loader=read_image)
     except FileNotFoundError as error:
@@ -450,7 +491,13 @@ def make_loader(
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
+        worker_init_fn=leave_group,
     )
+
+
+def leave_group(worker: int) -> None:
+    """Signals to the group of the training process, such as Ctrl-C's, do not reach this loader process."""
+    os.setpgrp()
 
 
 def to_model_input(images: Tensor, device: torch.device, channels_last: bool = False) -> Tensor:
@@ -463,8 +510,28 @@ def to_model_input(images: Tensor, device: torch.device, channels_last: bool = F
 # ---- processes, log, progress, checkpoints ---------------------------------------------------------------------------
 
 
+def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set, from what srun sets for each of several tasks; {} elsewhere.
+
+    The first host of the list is the one to meet at: "gpu[07-09,12],login" begins with gpu07.
+    """
+    if "RANK" in env or int(env.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in env:
+        return {}
+    hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "127.0.0.1")
+    per_node = env.get("SLURM_NTASKS_PER_NODE") or env.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as 4(x2)
+    return dict(
+        RANK=env["SLURM_PROCID"],
+        WORLD_SIZE=env["SLURM_NTASKS"],
+        LOCAL_RANK=env.get("SLURM_LOCALID", "0"),
+        LOCAL_WORLD_SIZE=re.match(r"\d+", per_node)[0],
+        MASTER_ADDR=env.get("MASTER_ADDR") or re.sub(r"\[([^],-]*)[^]]*\]", r"\1", hosts + ",").split(",")[0],
+        MASTER_PORT=env.get("MASTER_PORT") or str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000),
+    )
+
+
 def start_processes() -> torch.device:
-    """Join the process group if torchrun started several processes (nccl on GPUs, gloo on CPUs); this one's device."""
+    """Join the process group if torchrun or srun started several processes (nccl on GPUs, gloo on CPUs); the device."""
+    os.environ.update(slurm_variables(os.environ))
     local_rank, several = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not torch.cuda.is_available():
         if several:
@@ -492,6 +559,21 @@ def barrier() -> None:
         dist.barrier()
 
 
+def refuse_differing_ranks(args: argparse.Namespace) -> None:
+    """Raise ValueError on every rank unless all have the same flags, code and torch."""
+    if not dist.is_initialized():
+        return
+    files = [Path(__file__).with_name(name) for name in ("attention.py", "models.py", "train.py", args.script)]
+    mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()} | {"torch": torch.__version__}
+    mine |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files}
+    everyone = [None] * world_size()
+    dist.all_gather_object(everyone, mine)
+    for number, theirs in enumerate(everyone):
+        for key, first in everyone[0].items():
+            if theirs[key] != first:
+                raise ValueError(f"processes differ: {key} is {first!r} on rank 0, {theirs[key]!r} on rank {number}")
+
+
 def cores_available() -> int:
     """CPU cores that this process may use, on a machine of which it may own a part."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -504,6 +586,22 @@ def all_sum(values: Tensor) -> list[float]:
     return values.tolist()
 
 
+def any_rank(device: torch.device, *flags: bool | Tensor) -> list[bool]:
+    """For each flag, whether it is set on any rank. One small collective, none for a single process."""
+    flags = torch.stack([torch.as_tensor(flag, dtype=torch.uint8, device=device) for flag in flags])
+    if dist.is_initialized():
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
+
+
+def from_rank_0(value):
+    """Rank 0's plain value, on every rank."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
 def synchronise_buffers(model: nn.Module) -> None:
     """Rank 0's BatchNorm statistics on every rank: each rank has gathered its own since DDP last made them equal."""
     if dist.is_initialized():
@@ -511,17 +609,83 @@ def synchronise_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def save(path: Path, state: dict) -> None:
-    """Atomic: written beside `path`, flushed to disk, then renamed, so a run killed mid-save keeps its last checkpoint.
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the message says where, why, and what there still is."""
 
-    Tensors and plain data only: torch.load's default (weights_only=True) refuses anything else.
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, by the checksums that torch.save puts into it; None if it is whole."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            record = file.testzip()
+    except Exception as error:  # a damaged file can raise nearly anything
+        return f"{path} is damaged: {error}"
+    return record and f"{path} is damaged: the checksum of {record} is wrong"
+
+
+def save(path: Path, state: dict, previous: Path | None = None) -> None:
+    """Atomic: written beside `path`, flushed to disk, read back, then renamed; what `path` was becomes `previous`.
+
+    A run killed at any time leaves one of the two whole. Tensors and plain data only: torch.load's default
+    (weights_only=True) refuses anything else. Raises SaveError, with `path` as it was.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if reason := damage(temporary):
+            raise OSError(reason)
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        left = f"the one before it is still there: {path}" if path.exists() else "there is none yet"
+        raise SaveError(f"cannot save the checkpoint {path}: {str(error).splitlines()[0]}; {left}") from None
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and everything is saved. `together`: on every rank, after the same step."""
+
+    def __init__(self, together: bool):
+        self.together = together
+
+
+class StopRequests:
+    """SIGTERM and SIGINT within its context: noted in `asked` during training steps, which are to be finished; at other
+    times, when everything is saved, Stopped at once. A second SIGINT interrupts in any case."""
+
+    def __init__(self):
+        self.asked = self.stepping = False
+
+    def __enter__(self) -> "StopRequests":
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        if not self.stepping:
+            raise Stopped(together=False)
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Around training steps and their saving."""
+        self.stepping = True
+        try:
+            yield
+        finally:
+            self.stepping = False
+        if self.asked:
+            raise Stopped(together=False)
 
 
 class Progress:
@@ -567,18 +731,25 @@ class Progress:
             self.bar.close()
 
 
-def append_log(run: "Run", record: dict) -> None:
-    """One JSON object as a line of log.jsonl, and to Weights & Biases with --log-wandb; rank 0 only."""
+def append_log(run: "Run", *records: dict) -> None:
+    """JSON objects as lines of log.jsonl, and to Weights & Biases with --log-wandb; rank 0 only."""
     if rank() != 0:
         return
-    with open(run.folder / "log.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
+    path = run.folder / "log.jsonl"
+    try:
+        with open(path, "a") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise SaveError(f"cannot write {path}: {error}") from None
     if run.args.log_wandb:
         import wandb
 
         if wandb.run is None:
             wandb.init(project="castling-vit", name=run.folder.name, dir=str(run.folder), config=vars(run.args))
-        wandb.log(record, step=record["step"])
+        for record in records:
+            wandb.log(record, step=record["step"])
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
@@ -644,8 +815,26 @@ def classification_loss(
 
 
 @dataclass
+class Gathered:
+    """What the steps of an epoch have gathered for its record. Checkpoints hold it, so a stop leaves no trace there.
+
+    loss: sum over this rank's steps. curve: `mask_curve` of the log. occupied: {layer: sum over this rank's steps of
+    what the auxiliary mask held}.
+    """
+
+    loss: float = 0.0
+    curve: dict[str, list[float]] = field(default_factory=lambda: {"step": []})
+    occupied: dict[str, Tensor | float] = field(default_factory=dict)
+
+
+@dataclass
 class Run:
-    """What a training loop works on. `net` is `model` as the loop calls it: in DDP, compiled."""
+    """What a training loop works on. `net` is `model` as the loop calls it: in DDP, compiled.
+
+    gathered: of the epoch that is under way. trained: the record of an epoch whose evaluation is to follow. held:
+    layers whose auxiliary mask has held something. dropped: {layer without its branch: step since when}; before_drop:
+    seconds of a step with the last of them. saved: when the last checkpoint was.
+    """
 
     task: "Task"
     args: argparse.Namespace
@@ -657,11 +846,19 @@ class Run:
     optimizer: torch.optim.Optimizer
     train_loader: DataLoader
     val_loader: DataLoader
+    scaler: torch.amp.GradScaler
     steps_per_epoch: int
     total_steps: int
     step: int = 0
     best: float = -math.inf
     teacher: nn.Module | None = None
+    gathered: Gathered = field(default_factory=Gathered)
+    trained: dict | None = None
+    held: set[str] = field(default_factory=set)
+    dropped: dict[str, int] = field(default_factory=dict)
+    before_drop: float | None = None
+    saved: float = field(default_factory=time.monotonic)
+    signals: StopRequests = field(default_factory=StopRequests)
 
     @property
     def folder(self) -> Path:
@@ -677,7 +874,7 @@ class Task:
     open_split(args, "train" or "val") -> data set with `.classes`, plain data, not augmented.
     length(args, training set) -> (steps per epoch, steps of the run).
     make_model(args, num_classes, image_size); make_optimizer(args, model): its groups' `lr_scale` is a factor, or 1.
-    train_loader, val_loader(args, dataset): their samplers are EpochSamplers.
+    train_loader, val_loader(args, dataset): their data sets are Augmented, their samplers EpochSamplers.
     learning_rate(args, step, steps_per_epoch, total_steps).
     loss(run, batch) -> scalar for one batch of the training loader.
     evaluate(model, loader, args, device) -> metrics over the whole set, the same on every rank.
@@ -725,16 +922,15 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int, tot
 
 
 def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
-    """bfloat16 autocast where --amp asks for it."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.amp)
+    """Autocast where --amp asks for it."""
+    return torch.autocast(device.type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp)
 
 
-def check_finite(value: float, what: str, run: Run, lr: float) -> None:
-    """Raise NonFiniteLoss unless `value` is a number, with what one needs to know to go on."""
-    if not math.isfinite(value):
-        kept = run.folder / "last.pt"
-        kept = f"the last good checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
-        raise NonFiniteLoss(f"{what} is {value} at step {run.step}, learning rate {lr:.3g}; {kept}")
+def not_finite(run: Run, what: str, lr: float, kept: str = "last.pt") -> NonFiniteLoss:
+    """The error to raise, with what one needs to know to go on; `kept` is the last good checkpoint, if there is one."""
+    path = run.folder / kept
+    kept = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+    return NonFiniteLoss(f"{what} at step {run.step}, learning rate {lr:.3g}; {kept}")
 
 
 def loss_of_batch(run: Run, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -755,60 +951,144 @@ def loss_of_batch(run: Run, batch: tuple[Tensor, Tensor]) -> Tensor:
         )  # fmt: skip
 
 
+def branch_statistics(model: nn.Module, dropped: Iterable[str]) -> dict[str, tuple[float, float]]:
+    """`mask_statistics`, with zeros for layers whose branch was dropped in training."""
+    live = mask_statistics(model)
+    return {name: live.get(name, (0.0, 0.0)) for name in cores(model) if name in live or name in dropped}
+
+
+def fetch(run: Run, batches: Iterator) -> list:
+    """The batches of one step, before any of its work is done: if a loader process died, nothing else has happened."""
+    try:
+        return [next(batches) for _ in range(run.args.accumulate)]
+    except RuntimeError as error:
+        if str(error).startswith("DataLoader worker") and world_size() == 1:
+            save_last(run)
+        raise
+
+
+def train_step(run: Run, batches: list, lr: float) -> Tensor:
+    """Forward and backward of one optimiser step, and its mean loss (), detached; gradients are left in `run.model`."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    total = torch.zeros((), device=run.device)
+    for part, batch in enumerate(batches):
+        alone = isinstance(run.net, DistributedDataParallel) and part < len(batches) - 1
+        with run.net.no_sync() if alone else contextlib.nullcontext():
+            loss = run.task.loss(run, batch) / len(batches)
+            run.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+def update(run: Run) -> None:
+    """Weights and their average, by the gradients of a step. A float16 step that overflowed is left out."""
+    if run.args.clip_grad > 0:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip_grad)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.ema.update_parameters(run.model)
+
+
 def train_one_epoch(run: Run, epoch: int, progress: Progress) -> dict:
     """Optimiser steps to the end of `epoch` or of the run; all randomness of a step follows from (seed, step, rank).
 
-    The masks' density is measured at about a hundred steps of a run: `mask_curve` has those of this epoch.
+    The masks' density is logged at about a hundred steps of a run: `mask_curve` has those of this epoch. With
+    --early-drop every step records what the masks held. Checkpoints are saved when they are due, and when a signal asks
+    to stop: Stopped. Raises NonFiniteLoss, in the same step on every rank, before that step changes the weights.
     """
-    args, device, started, waited, losses = run.args, run.device, time.monotonic(), 0.0, 0.0
-    branches = any(core.auxiliary for core in cores(run.model).values())
-    curve, between = {"step": []}, max(1, run.total_steps // 100)
-    run.train_loader.sampler.epoch = epoch
+    args, device, gathered = run.args, run.device, run.gathered
+    started, waited, durations, first = time.monotonic(), 0.0, [], run.step
+    branches = {name: core for name, core in cores(run.model).items() if core.auxiliary}
+    between, done = max(1, run.total_steps // 100), run.step - epoch * run.steps_per_epoch
+    sampler, dataset = run.train_loader.sampler, run.train_loader.dataset
+    sampler.epoch, sampler.start = epoch, done * args.batch_size * args.accumulate
+    if not done:
+        dataset.bad.zero_()
     run.task.begin_epoch(run, epoch)
     progress.resume()
-    batches, first = iter(run.train_loader), run.step
+    batches = iter(run.train_loader)
     run.net.train()
-    for _ in range(min(run.steps_per_epoch * (epoch + 1), run.total_steps) - run.step):
+    end = min(run.steps_per_epoch * (epoch + 1), run.total_steps)
+    while run.step < end:
+        asked = time.monotonic()
+        step_batches = fetch(run, batches)
+        begun = time.monotonic()
         torch.manual_seed(mixed_seed(args.seed, run.step, rank()))
         set_threshold(run.model, run.step / run.total_steps)
-        measured = branches and run.step % between == 0
-        record_masks(run.model, measured)
+        measured = run.step % between == 0
+        record_masks(run.model, args.early_drop or measured)
         lr = run.task.learning_rate(args, run.step, run.steps_per_epoch, run.total_steps)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        step_loss = 0.0
-        for part in range(args.accumulate):
-            asked = time.monotonic()
-            batch = next(batches)
-            waited += time.monotonic() - asked
-            last = part == args.accumulate - 1
-            if isinstance(run.net, DistributedDataParallel):
-                run.net.require_backward_grad_sync = last  # what DDP.no_sync() sets
-            loss = run.task.loss(run, batch)
-            step_loss += loss.item() / args.accumulate
-            check_finite(step_loss, "loss", run, lr)
-            (loss / args.accumulate).backward()
-        if args.clip_grad > 0:
-            nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        run.ema.update_parameters(run.model)
-        if measured:
-            for key, value in {"step": run.step, **mask_density(run.model)}.items():
-                curve.setdefault(key, []).append(value)
+        loss = train_step(run, step_batches, lr)
+        due = rank() == 0 and 0 < 60 * args.save_minutes < time.monotonic() - run.saved
+        broken, stop, due = any_rank(device, ~loss.isfinite(), run.signals.asked, due)
+        loss = loss.item()
+        if broken:
+            raise not_finite(run, f"loss is {'nan or inf on another process' if math.isfinite(loss) else loss}", lr)
+        update(run)
+        if measured and (branches or run.dropped):
+            densities = {name: density for name, (density, _) in branch_statistics(run.model, run.dropped).items()}
+            for key, value in {"step": run.step, **densities}.items():
+                gathered.curve.setdefault(key, []).append(value)
+        for name, core in branches.items() if args.early_drop else ():
+            gathered.occupied[name] = gathered.occupied.get(name, 0.0) + core.tally[0]
         run.step += 1
-        losses += step_loss
-        progress.step(args.global_batch, epoch=epoch, loss=step_loss, lr=lr)
+        gathered.loss += loss
+        waited += begun - asked
+        durations.append(time.monotonic() - begun)
+        progress.step(args.global_batch, epoch=epoch, loss=loss, lr=lr)
+        if (stop or due) and run.step < end:  # the end of an epoch has a checkpoint of its own
+            save_last(run)
+            if stop:
+                raise Stopped(together=True)
     steps, seconds = run.step - first, time.monotonic() - started
-    loss_sum, waited = all_sum(torch.tensor([losses, waited], dtype=torch.float64, device=device))
+    loss_sum, waited = all_sum(torch.tensor([gathered.loss, waited], dtype=torch.float64, device=device))
     record = dict(
-        train_loss=loss_sum / (steps * world_size()),
+        train_loss=loss_sum / (steps + done) / world_size(),
         train_lr=lr,
         seconds=seconds,
         images_per_s=steps * args.global_batch / seconds,
         data_wait=waited / seconds / world_size(),  # share of the time that training waited for images
+        step_seconds=statistics.median(durations),  # of a step, without that wait
+        bad_images=len(bad_images(run)),
     )
-    return record | ({"mask_curve": curve} if branches else {})
+    return record | ({"mask_curve": gathered.curve} if branches or run.dropped else {})
+
+
+def bad_images(run: Run) -> list[int]:
+    """Indices of training images that could not be read in this epoch, on any rank."""
+    bad = run.train_loader.dataset.bad.to(run.device)
+    if dist.is_initialized():
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return bad.nonzero()[:, 0].tolist()
+
+
+def drop_empty_branches(run: Run, record: dict, progress: Progress) -> None:
+    """At the end of an epoch, stop computing auxiliary branches whose masks held nothing in any of its steps.
+
+    The masks of a fresh network are empty, and may fill: before half of the run is over, a layer's mask must have held
+    something in an earlier epoch.
+    """
+    occupied = run.gathered.occupied
+    sums = all_sum(torch.stack([torch.as_tensor(x, device=run.device) for x in occupied.values()])) if occupied else []
+    empty = {name for name, held in zip(occupied, sums, strict=True) if held == 0}
+    late = 2 * run.step >= run.total_steps
+    layers = [name for name in occupied if name in empty and (name in run.held or late)]
+    run.held |= occupied.keys() - empty
+    if layers:
+        remove_branches(run, dict.fromkeys(layers, run.step))
+        run.before_drop = record["step_seconds"]
+        progress.say(f"empty masks: {len(layers)} layers go on without their auxiliary branch")
+
+
+def remove_branches(run: Run, layers: dict[str, int]) -> None:
+    """Take the auxiliary branch from {layer: step}, in the model and in its average."""
+    run.dropped |= layers
+    for model in (run.model, run.ema.module):
+        for name in layers:
+            cores(model)[name].auxiliary = False
 
 
 @torch.inference_mode()
@@ -830,18 +1110,25 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
 
 
 def evaluate_castling(
-    task: Task, model: nn.Module, loader: DataLoader, args: argparse.Namespace, device: torch.device
+    task: Task,
+    model: nn.Module,
+    loader: DataLoader,
+    args: argparse.Namespace,
+    device: torch.device,
+    dropped: Iterable[str] = (),
 ) -> dict:
     """Metrics of the model as trained and of its castled copy, their gap, and what the masks still hold.
 
     `test_*_castled`, `castling_gap` (of the task's first metric, lost by castling) and the masks are there for models
-    with an auxiliary branch only.
+    with an auxiliary branch only, `dropped` ones counting as empty. Where all are, the model is its castled copy.
     """
     record_masks(model, True)
-    record = {f"test_{key}": value for key, value in task.evaluate(model, loader, args, device).items()}
-    if any(core.auxiliary for core in cores(model).values()):
-        masks = mask_statistics(model)
-        castled = task.evaluate(castle(copy.deepcopy(model)), loader, args, device)
+    metrics = task.evaluate(model, loader, args, device)
+    record = {f"test_{key}": value for key, value in metrics.items()}
+    masks = branch_statistics(model, dropped)
+    if masks:
+        branches = any(core.auxiliary for core in cores(model).values())
+        castled = task.evaluate(castle(copy.deepcopy(model)), loader, args, device) if branches else metrics
         record |= {f"test_{key}_castled": value for key, value in castled.items()}
         record["castling_gap"] = record[f"test_{task.metric}"] - castled[task.metric]
         record["mask_density"] = {layer: density for layer, (density, _) in masks.items()}
@@ -886,12 +1173,15 @@ def castling_report(run: Run, record: dict) -> dict:
     Rank 0 prints it and writes castled.pt.
     """
     args, model = run.args, run.ema.module
-    metric = {key: value for key, value in record.items() if key.startswith(("test_", "mask_", "castling_"))}
+    wanted = ("test_", "castling_", "mask_density", "mask_mass")
+    metric = {key: value for key, value in record.items() if key.startswith(wanted)}
     castled = castle(copy.deepcopy(model))
     if rank() == 0:
         models = {"as deployed": castled.eval()}
         if "castling_gap" in metric:
             branched = copy.deepcopy(model)
+            for name in run.dropped:
+                cores(branched)[name].auxiliary = True
             set_threshold(branched, 0.0)  # the branch as computed in training; at the end of the ramp it is skipped
             record_masks(branched, False)
             models = {"with branch": branched.eval(), "castled": castled.eval()}
@@ -997,17 +1287,24 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict] = DA
     add("--seed", type=at_least(0, most=2**62), help="of weights, data order, augmentation and shapes; default 0")
     add("--output", help="folder for checkpoints and logs; default runs/MODEL-ATTENTION-DATA")
     add("--resume", default="auto", help="auto (continue the run in --output if there is one), never, or a last.pt")
+    add("--overwrite", action="store_true", help="a new run may throw away the one that is in --output")
+    add("--save-minutes", type=at_least(0, float), default=10.0, help="between checkpoints within an epoch, each of "
+        "which ends with one too; 0 for none within; default 10")  # fmt: skip
     add("--checkpoint", help="weights to start from, to evaluate or to predict with; a run's own or any state dict")
     add("--eval", action="store_true", help="evaluate --checkpoint and stop")
     add("--split", choices=("val", "train"), default="val", help="what --eval evaluates on; default val")
     add("--image", help="an image or a folder of images to predict with --checkpoint")
     add("--export", help="a .onnx or .pt2 file to write --checkpoint to, castled, for normalised images of any size")
     bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    add("--amp", action=on_off, default=bfloat16, help="bfloat16 autocast; default on GPUs that have bfloat16")
+    add("--amp", action=on_off, default=bfloat16, help="autocast; default on GPUs that have bfloat16")
+    add("--amp-dtype", choices=("bfloat16", "float16"), help="of autocast; float16 scales the loss; default bfloat16 "
+        "but on GPUs without", default="bfloat16" if bfloat16 or not torch.cuda.is_available() else "float16")
     add("--compile", action=on_off, default=False, help="torch.compile the training step's model")
     add("--accumulate", type=at_least(1), default=1, help="batches per optimiser step")
     add("--epsilon", type=share, help="mask threshold of Eq. (10); default 0.02")
     add("--mask-schedule", choices=SCHEDULES, help="how the threshold moves in training (D4); default ramp")
+    add("--early-drop", action=on_off, default=True, help="stop computing auxiliary branches whose masks were empty "
+        "for an epoch; default on")  # fmt: skip
     add("--log-wandb", action="store_true", help="send every line of the log to Weights & Biases as well")
 
 
@@ -1047,10 +1344,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-# Flags that may differ between a run and its continuation.
-FREE_ON_RESUME = {"output", "resume", "workers", "eval", "image", "export", "amp", "compile", "channels_last",
-                  "checkpoint", "batch_size", "accumulate", "teacher_checkpoint", "eval_every", "split", "backbone",
-                  "log_wandb"}  # fmt: skip
+# Flags that may differ between a run and its continuation: those that change rounding or random numbers, and others.
+INEXACT_ON_RESUME = ("batch_size", "accumulate", "amp", "amp_dtype", "compile", "channels_last")
+FREE_ON_RESUME = {"output", "resume", "overwrite", "save_minutes", "workers", "eval", "image", "export", "checkpoint",
+                  "teacher_checkpoint", "eval_every", "split", "backbone", "log_wandb",
+                  *INEXACT_ON_RESUME}  # fmt: skip
 # Flags that a checkpoint answers for when they are not given.
 TRAINED_FLAGS = ("model", "attention", "image_size", "castle_downsample", "distilled", "epsilon", "mask_schedule",
                  "data", "shapes_length", "seed")  # fmt: skip
@@ -1164,6 +1462,8 @@ def load_model(task: Task, args: argparse.Namespace, classes: list | None = None
     """
     checkpoint = read_checkpoint(args.checkpoint)
     trained = settings_for(task, args.checkpoint)
+    if zipfile.is_zipfile(args.checkpoint) and (reason := damage(Path(args.checkpoint))):
+        raise ValueError(reason)
     task.resolve(args, trained)
     classes = trained.get("classes") or classes or task.unnamed(args.checkpoint, weights_in(checkpoint))
     model = task.make_model(args, len(classes), trained.get("image_size") or args.image_size)
@@ -1176,6 +1476,8 @@ def load_model(task: Task, args: argparse.Namespace, classes: list | None = None
     if "progress" not in checkpoint:
         castle(model)
     set_threshold(model, checkpoint.get("progress", 1.0))
+    for name in checkpoint.get("dropped", {}):
+        cores(model)[name].auxiliary = False
     return model.eval(), classes
 
 
@@ -1210,12 +1512,61 @@ def load_teacher(args: argparse.Namespace, classes: list[str]) -> nn.Module | No
     return teacher.eval().requires_grad_(False)
 
 
+CHECKPOINTS = ("last.pt", "previous.pt")  # of a folder, newest first
+
+
+def differences(then: Mapping, args: argparse.Namespace) -> list[str]:
+    """Flags, as text, that differ from the settings of a run and may not."""
+    return [
+        f"{key} {then.get(key)!r} -> {value!r}"
+        for key, value in vars(args).items()
+        if key not in FREE_ON_RESUME and value != then.get(key)
+    ]
+
+
+def starts_fresh(args: argparse.Namespace) -> bool:
+    """Whether --resume leads to a new run: then first weights are loaded from the files that flags name."""
+    there = any((Path(args.output) / name).exists() for name in CHECKPOINTS)
+    return args.resume == "never" or (args.resume == "auto" and not there)
+
+
+def newest(folder: Path) -> Path:
+    """The newest checkpoint of a folder that is whole. Raises ValueError if none is; says which one is not."""
+    reasons = []
+    for path in (folder / name for name in CHECKPOINTS):
+        if path.exists():
+            reason = damage(path)
+            if reason is None:
+                return path
+            reasons.append(reason)
+            if rank() == 0:
+                sys.stderr.write(f"warning: {reason}\n")
+    raise ValueError(f"{'; '.join(reasons)}: nothing to continue from; --resume never --overwrite starts over")
+
+
+def refuse_to_overwrite(run: Run) -> None:
+    """Raise ValueError if a new run would throw away one that is in its folder, unless --overwrite says so."""
+    log, config = run.folder / "log.jsonl", run.folder / "config.json"
+    kept = [name for name in (*CHECKPOINTS, "best.pt", "castled.pt") if (run.folder / name).exists()]
+    kept += ["log.jsonl"] if log.exists() and log.stat().st_size else []
+    if not kept or run.args.overwrite:
+        return
+    then = {}
+    with contextlib.suppress(OSError, ValueError):
+        then = json.loads(config.read_text())
+    differing = differences(then, run.args)
+    raise ValueError(
+        f"--output {run.folder} holds a run ({', '.join(kept)}), {'differing: ' if differing else 'of the same flags'}"
+        f"{', '.join(differing)}; choose another --output, or --overwrite to throw it away"
+    )
+
+
 def begin(run: Run) -> None:
     """An empty log and the settings, in a folder that no longer holds another run's checkpoints."""
     config = vars(run.args) | {"classes": run.classes, "total_steps": run.total_steps}
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("last.pt", "best.pt", "castled.pt"):
+        for name in (*CHECKPOINTS, "best.pt", "castled.pt"):
             (run.folder / name).unlink(missing_ok=True)
         (run.folder / "log.jsonl").write_text("")
         (run.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -1223,30 +1574,86 @@ def begin(run: Run) -> None:
         raise ValueError(f"cannot write to --output {run.folder}: {error}") from None
 
 
+def weights_and_settings(run: Run) -> dict:
+    """What best.pt holds: all that an evaluation needs."""
+    return dict(
+        ema=run.ema.module.state_dict(),
+        ema_updates=int(run.ema.n_averaged),
+        step=run.step,
+        progress=run.step / run.total_steps,
+        best=run.best,
+        args=vars(run.args),
+        classes=run.classes,
+        dropped=run.dropped,
+    )
+
+
+def state_of(run: Run) -> dict:
+    """What a run continues from; every rank must call this. All else follows from the flags and the step."""
+    losses = [0.0] * world_size()
+    losses[rank()] = run.gathered.loss
+    occupied = torch.tensor([float(held) for held in run.gathered.occupied.values()], device=run.device)
+    return weights_and_settings(run) | dict(
+        model=run.model.state_dict(),
+        optimizer=run.optimizer.state_dict(),
+        scaler=run.scaler.state_dict(),
+        world_size=world_size(),
+        images=len(run.train_loader.dataset),
+        losses=all_sum(torch.tensor(losses, dtype=torch.float64, device=run.device)),
+        curve=run.gathered.curve,
+        occupied=dict(zip(run.gathered.occupied, all_sum(occupied), strict=True)),
+        bad_images=bad_images(run),
+        trained=run.trained,
+        held=sorted(run.held),
+    )
+
+
+def save_last(run: Run) -> None:
+    """A checkpoint to continue from, by rank 0; every rank must call this."""
+    state = state_of(run)
+    if rank() == 0:
+        save(run.folder / "last.pt", state, previous=run.folder / "previous.pt")
+    run.saved = time.monotonic()
+
+
 def resume(run: Run, path: Path) -> None:
-    """Continue from `path`, a last.pt of a run with the same settings."""
+    """Continue from `path`, a checkpoint of a run with the same settings."""
     state = read_checkpoint(path)
-    missing = {"args", "classes", "model", "ema", "ema_updates", "optimizer", "step", "best"} - state.keys()
-    if missing:
+    needed = {"args", "classes", "ema", "ema_updates", "step", "best", "dropped", "model", "optimizer", "scaler",
+              "world_size", "images", "losses", "curve", "occupied", "bad_images", "trained", "held"}  # fmt: skip
+    if missing := needed - state.keys():
         raise ValueError(f"{path} cannot be resumed: it has no {', '.join(sorted(missing))}")
-    then = state["args"]
-    differing = [
-        f"{key} {then.get(key)!r} -> {value!r}"
-        for key, value in vars(run.args).items()
-        if key not in FREE_ON_RESUME and value != then.get(key)
-    ]
+    differing = differences(state["args"], run.args)
     if state["classes"] != run.classes:
         differing.append("the classes")
+    if state["images"] != (images := len(run.train_loader.dataset)):
+        differing.append(f"training images {state['images']} -> {images}")
     if differing:
         raise ValueError(
             f"{path} is of another run; differing: {', '.join(differing)}. "
-            f"Use the same flags, another --output, or --resume never to start over"
+            f"Use the same flags, another --output, or --resume never --overwrite to start over"
         )
     run.model.load_state_dict(state["model"])
     run.ema.module.load_state_dict(state["ema"])
     run.ema.n_averaged.fill_(state["ema_updates"])
     run.optimizer.load_state_dict(state["optimizer"])
-    run.step, run.best = state["step"], state["best"]
+    if state["scaler"]:
+        run.scaler.load_state_dict(state["scaler"])
+    run.step, run.best, run.trained, run.held = state["step"], state["best"], state["trained"], set(state["held"])
+    remove_branches(run, state["dropped"])
+    same, first = state["world_size"] == world_size(), rank() == 0
+    run.gathered = Gathered(
+        loss=state["losses"][rank()] if same else sum(state["losses"]) * first,
+        curve=state["curve"],
+        occupied={name: held * first for name, held in state["occupied"].items()},
+    )
+    run.train_loader.dataset.bad[state["bad_images"]] = 1
+    then = {"processes": state["world_size"], **{key: state["args"].get(key) for key in INEXACT_ON_RESUME}}
+    now = vars(run.args) | {"processes": world_size()}
+    changed = [f"{key} {value!r} -> {now.get(key)!r}" for key, value in then.items() if value != now.get(key)]
+    if changed and first:
+        print(f"not bit for bit what it would have been from here on ({', '.join(changed)}): BatchNorm's statistics, "
+              f"mixing and dropout belong to each process and batch, and rounding changes")  # fmt: skip
 
 
 def whole_records(log: Path) -> Iterator[dict]:
@@ -1256,17 +1663,18 @@ def whole_records(log: Path) -> Iterator[dict]:
             yield json.loads(line)
 
 
-def starts_fresh(args: argparse.Namespace) -> bool:
-    """Whether --resume leads to a new run: then first weights are loaded from the files that flags name."""
-    return args.resume == "never" or (args.resume == "auto" and not (Path(args.output) / "last.pt").exists())
-
-
 def begin_or_resume(run: Run) -> None:
-    """What --resume says. Lines of the log that are ahead of the checkpoint are dropped."""
-    last, log = run.folder / "last.pt", run.folder / "log.jsonl"
-    path, fresh = last if run.args.resume == "auto" else Path(run.args.resume), starts_fresh(run.args)
+    """What --resume says. Lines of the log that are ahead of the checkpoint are dropped; an epoch whose line is there
+    is evaluated already."""
+    args, last, log = run.args, run.folder / "last.pt", run.folder / "log.jsonl"
+    path = None
+    if not starts_fresh(args):
+        path = newest(run.folder) if args.resume == "auto" else Path(args.resume)
+    ours = path is not None and path.parent.resolve() == run.folder.resolve()
+    if not ours:
+        refuse_to_overwrite(run)
     barrier()  # every rank has looked before rank 0 writes
-    if not fresh:
+    if path is not None:
         resume(run, path)
     steps = torch.tensor([run.step, -run.step], device=run.device)
     if dist.is_initialized():
@@ -1274,18 +1682,24 @@ def begin_or_resume(run: Run) -> None:
     if steps.sum() != 0:
         raise ValueError(f"processes would resume from different steps: is --output {run.folder} on a shared disk?")
     if rank() == 0:
-        records = []
-        if not fresh and path.resolve() == last.resolve() and log.exists():
-            records = list(whole_records(log))
-        if fresh or path.resolve() != last.resolve():
+        records = list(whole_records(log)) if ours and log.exists() else []
+        if not ours:
             begin(run)
-        if not fresh and path.resolve() != last.resolve():
             run.best = -math.inf  # of this folder
+        if path is not None and path.resolve() != last.resolve():
             shutil.copyfile(path, last)
-        kept = [record for record in records if "epoch" in record and record["step"] <= run.step]
-        log.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        if not fresh:
+        records = [record for record in records if "castling_report" not in record and record["step"] <= run.step]
+        if run.trained is not None:
+            if any("epoch" in record and record["step"] == run.step for record in records):
+                run.trained = None
+                if f"test_{run.task.metric}" in records[-1]:
+                    run.best = max(run.best, deployed(run.task, records[-1]))
+            else:
+                records = [record for record in records if record["step"] < run.step]
+        log.write_text("".join(json.dumps(record) + "\n" for record in records))
+        if path is not None:
             print(f"resumed from {path} at step {run.step} of {run.total_steps}")
+    run.trained, run.best = from_rank_0((run.trained, run.best))
 
 
 def open_data(task: Task, args: argparse.Namespace) -> tuple[Dataset, Dataset]:
@@ -1331,6 +1745,7 @@ def prepare_run(task: Task, args: argparse.Namespace, device: torch.device) -> C
         optimizer=task.make_optimizer(args, model),
         train_loader=task.train_loader(args, train_set),
         val_loader=task.val_loader(args, val_set),
+        scaler=torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == "float16"),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
     )
@@ -1338,7 +1753,7 @@ def prepare_run(task: Task, args: argparse.Namespace, device: torch.device) -> C
     begin_or_resume(run)
     if args.compile:
         run.net = torch.compile(run.net)
-    if world_size() > 1:
+    if world_size() > 1:  # no static_graph: torch's does not allow for no_sync() in the first backward pass
         run.net = DistributedDataParallel(run.net, device_ids=[device.index] if device.type == "cuda" else None)
     return functools.partial(train, run)
 
@@ -1356,8 +1771,10 @@ def prepare_evaluation(task: Task, args: argparse.Namespace, device: torch.devic
         )
     loader = task.val_loader(args, val_set)
 
+    dropped = read_checkpoint(args.checkpoint).get("dropped", {})
+
     def work() -> None:
-        record = evaluate_castling(task, model.to(device), loader, args, device)
+        record = evaluate_castling(task, model.to(device), loader, args, device, dropped)
         if rank() == 0:
             print(json.dumps(record))
 
@@ -1473,8 +1890,8 @@ def load_predictor(args: argparse.Namespace) -> tuple[nn.Module, list, Callable]
 
 def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """--image: prints the five likeliest classes of a file, or of each image file of a folder."""
-    model, classes, transform = load_predictor(args)
     paths = image_paths(args.image)
+    model, classes, transform = load_predictor(args)
 
     @torch.inference_mode()
     def work() -> None:
@@ -1521,54 +1938,79 @@ mask: threshold {a.epsilon}, {a.mask_schedule}; output: {a.output}"""
 
 
 def train(run: Run) -> None:
-    """Train to the end, one evaluation, log line and checkpoint per epoch; then the castling report."""
-    progress = Progress(run.total_steps, run.step)
+    """Train to the end, one checkpoint, evaluation and log line per epoch; then the castling report."""
+    record = None
     try:
-        progress.say(describe(run))
-        record = None
-        while run.step < run.total_steps:
-            record = train_and_evaluate(run, progress)
-    finally:
-        progress.close()
-    if record is None:  # the run was complete already
-        set_threshold(run.ema.module, run.step / run.total_steps)
-        record = evaluate_castling(run.task, run.ema.module, run.val_loader, run.args, run.device)
-    append_log(run, {"castling_report": castling_report(run, record), "step": run.step})
+        with run.signals:
+            with contextlib.closing(Progress(run.total_steps, run.step)) as progress:
+                progress.say(describe(run))
+                while run.step < run.total_steps or run.trained is not None:
+                    if run.trained is None:
+                        train_and_save(run, progress)
+                    record = evaluate_and_log(run, progress)
+            if record is None:  # the run was complete already
+                set_threshold(run.ema.module, 1.0)
+                record = evaluated(run)
+            append_log(run, {"castling_report": castling_report(run, record), "step": run.step})
+    except Stopped:
+        if rank() == 0:
+            again = same_command(run.args)
+            print(f"stopped at step {run.step} of {run.total_steps}; continue with: {again}", flush=True)
+        raise
 
 
-def train_and_evaluate(run: Run, progress: Progress) -> dict:
-    """One epoch, or what is left of it: evaluated if it is its turn, logged, then saved."""
-    epoch, ema, args = run.step // run.steps_per_epoch, run.ema.module, run.args
-    record = dict(epoch=epoch, **train_one_epoch(run, epoch, progress), step=run.step)
-    record["n_parameters"] = sum(parameter.numel() for parameter in run.model.parameters())
-    synchronise_buffers(ema)
-    set_threshold(ema, run.step / run.total_steps)
-    scores, improved = "", False
-    if (epoch + 1) % args.eval_every == 0 or run.step == run.total_steps:
-        record |= evaluate_castling(run.task, ema, run.val_loader, args, run.device)
-        if "test_loss" in record:
-            check_finite(record["test_loss"], "validation loss", run, record["train_lr"])
+def same_command(args: argparse.Namespace) -> str:
+    """The command that goes on with this run. What was before the script's name under torchrun is not known here."""
+    launcher = "the same torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else Path(sys.executable).name
+    return f"{launcher} {shlex.join(sys.argv)}{'' if args.resume == 'auto' else ' --resume=auto'}"
+
+
+def evaluated(run: Run) -> dict:
+    """`evaluate_castling` of the averaged weights."""
+    return evaluate_castling(run.task, run.ema.module, run.val_loader, run.args, run.device, run.dropped)
+
+
+def train_and_save(run: Run, progress: Progress) -> None:
+    """One epoch, or what is left of it, and the checkpoint from which its evaluation goes on."""
+    epoch = run.step // run.steps_per_epoch
+    with run.signals.noted():
+        record = dict(epoch=epoch, **train_one_epoch(run, epoch, progress), step=run.step)
+        record["n_parameters"] = sum(parameter.numel() for parameter in run.model.parameters())
+        if run.step < run.total_steps:
+            drop_empty_branches(run, record, progress)
+        run.trained, run.gathered = record, Gathered()
+        synchronise_buffers(run.ema.module)
+        save_last(run)
+        if any_rank(run.device, run.signals.asked)[0]:
+            raise Stopped(together=True)
+
+
+def evaluate_and_log(run: Run, progress: Progress) -> dict:
+    """The record of the epoch that was trained last: evaluated if it is its turn, and logged."""
+    record, args, scores = run.trained, run.args, ""
+    set_threshold(run.ema.module, run.step / run.total_steps)
+    if (record["epoch"] + 1) % args.eval_every == 0 or run.step == run.total_steps:
+        record |= evaluated(run)
+        if not math.isfinite(record.get("test_loss", 0.0)):
+            what = f"validation loss is {record['test_loss']}"
+            raise not_finite(run, what, record["train_lr"], kept="previous.pt")
         improved, run.best = deployed(run.task, record) > run.best, max(run.best, deployed(run.task, record))
+        if improved and rank() == 0:
+            save(run.folder / "best.pt", weights_and_settings(run))
         scores = " ".join(f"{title} {record[f'test_{key}']:.2f}" for key, title in run.task.metrics.items())
         castled = f" (castled: {deployed(run.task, record):.2f})" if "castling_gap" in record else ""
         scores = f"* {scores}{castled}, "
-    append_log(run, record)  # before the checkpoint: resuming drops lines that are ahead of it
-    if rank() == 0:
-        state = dict(
-            ema=ema.state_dict(),
-            ema_updates=int(run.ema.n_averaged),
-            step=run.step,
-            progress=run.step / run.total_steps,
-            best=run.best,
-            args=vars(args),
-            classes=run.classes,
-        )
-        save(run.folder / "last.pt", state | dict(model=run.model.state_dict(), optimizer=run.optimizer.state_dict()))
-        if improved:
-            save(run.folder / "best.pt", state)
+    layers = [name for name, step in run.dropped.items() if step == record["step"]]
+    dropped = [{"dropped": layers, "step": run.step, "step_seconds": record["step_seconds"]}] if layers else []
+    append_log(run, *dropped, record)
+    saved = ""
+    if run.before_drop is not None and record["step"] > max(run.dropped.values()):
+        saved = f", {1000 * (run.before_drop - record['step_seconds']):.3g} ms saved per step by dropped branches"
+        run.before_drop = None
+    run.trained = None
     progress.say(
-        f"epoch {epoch}: train_loss {record['train_loss']:.4f}, lr {record['train_lr']:.3g}, {scores}"
-        f"{record['images_per_s']:.0f} images/s, {100 * record['data_wait']:.0f}% waiting for data"
+        f"epoch {record['epoch']}: train_loss {record['train_loss']:.4f}, lr {record['train_lr']:.3g}, {scores}"
+        f"{record['images_per_s']:.0f} images/s, {100 * record['data_wait']:.0f}% waiting for data{saved}"
     )
     return record
 
@@ -1587,6 +2029,22 @@ def prepare(task: Task, args: argparse.Namespace, device: torch.device) -> Calla
     return (prepare_evaluation if args.eval else prepare_run)(task, args, device)
 
 
+def explained(error: RuntimeError, args: argparse.Namespace) -> str | None:
+    """What to do about an error of torch's that is not one of this code; None for another."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "DefaultCPUAllocator" in text:
+        return (
+            f"out of memory with --batch-size {args.batch_size} and --image-size {args.image_size}: less of either "
+            f"helps, --accumulate {2 * args.accumulate} with half the batch keeps the recipe, and so does --amp"
+        )
+    if text.startswith("DataLoader worker"):
+        return (
+            f"{text.splitlines()[0]} If the machine's memory was full, fewer --workers help ({args.workers} now); "
+            f"the same command goes on from the last checkpoint"
+        )
+    return None
+
+
 def run_script(task: Task, args: argparse.Namespace) -> None:
     """Exit status 2: arguments, checkpoint or data folder are wrong, found before work starts. 1: the work failed.
 
@@ -1594,16 +2052,26 @@ def run_script(task: Task, args: argparse.Namespace) -> None:
     """
     args.script = task.script  # for its checkpoints
     try:
-        work = prepare(task, args, start_processes())
-    except ValueError as error:
+        device = start_processes()
+        refuse_differing_ranks(args)
+        work = prepare(task, args, device)
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"{task.script}: error: {error}\n")
         sys.exit(2)
     try:
         work()
-    except (DataError, NonFiniteLoss) as error:
+    except (DataError, NonFiniteLoss, SaveError) as error:
         # From a loader process the message is a whole traceback, whose last line is what was raised.
         sys.stderr.write(f"{task.script}: {str(error).strip().splitlines()[-1]}\n")
         sys.exit(1)
+    except RuntimeError as error:
+        if (message := explained(error, args)) is None:
+            raise
+        sys.stderr.write(f"{task.script}: {message}\n")
+        sys.exit(1)
+    except Stopped as stopped:
+        if dist.is_initialized() and not stopped.together:
+            os._exit(0)  # others may be waiting in the group that would be left
     if dist.is_initialized():
         del work  # with its DDP wrapper: one that outlives the group now and then aborts the process at exit
         gc.collect()
@@ -1642,7 +2110,7 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
 def train_loader(args: argparse.Namespace, train_set: Dataset) -> DataLoader:
     """Augmented batches (images, classes), shuffled."""
     order = dict(rank=rank(), world=world_size(), seed=args.seed, multiple=args.global_batch)
-    dataset = Augmented(train_set, train_transform(args), args.seed)
+    dataset = Augmented(train_set, train_transform(args), args.seed, training=True)
     return make_loader(dataset, EpochSampler(len(train_set), **order), args.batch_size, args.workers)
 
 
