@@ -402,11 +402,14 @@ PIXELS = (128, 224, 320, 448, 512, 640, 768, 896, 1024)
 
 
 def model_ratios(result: dict) -> dict[str, list[tuple[int, float]]]:
-    """{model: [(pixels, softmax's time over the castled model's)]} of bench.py's `models` rows, all batch sizes."""
+    """{model: [(pixels, softmax's time over the castled model's)]} of bench.py's `models` rows, all batch sizes.
+
+    Not of rows that compare two models, "levit256 / levit384".
+    """
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in result["models"]:
-        model, pixels = re.match(r"(\w+) (\d+) px", row["shape"]).groups()
-        lines.setdefault(model, []).append((int(pixels), row["softmax"]["ratio"]))
+        if one := re.match(r"(\w+) (\d+) px", row["shape"]):
+            lines.setdefault(one[1], []).append((int(one[2]), row["softmax"]["ratio"]))
     return lines
 
 
