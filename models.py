@@ -45,7 +45,8 @@ ATTENTIONS = {  # name: options of AttentionCore
 
 BASELINE = dict(kernel="softmax", auxiliary=False)
 
-DEIT = {  # arXiv:2012.12877, Table 1; drop path as released
+DEIT = {  # arXiv:2012.12877, Table 1; drop path as released; the first is this project's own, for images of 32 pixels
+    "deit_mini": dict(dim=96, heads=3, depth=6, patch_size=4, drop_path=0.0),
     "deit_tiny": dict(dim=192, heads=3, depth=12),
     "deit_small": dict(dim=384, heads=6, depth=12),
     "deit_base": dict(dim=768, heads=12, depth=12),
@@ -58,7 +59,8 @@ VIT_DENSE = {  # ViT without class token or final norm; drop path of MAE's fine-
     "vit_mini_dense": dict(dim=128, heads=4, depth=4),
 }
 
-LEVIT = {  # arXiv:2104.01136, Table 1 and released specification; key_dim is D, per head, of the stage blocks
+LEVIT = {  # arXiv:2104.01136, Table 1 and released specification, the first our own; key_dim is D in stage blocks
+    "levit_mini": dict(dims=(64, 96, 128), heads=(2, 3, 4), key_dim=16, drop_path=0.0),
     "levit128": dict(dims=(128, 256, 384), heads=(4, 8, 12), key_dim=16),
     "levit192": dict(dims=(192, 288, 384), heads=(3, 5, 6), key_dim=32),
     "levit256": dict(dims=(256, 384, 512), heads=(4, 6, 8), key_dim=32),
