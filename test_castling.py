@@ -70,7 +70,7 @@ from attention import (
 from models import build_model, list_models, load_pretrained
 
 ROOT = Path(__file__).parent
-settings.register_profile("castling", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("castling", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("castling")
 
 
@@ -1039,10 +1039,9 @@ def test_parameter_counts(name, options, weights, full):
 
 
 @pytest.mark.parametrize(("name", "theirs"), [
-    ("deit_tiny", "deit_tiny_patch16_224"), ("deit_small", "deit_small_patch16_224"),
-    ("deit_base", "deit_base_patch16_224"), ("levit128", "levit_128"), ("levit192", "levit_192"),
-    ("levit256", "levit_256"), ("levit384", "levit_384"), ("mvitv2_tiny", "mvitv2_tiny"),
-    ("mvitv2_small", "mvitv2_small"), ("mvitv2_base", "mvitv2_base"),
+    ("deit_tiny", "deit_tiny_patch16_224"), ("deit_small", "deit_small_patch16_224"), ("levit128", "levit_128"),
+    ("levit192", "levit_192"), ("levit256", "levit_256"), ("levit384", "levit_384"), ("mvitv2_tiny", "mvitv2_tiny"),
+    ("mvitv2_small", "mvitv2_small"),
 ])  # fmt: skip
 def test_softmax_models_equal_timm(name, theirs):
     """Same state dict, name by name and in order; same logits within 1e-5, in eval and (both heads) in training."""
@@ -2532,7 +2531,7 @@ def test_train_export(tmp_path, capsys):
     """--export writes a checkpoint castled and runs the file; timm's models train, resume, evaluate and export by
     name."""
     pytest.importorskip("timm")
-    name, kept = "--model=timm:vit_tiny_patch16_224", f"--checkpoint={tmp_path / 'best.pt'}"
+    name, kept = "--model=timm:test_vit", f"--checkpoint={tmp_path / 'best.pt'}"
     run_train(tmp_path, name, "--max-steps=2")
     run_train(tmp_path, name, "--max-steps=2")
     assert "resumed" in capsys.readouterr().out
@@ -4778,7 +4777,7 @@ def killed(script, folder, event, *options):
 
 @pytest.mark.parametrize("script", TINY_RUNS)
 @given(data=st.data())
-@settings(max_examples=3, phases=[Phase.generate])  # a failure is not shrunk: a run a try is too slow for that
+@settings(max_examples=2, phases=[Phase.generate])  # a failure is not shrunk: a run a try is too slow for that
 def test_nothing_is_lost_when_killed(script, undisturbed, tmp_path_factory, data):
     """kill -9 within an epoch, then at any moment, a save among them; then another number of workers: weights, average
     and log are those of the run that was never disturbed, bit for bit."""
@@ -4847,7 +4846,7 @@ def test_runs_are_not_mixed_up(undisturbed, tmp_path, capsys):
 
 
 @given(data=st.data())
-@settings(max_examples=4, phases=[Phase.generate])
+@settings(max_examples=3, phases=[Phase.generate])
 def test_damaged_checkpoints_fall_back(undisturbed, tmp_path_factory, data):
     """One wrong byte of a tensor, or a cut, in last.pt: said, and the run goes on from previous.pt to the same end. A
     damaged file is not evaluated, and with both damaged nothing goes on."""
