@@ -70,6 +70,8 @@ from attention import (
 from models import build_model, list_models, load_pretrained
 
 ROOT = Path(__file__).parent
+torch.set_num_threads(1)  # what is tested is small: more threads wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in processes that tests start, too
 settings.register_profile("castling", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("castling")
 
@@ -1969,7 +1971,7 @@ def token_counts(model, x):
     return {q.shape[2] for q, _, _ in seen.values()}
 
 
-@pytest.mark.parametrize("name", ["levit", "deit", "mvit", "esnet", "detector", "fpn_transformer", "converted"])
+@pytest.mark.parametrize("name", ["levit", "deit", "mvit", "detector", "fpn_transformer", "converted"])
 def test_exported_graphs_take_any_size_and_hold_no_softmax(name):
     """torch.export with free batch, height and width equals the castled model at sizes it was not traced at; no node of
     a castled classifier's graph is a softmax or has two axes of N tokens. timm's models have one size, the segmenter
@@ -2538,9 +2540,9 @@ def test_train_export(tmp_path, capsys):
     train.main(train.parser().parse_args(["--eval", "--workers=0", kept]))
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["castling_gap"] == 0
     train.main(train.parser().parse_args([kept, f"--export={tmp_path / 'model.pt2'}"]))
-    assert "run on 1x3x32x32; largest difference" in capsys.readouterr().out
+    assert "run on 1x3x96x96, 2x3x128x160, 3x3x192x128; largest difference" in capsys.readouterr().out
     model = torch.export.load(tmp_path / "model.pt2").module()
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 12)
+    assert model(torch.zeros(2, 3, 96, 128)).shape == (2, 12)
 
 
 def test_every_script_exports_what_is_deployed(tmp_path, capsys, monkeypatch):
