@@ -974,7 +974,8 @@ def mask_density(model: nn.Module) -> dict[str, float]:
 
 @contextlib.contextmanager
 def captured(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor, Tensor]]]:
-    """Context that keeps the q, k, v (B, H, N, D) which every core of a model last saw: {layer: (q, k, v)}.
+    """Context that keeps the q, k, v (B, H, N, D) which every core of a model last saw: {layer: (q, k, v)}. Tokens that
+    a padding mask hides are still in them.
 
     with captured(model) as seen:
         model(images)
@@ -992,7 +993,10 @@ def captured(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor, Tenso
 
 def check_queries(q: Tensor, queries: Sequence[int] | Tensor) -> Tensor:
     """Token indices as a tensor (Q,). Raises ValueError for one that q, (B, H, N, D), does not have."""
-    index = torch.as_tensor(queries, device=q.device)
+    try:
+        index = torch.as_tensor(queries, device=q.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"expected a list of token indices, got {queries!r}") from None
     if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool or index.numel() == 0:
         raise ValueError(f"expected a list of token indices, got {queries}")
     if index.min() < 0 or index.max() >= q.shape[-2]:
@@ -1028,6 +1032,7 @@ def attention_rows(
         queries: token indices. band: False leaves the DWConv out.
     Raises: ValueError for a core of another kernel, and for indices that are none.
     """
+    check_qkv(q, k, v, per_token=True)
     if core.kernel != "linear_angular":
         raise ValueError(f"rows are those of the linear_angular kernel, not of {core.kernel!r}")
     index, dtype = check_queries(q, queries), torch.promote_types(v.dtype, torch.float32)
@@ -1054,6 +1059,8 @@ def effective_rank(q: Tensor, k: Tensor, diagonal: float = 0.5) -> Tensor:
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
     """
     check_qkv(q, k, k, per_token=True)
+    if not diagonal >= 0:
+        raise ValueError(f"diagonal must be at least 0, got {diagonal}")
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k = unit(q.to(dtype)), unit(k.to(dtype))
     basis = torch.linalg.qr(torch.cat([q, k], dim=-1)).Q                                          # (..., N, r)

@@ -24,6 +24,7 @@ import inspect
 import math
 import pickle
 import re
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -1350,7 +1351,30 @@ class ConvertedAttention(AttentionCore):
             found.append(f"its logits are scaled by {scale:.4g}, not 1 / sqrt({dim})")
         if getattr(module, "is_causal", False):
             found.append("it is causal")
-        return found
+        return found or cls.strange(module)
+
+    @classmethod
+    def strange(cls, module: nn.Module) -> list[str]:
+        """Where a module does something else with a few tokens than its layers with plain softmax attention between."""
+        weight = next(module.parameters())
+        if weight.is_meta:
+            return []
+        original = copy.deepcopy(module).eval().cpu().float()
+        ours = cls(copy.deepcopy(original))
+        ours.kernel, ours.auxiliary = "softmax", False
+        x = torch.randn(2, 5, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        args = (x, x, x) if isinstance(module, nn.MultiheadAttention) else (x,)
+        try:
+            with torch.no_grad():
+                theirs, ours = original(*args), ours(*args)
+        except Exception as error:  # whatever its own checks raise
+            return [f"it does not take tokens (B, N, C) alone: {str(error).splitlines()[0]}"]
+        if isinstance(theirs, tuple) != isinstance(ours, tuple):
+            return [f"it returns a {type(theirs).__name__}, its like a {type(ours).__name__}"]
+        theirs, ours = (y[0] if isinstance(y, tuple) else y for y in (theirs, ours))
+        if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-4, rtol=1e-4):
+            return ["it computes something else than softmax attention over tokens"]
+        return []
 
     def refuse(self, **given) -> None:
         """ValueError for arguments that are given and mean something to softmax attention only."""
@@ -1535,7 +1559,9 @@ def convert(
     Known: timm's `Attention`; Hugging Face's with query, key and value layers (ViT, DINOv2, ...);
     torch.nn.MultiheadAttention (torchvision's ViT, nn.TransformerEncoder). Every weight stays, under its name, in the
     model and in its state dict, which gains a `dconv.weight` per layer. Norms of q and k, prefix tokens and attention
-    dropout (on the branch) go on as they were. Fine-tune the result with `set_threshold`, then `castle` it.
+    dropout (on the branch) go on as they were. Fine-tune the result with `set_threshold`, then `castle` it. Every layer
+    is tried on a few tokens first; a mask or another sequence that a model gives to its layers is a ValueError in its
+    first forward.
 
     Args: epsilon, schedule, conv_kernel: of every AttentionCore.
     Raises: ValueError that names every attention layer which cannot be carried over, and why, and for a model without
@@ -1550,12 +1576,17 @@ def convert(
         layout = next((layout for layout in LAYOUTS if layout.matches(module)), None)
         parent = model.get_submodule(name.rpartition(".")[0])
         if layout is None:
-            named = "attention" in type(module).__name__.lower() and any(True for _ in module.parameters())
-            if named and not any(layout.matches(part) for part in module.modules() for layout in LAYOUTS):
+            called = name.rpartition(".")[2] in ("attn", "attention", "self_attn", "self_attention")
+            called = called or "attention" in type(module).__name__.lower()
+            known = any(layout.matches(part) for part in module.modules() for layout in LAYOUTS)
+            if called and not known and any(True for _ in module.parameters()):
                 wrong[name] = ["its layout is none of those known here"]
             continue
         found[name] = layout
-        problems = layout.problems(module)
+        try:
+            problems = layout.problems(module)
+        except AttributeError as error:
+            problems = [f"it lacks what its like have: {error}"]
         if isinstance(parent, nn.TransformerDecoderLayer):
             problems.append("a decoder's attention is causal or to another sequence")
         if name == "":
@@ -1604,7 +1635,7 @@ def traced(model: nn.Module, image_size: int | tuple[int, int]) -> torch.export.
     `images` a graph for that many. A grid is more than one token wide and high in the graph: LeViT's sides are 65
     pixels or more. torch.export makes sure of that, ONNX does not ask.
     """
-    model = fuse(castle(copy.deepcopy(model)).eval()).cpu()
+    model = fuse(castle(copy.deepcopy(model)).eval()).cpu().float()
     (height, width), images = pair(image_size), getattr(model, "images", 2)
     example = torch.zeros(images, 3, max(height, 128), max(width, 128) + 64)  # no two sides equal, no grid of 1
     sides = torch.export.Dim.AUTO
@@ -1660,7 +1691,7 @@ def export(model: nn.Module, path: str | Path, image_size: int | tuple[int, int]
         least = 96 if path.suffix == ".pt2" else 32  # see `traced`
         height, width = max(height, least), max(width, least)
         sizes = [(height, width), (height + 32, width + 64), (2 * height, width + 32)]
-    castled, shapes, difference = castle(copy.deepcopy(model)).eval().cpu(), [], 0.0
+    castled, shapes, difference = castle(copy.deepcopy(model)).eval().cpu().float(), [], 0.0
     for seed, size in enumerate(sizes, 1):
         batch = seed if symbolic(example.shape[:1]) else example.shape[0]
         x = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
@@ -1675,6 +1706,16 @@ def export(model: nn.Module, path: str | Path, image_size: int | tuple[int, int]
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, by the checksums that torch.save puts into it; None if it is whole."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            record = file.testzip()
+    except Exception as error:  # a damaged file can raise nearly anything
+        return f"{path} is damaged: {error}"
+    return record and f"{path} is damaged: the checksum of {record} is wrong"
+
+
 def read_checkpoint(path: str | Path) -> dict:
     """The dictionary in a checkpoint file, on the CPU. Only tensors and plain data are ever unpickled.
 
@@ -1683,6 +1724,8 @@ def read_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no checkpoint file {path}")
+    if zipfile.is_zipfile(path) and (reason := damage(path)):
+        raise ValueError(reason)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -758,7 +758,9 @@ def read_annotation(path: Path) -> np.ndarray:
                 what = image.tile[0][3] if image.mode == "L" else image.mode
                 raise DataError(f"annotation {path} has mode {what}: expected one number of 8 bits per pixel")
             return np.array(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything
         raise DataError(f"cannot read annotation {path}: {error}") from None
 
 

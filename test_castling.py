@@ -1920,6 +1920,35 @@ class Biased(OlderAttention):
         self.relative_position_bias_table = nn.Parameter(torch.zeros(5, 3))
 
 
+class OverChannels(nn.Module):
+    """Has the layers, but attends from channel to channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 2, nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.proj(v @ (k.mT @ q).softmax(-1))
+
+
+class Flat(OverChannels):
+    def forward(self, x):
+        batch, height, width, channels = x.shape
+        return x
+
+
+class Headless(OverChannels):
+    def __init__(self):
+        super().__init__()
+        del self.num_heads
+
+
+class Bare(OlderAttention):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states)[0]
+
+
 class PooledAttentions(nn.Linear):
     """An attention by name only."""
 
@@ -1932,6 +1961,11 @@ class PooledAttentions(nn.Linear):
     (lambda: nn.Sequential(Rotary()), r"0 \(Rotary\).*position_embeddings"),
     (lambda: nn.Sequential(OlderAttention(key_dim=12)), r"\[12, 12, 24\] channels"),
     (lambda: nn.Sequential(OlderAttention(), PooledAttentions(2, 2)), r"1 \(PooledAttentions\).*layout"),
+    (lambda: nn.Sequential(OverChannels()), r"0 \(OverChannels\).*something else than softmax"),
+    (lambda: nn.Sequential(Flat()), r"0 \(Flat\).*tokens \(B, N, C\) alone"),
+    (lambda: nn.Sequential(Headless()), r"0 \(Headless\).*num_heads"),
+    (lambda: nn.Sequential(Bare()), r"0 \(Bare\).*returns a Tensor"),
+    (lambda: nn.ModuleDict(dict(one=OlderAttention(), attn=nn.Bilinear(2, 2, 2))), r"attn \(Bilinear\).*layout"),
     (lambda: nn.Transformer(24, 2, 1, 1, 24, batch_first=True), "decoder.layers.0.multihead_attn.*another sequence"),
     (lambda: nn.Sequential(nn.MultiheadAttention(24, 2, add_bias_kv=True, add_zero_attn=True)), "add_zero.*bias_k"),
     (lambda: nn.MultiheadAttention(24, 2), "put it into a module"),
@@ -2399,6 +2433,17 @@ def test_non_finite_loss_stops(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:  # diverges in the last step: seen by the evaluation
         run_train(tmp_path, "--lr=1e38", "--max-steps=2")
     assert stopped.value.code == 1 and not (tmp_path / "castled.pt").exists()
+
+
+def test_lost_weights_are_not_saved(tmp_path):
+    """A checkpoint with nan in it would be the last good one for ever."""
+    model = nn.Linear(2, 2)
+    model.weight.data[0, 1] = math.nan
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = types.SimpleNamespace(model=model, optimizer=optimizer, folder=tmp_path, step=3)
+    with pytest.raises(train.NonFiniteLoss, match="a weight is not finite at step 3"):
+        train.save_last(run)
+    assert not list(tmp_path.iterdir())
 
 
 def start(*command):
@@ -4823,12 +4868,12 @@ def refused(capsys, code, run, *arguments):
     return said
 
 
-def test_runs_are_not_mixed_up(undisturbed, tmp_path, capsys):
+def test_runs_are_not_mixed_up(undisturbed, tmp_path, capsys, monkeypatch):
     """A complete run is not trained further; other flags or data are refused with what differs, and no run is thrown
     away without --overwrite; a run can go on in another folder; a line of the log that was cut off is dropped."""
     run_tiny("train", tmp_path / "a")
     with open(tmp_path / "a" / "log.jsonl", "a") as log:
-        log.write('{"epoch": 1, "cut o')
+        log.write('123\n{"a": 1}\n\x00\n{"epoch": 1, "cut o')
     run_tiny("train", tmp_path / "a")
     assert "resumed from" in capsys.readouterr().out and outcome(tmp_path / "a") == undisturbed("train")
     again = (capsys, 2, run_tiny, "train", tmp_path / "a")
@@ -4841,6 +4886,10 @@ def test_runs_are_not_mixed_up(undisturbed, tmp_path, capsys):
     assert outcome(tmp_path / "b")[0] == undisturbed("train")[0]
     assert {"config.json", "castled.pt", "best.pt"} <= {p.name for p in (tmp_path / "b").iterdir()}
     assert "holds a run" in refused(*again, f"--resume={tmp_path}/b/last.pt")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # after a failure torchrun starts the same command again
+    run_tiny("train", tmp_path / "a", "--resume=never", "--overwrite")
+    assert outcome(tmp_path / "a") == undisturbed("train")
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     # starting over leaves nothing of the old run to be resumed, even if the new one dies at once
     assert "no checkpoint yet" in refused(capsys, 1, run_tiny, "train", tmp_path / "a", "--resume=never", "--overwrite",
                                           "--lr=1e38", "--save-minutes=0")  # fmt: skip
@@ -5017,7 +5066,7 @@ def test_processes_stop_and_go_on_together(tmp_path, capfd):
     run_tiny("train", tmp_path / "one")
     assert "not bit for bit" in (said := capfd.readouterr().out) and "processes 2 -> 1" in said
     losses = [[r["train_loss"] for r in outcome(tmp_path / name)[1] if "epoch" in r] for name in ("one", "whole")]
-    assert losses[0] == pytest.approx(losses[1], rel=0.2)
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
     with pytest.raises(SystemExit, match="2"):
         run_tiny("train", tmp_path / "one", "--batch-size=2")
     assert "global_batch 4 -> 2" in capfd.readouterr().err
@@ -5055,17 +5104,18 @@ def test_pixels_that_are_no_numbers_stop(script, pixels, tmp_path, capsys, monke
 def test_slurm_variables():
     """srun's variables become torchrun's, the first host of the list being the place to meet; torchrun's own win."""
     env = dict(SLURM_PROCID="5", SLURM_NTASKS="8", SLURM_LOCALID="1", SLURM_NTASKS_PER_NODE="4", SLURM_JOB_ID="123456",
-               SLURM_JOB_NODELIST="gpu[07-09,12],login")  # fmt: skip
+               SLURM_STEP_NODELIST="gpu[07-09,12],login")  # fmt: skip
     assert train.slurm_variables(env) == dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4",
                                               MASTER_ADDR="gpu07", MASTER_PORT="23456")  # fmt: skip
     hosts = {"a1,b[2-3]": "a1", "n-[3,5]": "n-3", "solo": "solo", "r1n[01-02]-ib,x": "r1n01-ib"}
     for listed, first in hosts.items():
-        assert train.slurm_variables(env | {"SLURM_JOB_NODELIST": listed})["MASTER_ADDR"] == first
+        assert train.slurm_variables(env | {"SLURM_STEP_NODELIST": listed})["MASTER_ADDR"] == first
     given = env | {"MASTER_ADDR": "head", "MASTER_PORT": "29500", "SLURM_STEP_TASKS_PER_NODE": "2(x4)"}
     del given["SLURM_NTASKS_PER_NODE"]
     found = train.slurm_variables(given)
     assert (found["MASTER_ADDR"], found["MASTER_PORT"], found["LOCAL_WORLD_SIZE"]) == ("head", "29500", "2")
-    for elsewhere in ({}, env | {"RANK": "0"}, env | {"SLURM_NTASKS": "1"}):
+    batch_script = {key: value for key, value in env.items() if key != "SLURM_STEP_NODELIST"}
+    for elsewhere in ({}, env | {"RANK": "0"}, env | {"SLURM_NTASKS": "1"}, batch_script):
         assert train.slurm_variables(elsewhere) == {}
 
 
@@ -5117,7 +5167,10 @@ def test_bad_images_are_named(tmp_path, monkeypatch):
     good = tmp_path / "good.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)).save(good)
     bad = {name: tmp_path / name for name in ("16.png", "float.tiff", "bomb.png", "cut.jpg", "empty.png", "text.png",
-                                              "circle.png", "folder.png", "gone.png")}  # fmt: skip
+                                              "circle.png", "folder.png", "gone.png", "pipe.png",
+                                              "texture.png")}  # fmt: skip
+    os.mkfifo(bad["pipe.png"])
+    bad["texture.png"].write_bytes(b"DDS " + bytes(200))
     Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(bad["16.png"])
     Image.fromarray(np.zeros((9, 9), np.float32)).save(bad["float.tiff"])
     Image.new("RGB", (250, 100)).save(bad["bomb.png"])

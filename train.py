@@ -31,7 +31,6 @@ import signal
 import statistics
 import sys
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -63,6 +62,7 @@ from models import (
     build_model,
     check_export,
     convert,
+    damage,
     export,
     load_pretrained,
     read_checkpoint,
@@ -331,11 +331,13 @@ class DataError(RuntimeError):
 def read_image(path: str | Path, upright: bool = False) -> Image.Image:
     """An image file as RGB, `upright` as its EXIF orientation says; DataError names the file that cannot be read."""
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("it is no file")
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits per channel, which would be clipped")
             return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file can raise nearly anything
         raise DataError(f"cannot read image {path}: {error}") from None
 
 
@@ -498,8 +500,9 @@ def make_loader(
 
 
 def leave_group(worker: int) -> None:
-    """Signals to the group of the training process, such as Ctrl-C's, do not reach this loader process."""
+    """Signals to the group, or to all processes, of a training run are not this loader process's: the run ends it."""
     os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def to_model_input(images: Tensor, device: torch.device, channels_last: bool = False) -> Tensor:
@@ -517,9 +520,10 @@ def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
 
     The first host of the list is the one to meet at: "gpu[07-09,12],login" begins with gpu07.
     """
-    if "RANK" in env or int(env.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in env:
+    of_srun = {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= env.keys()  # a batch script has the first, too
+    if "RANK" in env or not of_srun or int(env.get("SLURM_NTASKS", "1")) < 2:
         return {}
-    hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "127.0.0.1")
+    hosts = env["SLURM_STEP_NODELIST"]
     per_node = env.get("SLURM_NTASKS_PER_NODE") or env.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as 4(x2)
     return dict(
         RANK=env["SLURM_PROCID"],
@@ -572,8 +576,8 @@ def refuse_differing_ranks(args: argparse.Namespace) -> None:
     dist.all_gather_object(everyone, mine)
     for number, theirs in enumerate(everyone):
         for key, first in everyone[0].items():
-            if theirs[key] != first:
-                raise ValueError(f"processes differ: {key} is {first!r} on rank 0, {theirs[key]!r} on rank {number}")
+            if (other := theirs.get(key)) != first:
+                raise ValueError(f"processes differ: {key} is {first!r} on rank 0, {other!r} on rank {number}")
 
 
 def cores_available() -> int:
@@ -613,16 +617,6 @@ def synchronise_buffers(model: nn.Module) -> None:
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written; the message says where, why, and what there still is."""
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, by the checksums that torch.save puts into it; None if it is whole."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            record = file.testzip()
-    except Exception as error:  # a damaged file can raise nearly anything
-        return f"{path} is damaged: {error}"
-    return record and f"{path} is damaged: the checksum of {record} is wrong"
 
 
 def save(path: Path, state: dict, previous: Path | None = None) -> None:
@@ -1289,7 +1283,7 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict] = DA
     add("--seed", type=at_least(0, most=2**62), help="of weights, data order, augmentation and shapes; default 0")
     add("--output", help="folder for checkpoints and logs; default runs/MODEL-ATTENTION-DATA")
     add("--resume", default="auto", help="auto (continue the run in --output if there is one), never, or a last.pt")
-    add("--overwrite", action="store_true", help="a new run may throw away the one that is in --output")
+    add("--overwrite", action="store_true", help="with --resume never: throw away the run in --output")
     add("--save-minutes", type=at_least(0, float), default=10.0, help="between checkpoints within an epoch, each of "
         "which ends with one too; 0 for none within; default 10")  # fmt: skip
     add("--checkpoint", help="weights to start from, to evaluate or to predict with; a run's own or any state dict")
@@ -1413,8 +1407,9 @@ def timm_model(args: argparse.Namespace, num_classes: int, image_size: int) -> n
     except TypeError:  # it has no fixed image size
         model = timm.create_model(name, **options)
     if args.attention == "castling":
-        convert(model, epsilon=args.epsilon, schedule=args.mask_schedule)
-    return model
+        taps = 0 if args.dwconv is False else 9
+        convert(model, epsilon=args.epsilon, schedule=args.mask_schedule, conv_kernel=taps)
+    return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> nn.Module:
@@ -1467,8 +1462,6 @@ def load_model(task: Task, args: argparse.Namespace, classes: list | None = None
     """
     checkpoint = read_checkpoint(args.checkpoint)
     trained = settings_for(task, args.checkpoint)
-    if zipfile.is_zipfile(args.checkpoint) and (reason := damage(Path(args.checkpoint))):
-        raise ValueError(reason)
     task.resolve(args, trained)
     classes = trained.get("classes") or classes or task.unnamed(args.checkpoint, weights_in(checkpoint))
     model = task.make_model(args, len(classes), trained.get("image_size") or args.image_size)
@@ -1529,10 +1522,14 @@ def differences(then: Mapping, args: argparse.Namespace) -> list[str]:
     ]
 
 
+def in_output(args: argparse.Namespace) -> bool:
+    """Whether there is a checkpoint to continue from in --output."""
+    return any((Path(args.output) / name).exists() for name in CHECKPOINTS)
+
+
 def starts_fresh(args: argparse.Namespace) -> bool:
     """Whether --resume leads to a new run: then first weights are loaded from the files that flags name."""
-    there = any((Path(args.output) / name).exists() for name in CHECKPOINTS)
-    return args.resume == "never" or (args.resume == "auto" and not there)
+    return args.resume == "never" or (args.resume == "auto" and not in_output(args))
 
 
 def newest(folder: Path) -> Path:
@@ -1614,7 +1611,9 @@ def state_of(run: Run) -> dict:
 
 
 def save_last(run: Run) -> None:
-    """A checkpoint to continue from, by rank 0; every rank must call this."""
+    """A checkpoint to continue from, by rank 0; every rank must call this. Raises NonFiniteLoss for lost weights."""
+    if not all(bool(parameter.isfinite().all()) for parameter in run.model.parameters()):
+        raise not_finite(run, "a weight is not finite", run.optimizer.param_groups[0]["lr"])
     state = state_of(run)
     if rank() == 0:
         save(run.folder / "last.pt", state, previous=run.folder / "previous.pt")
@@ -1648,7 +1647,7 @@ def resume(run: Run, path: Path) -> None:
     remove_branches(run, state["dropped"])
     same, first = state["world_size"] == world_size(), rank() == 0
     run.gathered = Gathered(
-        loss=state["losses"][rank()] if same else sum(state["losses"]) * first,
+        loss=state["losses"][rank()] if same else sum(state["losses"]) / state["world_size"],
         curve=state["curve"],
         occupied={name: held * first for name, held in state["occupied"].items()},
     )
@@ -1663,9 +1662,21 @@ def resume(run: Run, path: Path) -> None:
 
 def whole_records(log: Path) -> Iterator[dict]:
     """The lines of a log, but for one that was cut off when its run was killed."""
-    for line in log.read_text().splitlines():
+    for line in log.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
-            yield json.loads(line)
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record
+
+
+def rewrite_log(log: Path, records: list[dict]) -> None:
+    """The log with these lines only; whole at any time. Raises ValueError."""
+    temporary = log.with_name(log.name + ".tmp")
+    try:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+        os.replace(temporary, log)
+    except OSError as error:
+        raise ValueError(f"cannot write {log}: {error}") from None
 
 
 def begin_or_resume(run: Run) -> None:
@@ -1701,7 +1712,7 @@ def begin_or_resume(run: Run) -> None:
                     run.best = max(run.best, deployed(run.task, records[-1]))
             else:
                 records = [record for record in records if record["step"] < run.step]
-        log.write_text("".join(json.dumps(record) + "\n" for record in records))
+        rewrite_log(log, records)
         if path is not None:
             print(f"resumed from {path} at step {run.step} of {run.total_steps}")
     run.trained, run.best = from_rank_0((run.trained, run.best))
@@ -1723,6 +1734,8 @@ def open_data(task: Task, args: argparse.Namespace) -> tuple[Dataset, Dataset]:
 def prepare_run(task: Task, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """Everything a training run needs, checked before work starts. Raises ValueError for what the user can mend."""
     task.resolve(args)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and in_output(args):
+        args.resume = "auto"  # whatever it said at first: torchrun has started this again after a failure
     if args.log_wandb:
         try:
             import wandb  # noqa: F401
