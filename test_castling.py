@@ -72,7 +72,7 @@ from models import build_model, list_models, load_pretrained
 ROOT = Path(__file__).parent
 torch.set_num_threads(1)  # what is tested is small: more threads wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in processes that tests start, too
-settings.register_profile("castling", deadline=None, derandomize=True, max_examples=40)
+settings.register_profile("castling", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("castling")
 
 
