@@ -939,7 +939,7 @@ def set_threshold(model: nn.Module, progress: float) -> None:
 
 
 def record_masks(model: nn.Module, on: bool = True) -> None:
-    """Switch mask statistics on or off. They are on to begin with, at a few percent of a forward; off they are free."""
+    """Switch mask statistics on or off. They are on to begin with; off they are free."""
     for core in cores(model).values():
         core.record = on
 

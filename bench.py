@@ -308,7 +308,7 @@ def main(args: argparse.Namespace) -> None:
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
         if "core" in result and importlib.util.find_spec("matplotlib"):
-            import figures  # after this file in the order of imports, and needed here only
+            import figures
 
             figures.crossover(result, args.json.with_suffix(".png"))
 

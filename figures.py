@@ -552,6 +552,7 @@ FIGURES: dict[str, Callable[[Path], None]] = {
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line of figures.py."""
     p = train.Parser(prog="figures.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, figures = p.add_argument, [*FIGURES, "attention"]
     add("names", nargs="*", metavar="NAME", choices=[*figures, "all"], default="all",

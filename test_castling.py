@@ -1041,9 +1041,10 @@ def test_parameter_counts(name, options, weights, full):
 
 
 @pytest.mark.parametrize(("name", "theirs"), [
-    ("deit_tiny", "deit_tiny_patch16_224"), ("deit_small", "deit_small_patch16_224"), ("levit128", "levit_128"),
-    ("levit192", "levit_192"), ("levit256", "levit_256"), ("levit384", "levit_384"), ("mvitv2_tiny", "mvitv2_tiny"),
-    ("mvitv2_small", "mvitv2_small"),
+    ("deit_tiny", "deit_tiny_patch16_224"), ("deit_small", "deit_small_patch16_224"),
+    ("deit_base", "deit_base_patch16_224"), ("levit128", "levit_128"), ("levit192", "levit_192"),
+    ("levit256", "levit_256"), ("levit384", "levit_384"), ("mvitv2_tiny", "mvitv2_tiny"),
+    ("mvitv2_small", "mvitv2_small"), ("mvitv2_base", "mvitv2_base"),
 ])  # fmt: skip
 def test_softmax_models_equal_timm(name, theirs):
     """Same state dict, name by name and in order; same logits within 1e-5, in eval and (both heads) in training."""
