@@ -4971,6 +4971,19 @@ def test_memory_and_dead_loaders_are_explained(undisturbed, tmp_path, capsys, mo
     assert outcome(tmp_path / "b") == undisturbed("train")
 
 
+def test_exceptions_do_not_leave_loader_processes_waiting():
+    """A script that fails in the middle of an epoch exits with its traceback, although loader processes ignore SIGTERM."""
+    script = """if True:
+        import train
+        def epoch():
+            loader = train.make_loader(train.Shapes("train", 40, 8), range(40), 4, workers=2)
+            for batch in loader:
+                raise LookupError("in the middle of an epoch")
+        epoch()"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("LookupError: in the middle of an epoch"), done.stderr
+
+
 def test_bad_images_are_replaced_and_counted(tmp_path, capsys, monkeypatch):
     """Training goes on with the next image and says which one was bad, once an epoch; loader processes count together;
     more than 1% stops the run; a validation image that cannot be read does, too."""

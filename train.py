@@ -15,6 +15,7 @@ checkpoints, log, progress, and the rendered shapes.
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import datetime
@@ -23,6 +24,7 @@ import gc
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -503,6 +505,17 @@ def leave_group(worker: int) -> None:
     """Signals to the group, or to all processes, of a training run are not this loader process's: the run ends it."""
     os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def end_loaders() -> None:
+    """Kill the loader processes an exception left: they ignore the SIGTERM after which multiprocessing waits for them.
+
+    Exit handlers run last in, first out: this one before that of multiprocessing, which torch imported."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed loader process for an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def to_model_input(images: Tensor, device: torch.device, channels_last: bool = False) -> Tensor:
