@@ -21,7 +21,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import random
 import statistics
 import time
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 
 from attention import AttentionCore, castle, cores, record_masks, set_threshold
 from models import build_model, fuse
+from train import environment
 
 CORE_SHAPES = [  # B, H, N, D
     (1, 3, 196, 64), (8, 3, 49, 64), (8, 3, 100, 64), (8, 3, 144, 64), (8, 3, 196, 64), (8, 12, 196, 64),
@@ -250,15 +250,11 @@ def print_row(row: dict, first: bool) -> None:
     print(line, flush=True)
 
 
-def environment(args: argparse.Namespace) -> dict:
+def settings(args: argparse.Namespace) -> dict:
     """What a reader needs to judge the numbers."""
-    cuda = args.device.type == "cuda"
-    return dict(
-        torch=torch.__version__,
-        device=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+    return environment(args.device) | dict(
         dtype=str(args.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        clock="CPU time" if not cuda and torch.get_num_threads() == 1 else "wall clock",
+        clock="CPU time" if args.device.type == "cpu" and torch.get_num_threads() == 1 else "wall clock",
         compiled=args.compile,
         load_average=os.getloadavg()[0],
         tuned_malloc="MALLOC_MMAP_MAX_" in os.environ,
@@ -295,7 +291,7 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     random.seed(0)
-    result = dict(environment=environment(args))
+    result = dict(environment=settings(args))
     print("  ".join(f"{key} {value}" for key, value in result["environment"].items()))
     for name in TABLES if args.table == "all" else [args.table]:
         function, rows, title = TABLES[name]

@@ -2275,6 +2275,9 @@ def test_script_trains_castles_and_evaluates(tmp_path, capsys):
         "config.json", "log.jsonl", "last.pt", "best.pt", "castled.pt",
     }  # fmt: skip
     assert [r["step"] for r in epochs] == [4] and epochs[0]["epoch"] == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["seed"] == 0 and config["environment"].items() >= {"torch": torch.__version__, "processes": 1}.items()
+    assert re.fullmatch("None|[0-9a-f]{40}(-dirty)?", str(config["environment"]["commit"]))
     curve = epochs[0]["mask_curve"]  # at every step of so short a run, per layer
     assert curve.pop("step") == [0, 1, 2, 3] and curve.keys() == epochs[0]["mask_density"].keys()
     assert all(len(densities) == 4 and densities[0] >= densities[3] for densities in curve.values())
@@ -4972,7 +4975,7 @@ def test_memory_and_dead_loaders_are_explained(undisturbed, tmp_path, capsys, mo
 
 
 def test_exceptions_do_not_leave_loader_processes_waiting():
-    """A script that fails in the middle of an epoch exits with its traceback, although loader processes ignore SIGTERM."""
+    """A script that fails within an epoch exits with its traceback, although loader processes ignore SIGTERM."""
     script = """if True:
         import train
         def epoch():

@@ -26,11 +26,13 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import re
 import shlex
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -591,6 +593,25 @@ def refuse_differing_ranks(args: argparse.Namespace) -> None:
         for key, first in everyone[0].items():
             if (other := theirs.get(key)) != first:
                 raise ValueError(f"processes differ: {key} is {first!r} on rank 0, {other!r} on rank {number}")
+
+
+def environment(device: torch.device) -> dict:
+    """What a result depends on beside its flags: code, versions, machine. `commit` ends in -dirty where files differ
+    from it, and is None outside a git checkout."""
+    git, commit = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"], None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        commit = done.stdout.strip()
+    cuda = device.type == "cuda"
+    return dict(
+        commit=commit,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        torchvision=torchvision.__version__,
+        device=torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        threads=torch.get_num_threads(),
+        processes=world_size(),
+    )
 
 
 def cores_available() -> int:
@@ -1579,6 +1600,7 @@ def refuse_to_overwrite(run: Run) -> None:
 def begin(run: Run) -> None:
     """An empty log and the settings, in a folder that no longer holds another run's checkpoints."""
     config = vars(run.args) | {"classes": run.classes, "total_steps": run.total_steps}
+    config["environment"] = environment(run.device)
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         for name in (*CHECKPOINTS, "best.pt", "castled.pt"):
