@@ -15,6 +15,9 @@
     crossover     -               results/bench_cpu.json
     attention     -               a checkpoint of train.py and an image
 
+    python figures.py table                     results/cifar10.jsonl and results/scenes.jsonl as Markdown
+    python figures.py table --runs runs/cifar --collect mine.jsonl       the same of a folder of runs, kept as one file
+
 Every figure is a function that computes and one that draws. Needs matplotlib.
 """
 
@@ -537,6 +540,99 @@ def attention(path: Path, args: argparse.Namespace) -> None:
         figure.suptitle(f"{options.model}, {layer}, mean over {q.shape[1]} heads")
 
 
+# ---- results of runs -------------------------------------------------------------------------------------------------
+
+RUNS = [RESULTS / "cifar10.jsonl", RESULTS / "scenes.jsonl"]
+METRICS = {"train.py": ("acc1", "top-1, %"), "detect.py": ("AP", "AP"), "segment.py": ("mIoU", "mIoU")}
+VARIED = {"attention", "mask_schedule", "dwconv", "seed", "output", "environment"}  # may differ within a column
+
+
+def read_runs(path: Path) -> list[dict]:
+    """[{"run": name, "config": config.json, "log": [records of log.jsonl]}], a dictionary for each run in a folder of
+    runs' folders, by name, or in a file that `collect` wrote.
+
+    Raises: ValueError for a run that is not complete, and if there is none.
+    """
+    if path.is_dir():
+        runs = []
+        for config in sorted(path.glob("*/config.json")):
+            log = list(train.whole_records(config.with_name("log.jsonl")))
+            runs.append(dict(run=config.parent.name, config=json.loads(config.read_text()), log=log))
+    else:
+        runs = [json.loads(line) for line in path.read_text().splitlines()]
+    for run in runs:
+        if not any("castling_report" in record for record in run["log"]):
+            raise ValueError(f"{path}: run {run['run']} is not complete")
+    if not runs:
+        raise ValueError(f"no runs in {path}: expected folders with config.json and log.jsonl")
+    return runs
+
+
+def collect(runs: list[dict], path: Path) -> None:
+    """Write runs to a file, a line each."""
+    path.write_text("".join(json.dumps(run) + "\n" for run in runs))
+
+
+def row_of(run: dict) -> str:
+    """What of a run is not common to its column."""
+    config = run["config"]
+    schedule = f", {config['mask_schedule']}" if config["attention"] == "castling" else ""
+    return config["attention"] + schedule + (", no DWConv" if config.get("dwconv") is False else "")
+
+
+def column_of(run: dict) -> tuple[str, str]:
+    """(model and pixels, metric)."""
+    config = run["config"]
+    return f"{config['model']}, {config['image_size']} px", METRICS[config["script"]][1]
+
+
+def outcome(run: dict) -> dict[str, float | None]:
+    """The castled model's score and M MACs, points lost by castling (None without a branch), seconds of a step."""
+    (report,) = (record["castling_report"] for record in run["log"] if "castling_report" in record)
+    metric = METRICS[run["config"]["script"]][0]
+    return dict(
+        score=report.get(f"test_{metric}_castled", report[f"test_{metric}"]),
+        gap=report.get("castling_gap"),
+        macs=min(report["macs"].values()) / 1e6,
+        step=statistics.median(record["step_seconds"] for record in run["log"] if "step_seconds" in record),
+    )
+
+
+def results_table(runs: list[dict]) -> str:
+    """A Markdown table: attentions down, models across. Scores are means and standard deviations over seeds; times of a
+    training step are medians, in those of the same model with softmax where it is there.
+
+    Raises: ValueError if runs of one model differ in more than attention and seed.
+    """
+    columns: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    for run in runs:
+        columns.setdefault(column_of(run), {}).setdefault(row_of(run), []).append(run)
+    for (model, _), rows in columns.items():
+        first, *others = (run["config"] for runs in rows.values() for run in runs)
+        for config in others:
+            if differing := {key for key in first.keys() | config if first.get(key) != config.get(key)} - VARIED:
+                raise ValueError(f"runs of {model} are not comparable: they differ in {', '.join(sorted(differing))}")
+    names = {row for rows in columns.values() for row in rows}
+    names = sorted(names, key=lambda name: (name != "softmax", not name.startswith("castling"), name))
+    heads, lines = ["attention"], {name: [name] for name in names}
+    for (model, metric), rows in columns.items():
+        results = {row: [outcome(run) for run in runs] for row, runs in rows.items()}
+        steps = {row: statistics.median(seed["step"] for seed in seeds) for row, seeds in results.items()}
+        heads += [f"{model}: {metric}", "gap", "step", "M MACs"]
+        for row, line in lines.items():
+            if row not in results:
+                line += ["–"] * 4
+                continue
+            seeds = results[row]
+            scores = [seed["score"] for seed in seeds]
+            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+            gap = "–" if seeds[0]["gap"] is None else f"{statistics.mean(seed['gap'] for seed in seeds):.2f}"
+            step = f"{steps[row] / steps['softmax']:.2f}" if "softmax" in steps else "–"
+            line += [f"{statistics.mean(scores):.1f}{spread}", gap, step, f"{seeds[0]['macs']:.1f}"]
+    rows = [heads, ["---"] * len(heads), *lines.values()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 FIGURES: dict[str, Callable[[Path], None]] = {
     "kernel": kernel,
     "series": series,
@@ -554,9 +650,9 @@ FIGURES: dict[str, Callable[[Path], None]] = {
 def parser() -> argparse.ArgumentParser:
     """The command line of figures.py."""
     p = train.Parser(prog="figures.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, figures = p.add_argument, [*FIGURES, "attention"]
+    add, figures = p.add_argument, [*FIGURES, "attention", "table"]
     add("names", nargs="*", metavar="NAME", choices=[*figures, "all"], default="all",
-        help=f"{', '.join(figures)}; default all but the last")  # fmt: skip
+        help=f"{', '.join(figures)}; default all but the last two")  # fmt: skip
     add("--output", type=Path, default=Path("figures"), help="folder for the PNGs; default figures")
     add("--checkpoint", help="attention: of train.py")
     add("--image", help="attention: an image file")
@@ -565,6 +661,8 @@ def parser() -> argparse.ArgumentParser:
         "diagonal")  # fmt: skip
     add("--progress", type=train.share, help="attention: show the mask as at this share of training; default the "
         "checkpoint's own")  # fmt: skip
+    add("--runs", type=Path, nargs="+", default=RUNS, help="table: folders of runs' folders, or files of --collect")
+    add("--collect", type=Path, help="table: a file to write configs and logs of --runs to, a run a line")
     return p
 
 
@@ -572,6 +670,12 @@ def main(args: argparse.Namespace) -> None:
     try:
         if "attention" in args.names and not (args.checkpoint and args.image):
             raise ValueError("attention needs --checkpoint and --image")
+        if "table" in args.names:
+            every = [read_runs(path) for path in args.runs]
+            if args.collect:
+                collect([run for runs in every for run in runs], args.collect)
+            print(*map(results_table, every), sep="\n\n")
+            args.names.remove("table")
         args.output.mkdir(parents=True, exist_ok=True)
         for name in FIGURES if "all" in args.names else args.names:
             path = args.output / f"{name}.png"
