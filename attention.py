@@ -708,6 +708,7 @@ class AttentionCore(nn.Module):
 
     Attributes: `auxiliary` (the branch exists; `castle` clears it), `active` (its mask can still be non-empty),
     `record` (keep mask statistics; False makes them free), `tally` (sums of images x density, images x mass, images).
+    Forwards that are counted, traced or under torch.func leave no trace in the statistics.
     The DWConv is computed from `dconv.weight`; hooks on `dconv` itself are not called.
     A copy that averages buffers, or `to_empty`, loses the threshold: call `set_threshold` on it.
     """
@@ -805,11 +806,12 @@ class AttentionCore(nn.Module):
         threshold = mask_threshold(self.progress.float(), tokens, self.epsilon, self.schedule)
         threshold = torch.as_tensor(threshold, dtype=q.dtype, device=q.device)                   # () or (B, 1)
         dropout = self.dropout if self.training else 0.0
-        if dropout > 0 or not torch.compiler.is_compiling() and observed():
+        watched = not torch.compiler.is_compiling() and observed()
+        if dropout > 0 or watched:
             out, totals = masked_branch_reference(q, k, v, threshold, padding, dropout)
         else:
             out, _, totals = masked_branch(q, k, v, threshold, padding, self.record)
-        if self.record:
+        if self.record and not watched:  # a tensor of a transform or a fake one must not outlive its context
             self.add_to_tally(totals.detach(), len(v), tokens)
         return out
 

@@ -808,7 +808,8 @@ def test_castled_attention_makes_few_copies():
 
 
 def test_core_can_be_differentiated_twice_and_transformed():
-    """Second derivatives with and without branch; torch.func's and forward-mode ones are the plain ones."""
+    """Second derivatives with and without branch; torch.func's and forward-mode ones are the plain ones, and nothing of
+    a transform stays in the mask statistics, where it would break the next forward, copy or checkpoint."""
     q, k, v = randn(3, 1, 2, 4, 3).unbind()
     weight, branch = randn(2, 1, 3, 1, seed=1), randn(1, 2, 4, 3, seed=2)
     for inputs in ((q, k, v, weight), (q, k, v, weight, branch)):
@@ -829,16 +830,17 @@ def test_core_can_be_differentiated_twice_and_transformed():
     assert_close(torch.func.grad(loss)(once), expected)
     for jvp in (torch.func.jvp, torch.autograd.functional.jvp):
         assert_close(jvp(loss, (once,), (direction,))[1], (expected * direction).sum())
-    record_masks(core, False)  # vmap hides what is inside from what is outside
     each = torch.func.vmap(torch.func.grad(lambda x: loss(x[:, None])), in_dims=1, out_dims=1)
     assert_close(each(once), expected)
     with torch.autograd.forward_ad.dual_level():
         dual = loss(torch.autograd.forward_ad.make_dual(once, direction))
         assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, (expected * direction).sum())
+    copy.deepcopy(core)
     rows = torch.func.jacrev(lambda x: core(*x).sum((0, 1, 2)))(once)
     for row, weight in zip(rows, torch.eye(3).double(), strict=True):
         leaf = once.clone().requires_grad_()
         assert_close(row, torch.autograd.grad((core(*leaf).sum((0, 1, 2)) * weight).sum(), leaf)[0])
+    assert core.tally[2] == 5 * 2  # images of the five ordinary forwards
 
 
 @pytest.mark.parametrize("auxiliary", [False, True])
