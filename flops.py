@@ -43,12 +43,14 @@ def attention_macs(
 
     Quadratic kernels: H N M (D + E). Linear ones: H (N + M) D E with k^T v first ("kv"), H N M (D + E) with q k^T first
     ("qk"), the smaller of the two for None. `relu_e` also sums its rows: H N D.
+    Raises: ValueError for an unknown kernel or order.
     """
+    attention.look_up(attention.KERNELS, kernel, "kernel")
     quadratic = heads * queries * keys * (key_dim + value_dim)
     linear = heads * (queries + keys) * key_dim * value_dim
     if kernel in ("softmax", "angular"):
         return quadratic
-    chosen = {"kv": linear, "qk": quadratic, None: min(linear, quadratic)}[order]
+    chosen = attention.look_up({"kv": linear, "qk": quadratic, None: min(linear, quadratic)}, order, "order")
     return chosen + (heads * queries * key_dim if kernel == "relu_e" else 0)
 
 
@@ -139,9 +141,9 @@ def global_pool(args: tuple, out) -> int:
 CONVENTIONS: dict[str, dict[str, Callable]] = {
     # Every multiply-add of convolutions, linear layers and matrix products, as executed. Ours.
     "macs": {},
-    # mobile-vision's counter, which the paper used for classification: the same, but k^T v first in every layer.
+    # mobile-vision's counter, which the paper's classifiers fit: the same, but k^T v first in every layer.
     "paper-cls": {},
-    # mmcv 1.4's get_flops.py, which the paper used for detection: also conv biases, norms, some activations, pools. It
+    # mmcv 1.4's get_flops.py, which the paper's detectors fit: also conv biases, norms, some activations, pools. It
     # sees modules only; here products of functions count too, as with the paper's MatMul module.
     "paper-det": norm_terms(2, 2) | {
         "convolution": lambda a, o: o.numel() if a[2] is not None else 0,
@@ -183,6 +185,19 @@ def keys_first() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Context in which a model is in eval mode, without gradients; each of its modules gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def count(model: nn.Module, *inputs: Tensor, convention: str = "macs", strict: bool = True) -> Cost:
     """Parameters and MACs of one forward in eval mode.
 
@@ -193,18 +208,11 @@ def count(model: nn.Module, *inputs: Tensor, convention: str = "macs", strict: b
     Raises: ValueError for an unknown convention, or in strict mode for an operation without a count.
     """
     terms = attention.look_up(CONVENTIONS, convention, "convention")
-    training = model.training
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     auditor = Auditor(terms, strict)
-    with torch.no_grad(), contextlib.ExitStack() as stack:
-        if convention == "paper-cls":
-            stack.enter_context(keys_first())
-        try:
-            model.eval()
-            with auditor, counter:
-                model(*inputs)
-        finally:
-            model.train(training)
+    order = keys_first() if convention == "paper-cls" else contextlib.nullcontext()
+    with evaluating(model), order, auditor, counter:
+        model(*inputs)
     root = type(model).__name__
     flops = counter.get_flop_counts()
     modules = {name.removeprefix(root).removeprefix("."): ops for name, ops in flops.items() if name != "Global"}
@@ -255,16 +263,13 @@ def peak_activation_bytes(model: nn.Module, *inputs: Tensor) -> int:
     An estimate: eager execution of the formulas as written (attention.py holds less on a CPU), no allocator overhead or
     scratch memory inside an operation; softmax attention is taken as the fused kernel, which allocates its output only.
     """
-    training = model.training
 
     def fused(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
         return q.new_empty(*q.shape[:-1], v.shape[-1])
 
-    with torch.no_grad(), patch.object(F, "scaled_dot_product_attention", fused), Storages() as storages:
-        try:
-            model.eval()(*inputs)
-        finally:
-            model.train(training)
+    attention_fused = patch.object(F, "scaled_dot_product_attention", fused)
+    with evaluating(model), attention_fused, Storages() as storages:
+        model(*inputs)
     return storages.peak
 
 
@@ -368,7 +373,6 @@ def detector_row(
     """A row for a detector, castled unless with its `branch`: the paper's convention, and `pure_macs_g` without it."""
     with torch.device("meta"):
         model = build_detector(name, attention_name, image_size=image_size, **options)
-        attention.record_masks(model, False)
         image = torch.empty(1, 3, image_size, image_size)
     model = model if branch else castle(model)
     cost = count(model, image, convention="paper-det")
@@ -466,7 +470,6 @@ def compare(name: str, attentions: list[str], image_size: int, convention: str) 
         parts = {part: macs for part, macs in cost.by_module.items() if re.fullmatch(r"\w+(\.\d+)?", part)}
         with torch.device("meta"):
             hybrid = build_model(name, attention_name, image_size=image_size)
-            attention.record_masks(hybrid, False)
         rows.append(dict(
             model=name,
             attention=attention_name,
@@ -546,8 +549,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     try:
-        if (args.table or args.curve) and (args.image_size, args.convention) != (224, "macs"):
-            raise ValueError("--table and --curve have image sizes and a convention of their own")
+        known = {"table", "json"} if args.table else {"curve", "model", "json"} if args.curve else set(vars(args))
+        given = {name for name, value in vars(args).items() if value != parser().get_default(name)}
+        if foreign := sorted(name.replace("_", "-") for name in given - known):
+            raise ValueError(f"--table goes with --json only, --curve with --model and --json; got --{foreign[0]}")
         if args.table:
             rows, show = TABLES[args.table](), print_rows
         elif args.curve:

@@ -3489,6 +3489,9 @@ def test_strict_counting_refuses_the_unknown():
         flops.count(deformed, torch.zeros(1, 2, 4, 4))
     with pytest.raises(ValueError, match="paper-cls"):
         flops.count(fourier, torch.zeros(8), convention="paper_cls")
+    for wrong in (dict(kernel="sofmax"), dict(kernel="cosine", order="vk")):
+        with pytest.raises(ValueError, match=[*wrong.values()][-1]):
+            flops.attention_macs(**wrong, heads=1, queries=4, keys=4, key_dim=2, value_dim=2)
 
 
 def test_conventions_add_their_terms():
@@ -3504,13 +3507,17 @@ def test_conventions_add_their_terms():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_branch_and_parts_are_counted(family):
-    """Hybrid less castled is the branch's softmax attention in every layer; modules add up; the mode is left alone."""
+    """Hybrid less castled is the branch's softmax attention in every layer; modules add up; the mode of each module
+    and the mask statistics are left alone."""
     model = tiny(family, image_size=96).train()
     x = torch.zeros(1, 3, 96, 96)
     with attention.captured(model) as seen:  # shapes as the cores see them
         model.eval()(x)
-    whole, castled = flops.count(model.train(), x), flops.count(castle(copy.deepcopy(model)), x)
-    assert model.training
+    frozen = list(model.train().modules())[-1].eval()
+    before = attention.mask_statistics(model)
+    whole, castled = flops.count(model, x), flops.count(castle(copy.deepcopy(model)), x)
+    flops.peak_activation_bytes(model, x)
+    assert model.training and not frozen.training and attention.mask_statistics(model) == before
     sizes = [(*q.shape[1:], v.shape[-1]) for q, _, v in seen.values()]
     branch = sum(flops.attention_macs("softmax", h, n, n, d, e) for h, n, d, e in sizes)
     assert whole.macs - castled.macs == branch == whole.attention - castled.attention
@@ -3535,7 +3542,8 @@ def test_peak_memory_is_the_live_maximum():
 
 
 def test_tables_are_printed(capsys, monkeypatch):
-    """--table and --json give every row with the promised keys, within its known deviation; bad names exit with 2."""
+    """--table and --json give every row with the promised keys, within its known deviation; bad names, and flags that
+    would have no effect, exit with 2."""
     monkeypatch.setitem(flops.TABLES, 2, functools.cache(flops.table_2))
     keys = {"model", "attention", "params_m", "macs_g", "paper_params_m", "paper_macs_g", "note"}
     for table, rows, worst in ((1, 6, 0.001), (2, 25, 0.067)):
@@ -3551,9 +3559,15 @@ def test_tables_are_printed(capsys, monkeypatch):
     rows = json.loads(capsys.readouterr().out)
     assert rows[0]["castling_macs_g"] > rows[0]["softmax_macs_g"]  # 4 x 4 tokens: the DWConvs cost more than they save
     assert rows[-1]["castling_macs_g"] < 0.3 * rows[-1]["softmax_macs_g"]
-    with pytest.raises(SystemExit) as stopped:
-        flops.main(flops.parser().parse_args(["--model=levit_128"]))
-    assert stopped.value.code == 2 and "levit128" in capsys.readouterr().err
+    for flags, named in (
+        ("--model=levit_128", "levit128"),
+        ("--table=2 --model=levit128", "--model"),
+        ("--table=2 --curve", "--curve"),
+        ("--curve --image-size=64", "--image-size"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            flops.main(flops.parser().parse_args(flags.split()))
+        assert stopped.value.code == 2 and named in capsys.readouterr().err.split("got")[-1]
 
 
 # ---- segment.py ------------------------------------------------------------------------------------------------------
