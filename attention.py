@@ -123,6 +123,7 @@ def angular_similarity(q: Tensor, k: Tensor, eps: float = EPS) -> Tensor:
         q: (..., N, D); k: (..., M, D). Only directions matter.
         eps: floor on the norms. A zero vector is orthogonal to everything: Sim = 1/2.
     Returns: (..., N, M) in [0, 1]: 1 aligned, 1/2 orthogonal, 0 opposed.
+    Raises: ValueError if the shapes do not fit.
 
     arccos has infinite slope where the vectors are parallel: a cosine that rounds to 1 - 6e-8 in float32 gives 0.9999.
     Where it rounds to 1 or -1 the value is exact, and the gradient is defined as 0, so that it stays finite.
@@ -140,6 +141,7 @@ def angular_coefficients(terms: int) -> Tensor:
     """The coefficients a_1 .. a_terms of Eq. (8), a_k = (2k)! / (2^2k (k!)^2 (2k + 1)), as float64 (terms,).
 
     By the ratio a_k / a_(k-1) = (2k - 1)^2 / (2k (2k + 1)), a_0 = 1: the factorials overflow float64 at k = 86.
+    Raises: ValueError for a negative number of terms.
     """
     if terms < 0:
         raise ValueError(f"terms must be >= 0, got {terms}")
@@ -247,7 +249,7 @@ def relu_e_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> Tens
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """Scaled dot-product attention with an optional additive (H, N, M) bias: the quadratic baseline."""
+    """Scaled dot-product attention, Eq. (1), with an optional additive bias ([B,] H, N, M): the quadratic baseline."""
     check_qkv(q, k, v)
     bias = None if bias is None else bias.to(q.dtype)  # under autocast q is bfloat16, the parameter float32
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
@@ -275,7 +277,7 @@ def look_up(table: dict[str, Any], name: str, what: str) -> Any:
 
 
 def kernel_attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "linear_angular") -> Tensor:
-    """Attention by the name of its kernel, a key of `KERNELS`: one row of Table 5."""
+    """Attention by the name of its kernel, a key of `KERNELS`: one row of Table 5. ValueError for another name."""
     return look_up(KERNELS, kernel, "kernel")(q, k, v)
 
 
@@ -294,7 +296,7 @@ def mask_threshold(
     Args:
         progress: share of training done, 0..1, a float or a 0-d tensor.
         tokens: N, the number of keys; a tensor where it differs over the batch.
-        epsilon: the paper's threshold.
+        epsilon: the paper's threshold; `anneal` has no use for it.
         schedule: "ramp", "fixed" or "anneal".
     Returns: the threshold; a tensor if progress or tokens is one, except for `fixed`.
     Raises: ValueError for another schedule.
@@ -689,6 +691,13 @@ masked_branch.register_autograd(masked_branch_gradients, setup_context=save_inpu
 # ---- modules ---------------------------------------------------------------------------------------------------------
 
 
+def channels_per_head(dim: int, heads: int) -> int:
+    """dim / heads. Raises ValueError if that is no whole number."""
+    if heads < 1 or dim % heads:
+        raise ValueError(f"dim {dim} must be divisible by the number of heads, {heads}")
+    return dim // heads
+
+
 class AttentionCore(nn.Module):
     """The attention of every backbone: q, k, v of (B, H, N, D) in, (B, H, N, E) out; projections are the caller's.
 
@@ -703,7 +712,8 @@ class AttentionCore(nn.Module):
             for no DWConv.
         epsilon, schedule: the branch's threshold, see `mask_threshold`.
         dropout: on the attention probabilities of the branch, or of the softmax baseline, while training.
-    Raises: ValueError for an unknown kernel or schedule, an even conv_kernel, or a branch on the softmax baseline.
+    Raises: ValueError for an unknown kernel or schedule, heads below 1, an even conv_kernel, epsilon or dropout outside
+        0..1, or a branch on the softmax baseline.
     Source: authors' attention.py @ c7b75c1: the same order of operations and the same parameter `dconv.weight`.
 
     Attributes: `auxiliary` (the branch exists; `castle` clears it), `active` (its mask can still be non-empty),
@@ -729,6 +739,8 @@ class AttentionCore(nn.Module):
         super().__init__()
         look_up(KERNELS, kernel, "kernel")
         look_up(dict.fromkeys(SCHEDULES), schedule, "mask schedule")
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
         if conv_kernel < 0 or (conv_kernel > 0 and conv_kernel % 2 == 0):
             raise ValueError(f"conv_kernel must be odd, or 0 for none, got {conv_kernel}")
         if auxiliary and kernel == "softmax":
@@ -759,19 +771,23 @@ class AttentionCore(nn.Module):
         self.active = self.schedule == "fixed" or progress < RAMP_END
         self.tally = torch.zeros(3, device=self.progress.device)
 
+    def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Raise ValueError unless q, k and v fit together and this core."""
+        check_qkv(q, k, v, per_token=self.kernel != "softmax")  # D1: the DWConv too needs one value per query
+        if v.ndim != 4 or v.shape[1] != self.heads:
+            raise ValueError(f"expected (B, {self.heads}, N, D), got q {tuple(q.shape)}, v {tuple(v.shape)}")
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, padding: Tensor | None = None
     ) -> Tensor:
         """Args:
             q, k: (B, H, N, D); v: (B, H, N, E). The softmax baseline may have another number of keys.
-            bias: (H, N, M), added to the softmax baseline's logits.
+            bias: (H, N, M) or (B, H, N, M), added to the softmax baseline's logits.
             padding: (B, N) boolean, True where a token is to be ignored; linear-angular kernel only.
         Returns: (B, H, N, E) in v's dtype.
-        Raises: ValueError if the shapes do not fit, or for a bias or padding that the kernel has no use for.
+        Raises: ValueError if q, k, v or padding do not fit, or for a bias or padding that the kernel has no use for.
         """
-        check_qkv(q, k, v, per_token=self.kernel != "softmax")  # D1: the DWConv too needs one value per query
-        if v.ndim != 4 or v.shape[1] != self.heads:
-            raise ValueError(f"expected (B, {self.heads}, N, D), got q {tuple(q.shape)}, v {tuple(v.shape)}")
+        self.check(q, k, v)
         if bias is not None and self.kernel != "softmax":
             raise ValueError(f"only the softmax baseline takes an attention bias, not {self.kernel!r}")
         if padding is not None and self.kernel != "linear_angular":
@@ -836,7 +852,7 @@ class LinearAngularAttention(AttentionCore):
         attn_drop: dropout on the auxiliary branch's probabilities (the released block accepts it and ignores it).
         sparse_reg: train with the auxiliary branch of Eq. (10), until `castle` removes it.
         epsilon, schedule: its threshold. The released block's is `schedule="fixed"`, 0.02 everywhere.
-    Raises: ValueError if dim is not divisible by num_heads.
+    Raises: ValueError if dim is not divisible by num_heads, and as AttentionCore does.
     Source: arXiv:2211.10526v4, Eq. (9); GATECH-EIC/Castling-ViT @ c7b75c1 on GitHub, attention.py, LinAngularAttention.
     """
 
@@ -853,8 +869,7 @@ class LinearAngularAttention(AttentionCore):
         epsilon: float = 0.02,
         schedule: str = "ramp",
     ):
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"dim {dim} must be divisible by num_heads {num_heads}")
+        channels_per_head(dim, num_heads)  # a whole number
         super().__init__(
             num_heads,
             auxiliary=sparse_reg,
@@ -933,7 +948,10 @@ def castle(model: nn.Module) -> nn.Module:
 
 
 def set_threshold(model: nn.Module, progress: float) -> None:
-    """Set every layer's mask threshold for `progress`, the share of training done in 0..1; statistics start anew."""
+    """Set every layer's mask threshold for `progress`, the share of training done; statistics start anew.
+
+    Raises: ValueError for a progress outside 0..1.
+    """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress is the share of training done, 0..1, got {progress}")
     for core in cores(model).values():
@@ -1011,13 +1029,16 @@ def auxiliary_mask_rows(core: AttentionCore, q: Tensor, k: Tensor, queries: Sequ
     """Rows of M_sparse at the core's present threshold, (B, H, Q, N) for Q chosen queries; 0 once castled.  Eq. (10)
 
     Args: q, k: (B, H, N, D), as `captured` gives them; queries: token indices.
+    Raises: ValueError if q and k do not fit the core, and for indices that are none.
     """
+    core.check(q, k, k)
     index, dtype = check_queries(q, queries), torch.promote_types(q.dtype, torch.float32)
     q, k = q[..., index, :].to(dtype), k.to(dtype)
     if not (core.auxiliary and core.active):
         return q.new_zeros(*q.shape[:-1], k.shape[-2])
     threshold = mask_threshold(core.progress.float(), k.shape[-2], core.epsilon, core.schedule)
-    return sparse_matrix(q, k, threshold)[0]
+    with without_autocast(q.device):
+        return sparse_matrix(q, k, threshold)[0]
 
 
 @torch.no_grad()
@@ -1032,17 +1053,18 @@ def attention_rows(
     Args:
         q, k: (B, H, N, D); v: (B, H, N, E), as `captured` gives them.
         queries: token indices. band: False leaves the DWConv out.
-    Raises: ValueError for a core of another kernel, and for indices that are none.
+    Raises: ValueError for a core of another kernel, q, k, v that do not fit it, and for indices that are none.
     """
-    check_qkv(q, k, v, per_token=True)
+    core.check(q, k, v)
     if core.kernel != "linear_angular":
         raise ValueError(f"rows are those of the linear_angular kernel, not of {core.kernel!r}")
     index, dtype = check_queries(q, queries), torch.promote_types(v.dtype, torch.float32)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     own = (index[:, None] == torch.arange(k.shape[-2], device=q.device)).to(dtype)                # (Q, N)
-    rows = 0.5 * own + unit(q)[..., index, :] @ unit(k).mT / math.pi                              # Eq. (9)
-    rows = rows + auxiliary_mask_rows(core, q, k, index)                                          # Eq. (10)
-    rows = rows / torch.linalg.vector_norm(rows @ v, dim=-1, keepdim=True).clamp_min(EPS)         # D2
+    with without_autocast(q.device):                                                              # D3
+        rows = 0.5 * own + unit(q)[..., index, :] @ unit(k).mT / math.pi                          # Eq. (9)
+        rows = rows + auxiliary_mask_rows(core, q, k, index)                                      # Eq. (10)
+        rows = rows / floored_norm(rows @ v)                                                      # D2
     if band and core.dconv is not None:
         taps = core.dconv.weight[:, 0, :, 0].to(dtype)                                            # (H, taps)
         offset = torch.arange(k.shape[-2], device=q.device) - index[:, None] + taps.shape[1] // 2
@@ -1058,6 +1080,7 @@ def effective_rank(q: Tensor, k: Tensor, diagonal: float = 0.5) -> Tensor:
     exp of the entropy of the singular values over their sum; of the map of Eq. (9) before its normalisation, of its
     low-rank part alone with diagonal=0. In O(N D^2): outside the span of Q and K the matrix is `diagonal` times the
     identity, inside it is one of at most 2 D x 2 D.
+    Raises: ValueError if the shapes do not fit, or for a negative diagonal.
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
     """
     check_qkv(q, k, k, per_token=True)
@@ -1067,7 +1090,8 @@ def effective_rank(q: Tensor, k: Tensor, diagonal: float = 0.5) -> Tensor:
     q, k = unit(q.to(dtype)), unit(k.to(dtype))
     basis = torch.linalg.qr(torch.cat([q, k], dim=-1)).Q                                          # (..., N, r)
     N, r = basis.shape[-2:]
-    inner = diagonal * torch.eye(r, dtype=dtype, device=q.device) + (basis.mT @ q) @ (basis.mT @ k).mT / math.pi
+    with without_autocast(q.device):
+        inner = diagonal * torch.eye(r, dtype=dtype, device=q.device) + (basis.mT @ q) @ (basis.mT @ k).mT / math.pi
     values = torch.linalg.svdvals(inner)
     total = (values.sum(-1) + (N - r) * diagonal).clamp_min(EPS)
     outside = torch.special.entr(torch.as_tensor(diagonal, dtype=dtype, device=q.device) / total)

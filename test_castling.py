@@ -330,9 +330,12 @@ def test_unknown_names_are_answered_with_near_ones():
         kernel_attention(*torch.zeros(3, 1, 1, 2, 2), "relu-s")
     with pytest.raises(ValueError, match="choose from .*ramp"):
         AttentionCore(2, schedule="zzz")
-    for wrong in (dict(conv_kernel=4), dict(kernel="softmax", auxiliary=True), dict(epsilon=2.0)):
+    for wrong in (dict(conv_kernel=4), dict(kernel="softmax", auxiliary=True), dict(epsilon=2.0), dict(heads=0)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            AttentionCore(2, **wrong)
+            AttentionCore(**(dict(heads=2) | wrong))
+    for heads in (0, 3):
+        with pytest.raises(ValueError, match=f"dim 8 .* heads, {heads}"):
+            LinearAngularAttention(8, heads)
 
 
 # ---- attention.py: the auxiliary branch ------------------------------------------------------------------------------
@@ -707,6 +710,16 @@ def test_rows_are_computed_without_the_matrix():
     assert largest <= 2 * 4096 * 8
 
 
+def test_rows_and_rank_are_in_float32_under_autocast():
+    """D3: as the core itself is, so that the rows remain those of its map."""
+    q, k, v = 2 * randn(3, 2, 2, 30, 8, dtype=torch.float32)
+    core = AttentionCore(2, auxiliary=True, epsilon=0.1)
+    expected = attention.attention_rows(core, q, k, v, [0, 7]), attention.effective_rank(q, k)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attention.attention_rows(core, q, k, v, [0, 7]), attention.effective_rank(q, k)
+    assert_close(found, expected)
+
+
 @given(qkv(), st.sampled_from([0.0, 0.5]))
 def test_effective_rank_is_that_of_the_matrix(qkv, diagonal):
     """exp(entropy) of the singular values of the N x N matrix, here formed: 1 for equal tokens, N for I / 2 alone."""
@@ -738,6 +751,9 @@ def test_captured_shows_what_each_layer_saw():
             attention.attention_rows(core, q, k, v, queries)
     with pytest.raises(ValueError, match="cosine"):
         attention.attention_rows(AttentionCore(2, "cosine"), q, k, v, [0])
+    for function, inputs in ((attention.attention_rows, (q, k, v)), (attention.auxiliary_mask_rows, (q, k))):
+        with pytest.raises(ValueError, match=r"expected \(B, 3, N, D\)"):
+            function(AttentionCore(3), *inputs, [0])
 
 
 # ---- attention.py: the fast forms ------------------------------------------------------------------------------------
