@@ -2,7 +2,7 @@
 
     build_model("levit128")                         the paper's model: linear-angular attention + auxiliary branch
     build_model("levit128", attention="softmax")    LeViT as published, official weights and logits
-    build_model("deit_tiny", attention="cosine")    a row of Table 5: another kernel in the castling architecture
+    build_model("deit_tiny", attention="cosine")    a kernel of Table 5 in the castling architecture
 
 DeiT    Touvron et al., arXiv:2012.12877;  timm 1.0.31, vision_transformer.py
 LeViT   Graham et al., arXiv:2104.01136;   github.com/facebookresearch/LeViT @ 3772b8e, levit.py
@@ -10,11 +10,12 @@ MViTv2  Li et al., arXiv:2112.01526;       timm 1.0.31, mvitv2.py
 LCNet   Cui et al., arXiv:2109.15099;      timm 1.0.31, mobilenetv3.py
 ESNet   Yu et al., arXiv:2111.00902;       github.com/PaddlePaddle/PaddleDetection @ v2.6.0, ppdet/.../esnet.py
 ViT     He et al., arXiv:2111.06377 (MAE); dense, for segment.py: feature maps instead of logits
-Castling variants: arXiv:2211.10526v4, section 4, and the counts of its Tables 1 and 2, which fix what the text leaves
-out: a depthwise convolution inside the MLPs (D7), 3x3 depthwise pooling of q, k, v, queries added to the output.
+Castling variants: arXiv:2211.10526v4, section 4, and the counts of its tables, which fix what the text leaves out: a
+depthwise convolution inside the MLPs (D7, D8), 3x3 depthwise pooling of q, k, v, queries added to the output.
 
 `convert` makes castling models of other libraries' vision transformers; `fuse` and `export` take any of them along.
-Parameter names are timm's for all families, plus `attn.dconv`, `attn.{pool,norm}_{q,k,v}`, `mlp.dwconv` and `skip`.
+Parameter names are timm's, for all families but ESNet, which it lacks; plus `attn.dconv`, `attn.{pool,norm}_{q,k,v}`,
+`mlp.dwconv` and `skip`.
 Shapes: B images, N tokens, C channels, H heads, D channels per head; `grid` is the token grid (y, x), row-major.
 """
 
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torchvision.ops import StochasticDepth
 
-from attention import KERNELS, AttentionCore, castle, cores, look_up, observed
+from attention import KERNELS, AttentionCore, castle, channels_per_head, cores, look_up, observed
 
 ATTENTIONS = {  # name: options of AttentionCore
     "castling": dict(kernel="linear_angular", auxiliary=True),
@@ -127,9 +128,9 @@ Grid = tuple[int, int]
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """Image size as (height, width) in pixels."""
-    sides = (size, size) if isinstance(size, int) else tuple(size)
+    sides = tuple(size) if isinstance(size, Iterable) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
-        raise ValueError(f"image size must be a positive number or a pair of them, got {size!r}")
+        raise ValueError(f"image size must be a number of whole pixels above 0, or a pair of them, got {size!r}")
     return sides
 
 
@@ -151,9 +152,11 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def default_mlp_conv(core: Mapping) -> int:
-    """Kernel size of the MLPs' DWConv: none in published architectures, 5 in the castling one (D7)."""
-    return 0 if core["kernel"] == "softmax" else 5
+def mlp_conv_of(given: int | None, core: Mapping, castling: int = 5) -> int:
+    """Kernel size of the MLPs' DWConv: as given; else 0 in published architectures, `castling` in the other (D7)."""
+    if given is not None:
+        return given
+    return 0 if core["kernel"] == "softmax" else castling
 
 
 class MlpDWConv(nn.Conv2d):
@@ -270,6 +273,7 @@ class SelfAttention(AttentionCore):
     """(B, N, C) -> (B, N, C): one linear layer to q, k, v (biased, laid out (3, H, D)), the core, one linear layer."""
 
     def __init__(self, dim: int, heads: int, **core):
+        channels_per_head(dim, heads)  # a whole number
         super().__init__(heads, **core)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -339,13 +343,15 @@ class DeiT(nn.Module):
     """(B, 3, H, W) pixels -> (B, num_classes) logits; any H x W, the position embeddings are resampled to its grid.
 
     Args:
-        dim, heads, depth: C, H and the number of blocks.
+        dim, heads, depth: C, H and the number of blocks; mlp_ratio: hidden channels of the MLPs over C.
+        patch_size: pixels.
         image_size: what the position embeddings are made for, pixels; images are padded to whole patches.
         distilled: second class token and head; in training the logits are a pair (class, distillation), in eval their
             mean.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
         mlp_conv: kernel of the MLPs' DWConv, 0 for none; None means 5 for every kernel but the softmax baseline (D7).
         core: options of AttentionCore.
+    Raises: ValueError if dim is not divisible by heads.
     """
 
     def __init__(
@@ -363,10 +369,7 @@ class DeiT(nn.Module):
         core: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"dim {dim} must be divisible by heads {heads}")
-        if mlp_conv is None:
-            mlp_conv = default_mlp_conv(core)
+        mlp_conv = mlp_conv_of(mlp_conv, core)
         self.patch_size = patch_size
         self.grid = tuple(-(-side // patch_size) for side in pair(image_size))
         self.prefix = 2 if distilled else 1
@@ -410,13 +413,13 @@ class DeiT(nn.Module):
 
 
 class DenseViT(nn.Module):
-    """(B, 3, H, W) pixels -> (B, C, h, w), the last blocks' features, h = ceil(H / patch_size): a plain ViT for dense
+    """(B, 3, H, W) pixels -> (B, C, h, w), the last block's features, h = ceil(H / patch_size): a plain ViT for dense
     prediction, without class token, final norm or head. Any H x W: images are padded to whole patches, position
     embeddings resampled to their grid.
 
     Args: dim, heads, depth, image_size, drop_path, core: as in `DeiT`.
         mlp_conv: kernel of the MLPs' DWConv, here with a bias, 0 for none; None: 3, for the softmax baseline 0. The
-            paper's 118 M and 147 G for Castling-ViT-B leave no room for a 5x5 (D7).
+            paper's 118 M and 147 G for Castling-ViT-B leave no room for a 5x5 (D8).
     """
 
     prefix = 1  # rows of pos_embed before the patches': the class token's. As in ViT and MAE files; nothing reads it.
@@ -434,10 +437,7 @@ class DenseViT(nn.Module):
         core: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"dim {dim} must be divisible by heads {heads}")
-        if mlp_conv is None:
-            mlp_conv = 0 if core["kernel"] == "softmax" else 3
+        mlp_conv = mlp_conv_of(mlp_conv, core, castling=3)                           # D8
         self.dim, self.patch_size = dim, patch_size
         self.grid = tuple(-(-side // patch_size) for side in pair(image_size))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid[0] * self.grid[1], dim))
@@ -542,7 +542,7 @@ class LeViTAttention(AttentionCore):
     """
 
     def __init__(
-        self, dim: int, out_dim: int, heads: int, key_dim: int, value_ratio: int, grid: Grid, stride: int, core: dict
+        self, dim: int, out_dim: int, heads: int, key_dim: int, value_ratio: int, grid: Grid, stride: int, core: Mapping
     ):
         super().__init__(heads, **core)
         self.stride, self.grid = stride, grid
@@ -592,13 +592,13 @@ class CastlingLeViTAttention(PooledAttention):
             head_major=True,
             core=core,
         )
-        self.stride, self.grid = stride, grid
+        self.grid = grid
         self.attention_biases = nn.Parameter(torch.zeros(heads, grid[0] * grid[1])) if softmax else None
 
     def logit_bias(self, q: Tensor, q_grid: Grid, k_grid: Grid) -> Tensor | None:
         if self.attention_biases is None:
             return None
-        return offset_bias(self.attention_biases, self.grid, k_grid, self.stride)
+        return offset_bias(self.attention_biases, self.grid, k_grid, self.stride_q)
 
 
 class DesignAttention(PooledAttention):
@@ -737,7 +737,7 @@ class LeViT(nn.Module):
             raise ValueError(f"dims, heads and depths must have one entry per stage: {dims}, {heads}, {depths}")
         published = core["kernel"] == "softmax"
         row = {} if design is None else look_up(DESIGNS, design, "design")
-        mlp_conv = default_mlp_conv(core) if mlp_conv is None else mlp_conv
+        mlp_conv = mlp_conv_of(mlp_conv, core)
         if row and not published:
             raise ValueError("the designs of Table 1 have softmax attention: design= needs attention='softmax'")
         widths = [3, dims[0] // 8, dims[0] // 4, dims[0] // 2, dims[0]]
@@ -827,10 +827,13 @@ def relative_rows(table: Tensor, queries: int, keys: int) -> Tensor:
 
 
 class MViTAttention(PooledAttention):
-    """MViTv2's pooling attention. With the softmax kernel, decomposed relative positions are added to its logits."""
+    """MViTv2's pooling attention. With the softmax kernel, decomposed relative positions are added to its logits.
+
+    (B, N, C), grid -> (B, N', C'), grid'. Args: grid: of x, in the images that the tables are made for.
+    """
 
     def __init__(self, dim: int, out_dim: int, heads: int, grid: Grid, stride_q: int, stride_kv: int, core: Mapping):
-        head_dim = out_dim // heads
+        head_dim = channels_per_head(out_dim, heads)
         super().__init__(
             nn.Linear(dim, 3 * out_dim),
             nn.Linear(out_dim, out_dim),
@@ -865,7 +868,7 @@ class MViTBlock(nn.Module):
     Where C changes, the way round attention is linear, after the norm; where the grid does, it is max-pooled.
     """
 
-    def __init__(self, dim: int, attn: MViTAttention, out_dim: int, mlp: nn.Module, stride: int, drop_path: float):
+    def __init__(self, dim: int, attn: PooledAttention, out_dim: int, mlp: nn.Module, stride: int, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.shortcut_proj_attn = nn.Linear(dim, out_dim) if dim != out_dim else None
@@ -916,7 +919,7 @@ class MViTv2(nn.Module):
     ):
         super().__init__()
         published = core["kernel"] == "softmax"
-        mlp_conv = default_mlp_conv(core) if mlp_conv is None else mlp_conv
+        mlp_conv = mlp_conv_of(mlp_conv, core)
         grid = tuple((side - 1) // 4 + 1 for side in pair(image_size))
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, 7, stride=4, padding=3)))
         rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
@@ -1009,7 +1012,7 @@ class MapBlock(MViTBlock):
     """
 
     def __init__(self, dim: int, heads: int, mlp_dw: int, drop_path: float, core: Mapping):
-        qkv, proj, head_dim = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), dim // heads
+        qkv, proj, head_dim = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), channels_per_head(dim, heads)
         attn = PooledAttention(qkv, proj, heads, head_dim, head_dim, core=core)
         super().__init__(dim, attn, dim, Mlp(dim, 2 * dim, mlp_dw, conv_norm=True), stride=1, drop_path=drop_path)
         self.apply(init_linear)
@@ -1044,11 +1047,6 @@ class ConvBackbone(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the published recipe exempts: none."""
         return set()
-
-
-def mlp_conv_of(mlp_dw: int | None, core: Mapping) -> int:
-    """Kernel size of the MLPs' DWConv: as given, or else the core's default."""
-    return default_mlp_conv(core) if mlp_dw is None else mlp_dw
 
 
 def without_dconv(core: Mapping, v_dconv: bool) -> dict:

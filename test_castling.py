@@ -1424,6 +1424,8 @@ def test_names_and_options_are_checked():
         (dict(name="deit_tiny", num_classes=0), "num_classes"),
         (dict(name="deit_tiny", image_size=0), "image size"),
         (dict(name="deit_tiny", image_size=(1, 2, 3)), "image size"),
+        (dict(name="deit_tiny", image_size=None), "image size"),
+        (dict(name="deit_tiny", image_size=224.0), "image size"),
         (dict(name="deit_tiny", mlp_conv=4), "mlp_conv"),
         (dict(name="deit_tiny", core={}), "core"),
         (dict(name="levit128", heads=(4, 8)), "heads"),
@@ -1431,6 +1433,10 @@ def test_names_and_options_are_checked():
         (dict(name="levit128", attention="softmax", design=7), "design"),
         (dict(name="deit_tiny", attention="softmax", auxiliary=True), "auxiliary"),
         (dict(name="deit_tiny", dim=10), "heads"),
+        (dict(name="vit_base_dense", heads=0), "heads"),
+        (dict(name="mvitv2_tiny", heads=5), "heads"),
+        (dict(name="lcnet_vit_s", heads=(7, 16)), "heads"),
+        (dict(name="esnet_vit_s", heads=0), "heads"),
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
