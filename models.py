@@ -69,7 +69,9 @@ LEVIT = {  # arXiv:2104.01136, Table 1 and released specification, the first our
     "levit384": dict(dims=(384, 512, 768), heads=(6, 9, 12), key_dim=32, drop_path=0.1),
 }
 
-DESIGNS = {  # Table 1 by row: stages whose keys and values are pooled by 2; D < E in stage blocks; down-sampling blocks
+# Table 1 by row: stages whose keys and values are pooled by 2; D < E in stage blocks; queries subsampled after their
+# projection, and added to what has as many channels.
+DESIGNS = {
     1: dict(token_pooled=(0, 1), bottleneck=False, post_q=False),
     2: dict(token_pooled=(), bottleneck=True, post_q=False),
     3: dict(token_pooled=(), bottleneck=False, post_q=False),
@@ -616,6 +618,7 @@ class DesignAttention(PooledAttention):
         value_dim: int,
         stride: int,
         stride_kv: int,
+        residual: bool,
         core: Mapping,
     ):
         super().__init__(
@@ -627,7 +630,7 @@ class DesignAttention(PooledAttention):
             stride_q=stride,
             stride_kv=stride_kv,
             head_major=True,
-            residual=key_dim == value_dim,
+            residual=residual and key_dim == value_dim,
             pool_q=stride == 1,
             core=core,
         )
@@ -758,7 +761,7 @@ class LeViT(nn.Module):
                 skip = LinearNorm(dim, out_dim)
                 if published:
                     stride_kv = 2 if row["token_pooled"] else 1
-                    attn = DesignAttention(dim, out_dim, heads, 4 * key_dim, 4 * key_dim, 2, stride_kv, core)
+                    attn = DesignAttention(dim, out_dim, heads, 4 * key_dim, 4 * key_dim, 2, stride_kv, True, core)
                 else:
                     chosen = core if castle_downsample else {**core, **BASELINE}
                     attn = CastlingLeViTAttention(dim, out_dim, heads, 4 * key_dim, grid, 2, chosen)
@@ -769,7 +772,8 @@ class LeViT(nn.Module):
             if row:
                 width = key_dim if row["bottleneck"] else 2 * key_dim
                 stride_kv = 2 if stage in row["token_pooled"] else 1
-                attn = DesignAttention(dim, dim, heads[stage], width, 2 * key_dim, 1, stride_kv, core)
+                residual = row["post_q"]
+                attn = DesignAttention(dim, dim, heads[stage], width, 2 * key_dim, 1, stride_kv, residual, core)
             elif published:
                 attn = LeViTAttention(dim, dim, heads[stage], key_dim, 2, grid, 1, core)
             else:

@@ -1243,8 +1243,10 @@ def test_castling_mvit_is_what_section_6_says(downsample):
 ])  # fmt: skip
 def test_designs_of_table_1(design, macs):
     """The six attention designs of Table 1 cost the MACs that the paper prints (685, 661, 736, 771, 763, 838 M), to the
-    recovered digit; LeViT-192 itself its official count less the softmax (0.55 M) which that one adds."""
+    recovered digit; LeViT-192 itself its official count less the softmax (0.55 M) which that one adds. Queries are
+    added in the last three rows only, those of "Residual Q"."""
     model = build_model("levit192", "softmax", design=design, distilled=design is None).eval()
+    assert any(getattr(core, "residual", False) for core in attention.cores(model).values()) == (design in (4, 5, 6))
     assert train.count_macs(model, torch.zeros(1, 3, 224, 224)) / 1e6 == pytest.approx(macs, rel=1e-3)
 
 
