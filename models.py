@@ -763,7 +763,7 @@ class LeViT(nn.Module):
                     stride_kv = 2 if row["token_pooled"] else 1
                     attn = DesignAttention(dim, out_dim, heads, 4 * key_dim, 4 * key_dim, 2, stride_kv, True, core)
                 else:
-                    chosen = core if castle_downsample else {**core, **BASELINE}
+                    chosen = core if castle_downsample else {**core, **BASELINE}             # D5
                     attn = CastlingLeViTAttention(dim, out_dim, heads, 4 * key_dim, grid, 2, chosen)
             return LeViTDownsample(attn, mlp, skip, drop_path)
 
@@ -935,7 +935,7 @@ class MViTv2(nn.Module):
             for j in range(depth):
                 down = i > 0 and j == 0
                 stride = 2 if down else 1
-                chosen = core if published or castle_downsample or not down else {**core, **BASELINE}
+                chosen = core if published or castle_downsample or not down else {**core, **BASELINE}        # D5
                 attn = MViTAttention(in_dim, dim, heads, grid, stride, stride_kv if published else stride, chosen)
                 mlp = Mlp(dim, mlp_ratio * dim, 0 if down else mlp_conv)
                 blocks.append(MViTBlock(in_dim, attn, dim, mlp, stride, rates.pop(0)))
@@ -1826,25 +1826,29 @@ def official_mvit_names(weights: dict[str, Tensor], depths: list[int]) -> dict[s
     return renamed
 
 
+def square_side(entries: int) -> int | None:
+    """Side of the square grid of so many entries, or None if there is no such grid."""
+    side = math.isqrt(max(0, entries))
+    return side if side > 0 and side**2 == entries else None
+
+
 def resized_table(name: str, value: Tensor, own: Tensor, model: nn.Module, file_has_dist: bool) -> Tensor | None:
     """A position table of a file in the shape of the model's own, or None if it is no such table or does not fit."""
     layer, _, kind = name.rpartition(".")
     owner = model.get_submodule(layer)
     if value.ndim != own.ndim:
         return None
-    if kind == "pos_embed" and value.shape[2] == own.shape[2] and isinstance(owner, DeiT | DenseViT):
+    if kind == "pos_embed" and value.shape[::2] == own.shape[::2] and isinstance(owner, DeiT | DenseViT):
         prefix = 2 if file_has_dist else 1
-        side = math.isqrt(value.shape[1] - prefix)
-        if side**2 != value.shape[1] - prefix:
+        side = square_side(value.shape[1] - prefix)
+        if side is None:
             return None
         patches = resize_positions(value[:, prefix:], (side, side), owner.grid)
         kept = value[:, : min(prefix, owner.prefix)]
         return torch.cat([kept, own[:, kept.shape[1] : owner.prefix], patches], dim=1)
-    if kind == "attention_biases" and len(value) == len(own):
-        side = math.isqrt(value.shape[1])
-        if side**2 == value.shape[1]:
-            return resize_offsets(value.unflatten(1, (side, side)), owner.grid).flatten(1)
-    if kind in ("rel_pos_h", "rel_pos_w") and value.shape[1] == own.shape[1]:
+    if kind == "attention_biases" and len(value) == len(own) and (side := square_side(value.shape[1])):
+        return resize_offsets(value.unflatten(1, (side, side)), owner.grid).flatten(1)
+    if kind in ("rel_pos_h", "rel_pos_w") and value.shape[1] == own.shape[1] and len(value) > 0:
         return resize_relative(value, len(own))
     return None
 

@@ -1658,6 +1658,13 @@ def test_bad_checkpoints_are_named(tmp_path):
         assert f"{name}.pt" in str(error.value)
     assert not (tmp_path / "owned").exists()
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    for family, kind in (("deit", "pos_embed"), ("levit", "attention_biases"), ("mvit", "rel_pos_h")):
+        model = tiny(family, "softmax")
+        name, table = next((name, x) for name, x in model.state_dict().items() if name.endswith(kind))
+        for wrong in (table[:0], table[:, :0], torch.cat([table, table])[:, 1:]):
+            torch.save(model.state_dict() | {name: wrong}, tmp_path / "table.pt")
+            with pytest.raises(ValueError, match=rf"table.pt .*{name} is {re.escape(str(tuple(wrong.shape)))}"):
+                load_pretrained(model, tmp_path / "table.pt")
 
 
 # ---- models.py: detection backbones ----------------------------------------------------------------------------------
