@@ -30,12 +30,14 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.utils._pytree import tree_leaves
 from torchvision.ops import StochasticDepth
 
 from attention import KERNELS, AttentionCore, castle, channels_per_head, cores, look_up, observed
@@ -1661,9 +1663,9 @@ def check_export(path: str | Path) -> None:
             raise ValueError(f"{path} needs {', '.join(missing)}: pip install onnx onnxruntime onnxscript")
 
 
-def flattened(outputs: Tensor | Iterable) -> list[Tensor]:
-    """The tensors of nested tuples and lists, in order."""
-    return [outputs] if isinstance(outputs, Tensor) else [tensor for part in outputs for tensor in flattened(part)]
+def flattened(outputs: Any) -> list[Tensor]:
+    """The tensors of nested tuples, lists and dictionaries, in order."""
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def export(model: nn.Module, path: str | Path, image_size: int | tuple[int, int]) -> tuple[list[tuple], float]:

@@ -2080,6 +2080,12 @@ def test_onnx_files_equal_the_model(tmp_path, name):
     assert all(core.auxiliary for core in attention.cores(model).values())
 
 
+def test_outputs_of_any_structure_are_compared():
+    """Other libraries' models return dictionaries, with None in them: the tensors in order, as the file has them."""
+    x, y, z = randn(3, 1)
+    assert models.flattened({"logits": x, "states": (y, None, [z])}) == [x, y, z] and models.flattened(x) == [x]
+
+
 def test_export_files_are_checked(tmp_path, monkeypatch):
     """Kind, folder and missing packages are ValueErrors before work starts."""
     for path, message in [(tmp_path / "x.pt", ".onnx or .pt2"), (tmp_path / "no" / "x.pt2", "existing folder")]:
