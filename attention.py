@@ -102,6 +102,7 @@ def product(q: Tensor, k: Tensor, v: Tensor, order: str | None = None) -> Tensor
 
     (M + N) D E for "kv", q (k^T v): linear in tokens. N M (D + E) for "qk", (q k^T) v: cheaper only for fewer tokens
     than channels (N <= D where N = M, D = E). Without a softmax in between they are the same function.
+    Raises: ValueError for another order.
     """
     if order not in (None, "kv", "qk"):
         raise ValueError(f"order must be 'kv', 'qk' or None, got {order!r}")
@@ -189,7 +190,7 @@ def linear_angular_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = EPS, 
         order: association of the product, see `product`. None takes the cheaper: N x N is formed only for fewer tokens
             than channels (N <= 2 D E / (D + E)), where it is the smaller one.
     Returns: (..., N, E), before the normalisation and DWConv that `AttentionCore` adds.
-    Raises: ValueError if the shapes do not fit or there is not one value per query.
+    Raises: ValueError if the shapes do not fit, there is not one value per query, or for another order.
     Source: authors' attention.py @ c7b75c1, LinAngularAttention.forward, which divides by |q| without a floor.
     """
     check_qkv(q, k, v, per_token=True)

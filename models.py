@@ -608,7 +608,8 @@ class CastlingLeViTAttention(PooledAttention):
 class DesignAttention(PooledAttention):
     """LeViT's attention in the designs that Table 1 compares: softmax, q, k, v through 3x3 convolutions, no bias.
 
-    Stride 2 is "post-Q" pooling: all q, k, v are projected at full resolution, then queries are subsampled.
+    Stride 2 is "post-Q" pooling: all q, k, v are projected at full resolution, then queries are subsampled. `residual`
+    adds the queries to an output of as many channels.
     """
 
     def __init__(
@@ -1289,7 +1290,8 @@ def fuse(model: nn.Module) -> nn.Module:
     W' = W diag(g / s),  c' = c + W (b - (g / s) m). The same function up to rounding, and for inference only: there are
     no statistics left for training to follow.
 
-    Of other people's models, pairs in an nn.Sequential are folded; any other BatchNorm, and shared layers, stay.
+    Of other people's models, a Conv2d and the norm after it in an nn.Sequential are folded; any other BatchNorm, and
+    shared layers, stay.
     Raises: ValueError for a model in training mode, whose norms are no constants.
     """
     if any(isinstance(module, BatchNorm) and module.training for module in model.modules()):
