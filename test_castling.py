@@ -4961,6 +4961,7 @@ def test_signals_stop_after_the_step(script, number, undisturbed, tmp_path, caps
     run_tiny(script, tmp_path)
     assert outcome(tmp_path) == undisturbed(script)
 
+
 def refused(capsys, code, run, *arguments):
     """What a run that ends with exit status `code` says on stderr."""
     capsys.readouterr()
@@ -5074,13 +5075,18 @@ def test_memory_and_dead_loaders_are_explained(undisturbed, tmp_path, capsys, mo
 
 
 def test_exceptions_do_not_leave_loader_processes_waiting():
-    """A script that fails within an epoch exits with its traceback, although loader processes ignore SIGTERM."""
+    """A script, or a process of multiprocessing, that fails within an epoch exits with its traceback, although loader
+    processes ignore SIGTERM."""
     script = """if True:
-        import train
+        import multiprocessing, train
         def epoch():
             loader = train.make_loader(train.Shapes("train", 40, 8), range(40), 4, workers=2)
             for batch in loader:
                 raise LookupError("in the middle of an epoch")
+        process = multiprocessing.get_context("fork").Process(target=epoch)
+        process.start()
+        process.join(20)
+        assert process.exitcode == 1 or process.kill(), "waits for its loader processes"
         epoch()"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.rstrip().endswith("LookupError: in the middle of an epoch"), done.stderr

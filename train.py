@@ -15,7 +15,6 @@ checkpoints, log, progress, and the rendered shapes.
 """
 
 import argparse
-import atexit
 import contextlib
 import copy
 import datetime
@@ -24,7 +23,7 @@ import gc
 import hashlib
 import json
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import platform
 import re
@@ -490,6 +489,8 @@ def make_loader(
     dataset: Dataset, sampler: Sampler, batch_size: int, workers: int, collate: Callable | None = None
 ) -> DataLoader:
     """Batches (B, ...) in the sampler's order. Draws nothing from the global random generator."""
+    # Processes of multiprocessing do not run atexit's handlers, but these; priority 0: before children are waited for.
+    multiprocessing.util.Finalize(None, end_loaders, exitpriority=0)
     return DataLoader(
         dataset,
         batch_size,
@@ -509,11 +510,8 @@ def leave_group(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-@atexit.register
 def end_loaders() -> None:
-    """Kill the loader processes an exception left: they ignore the SIGTERM after which multiprocessing waits for them.
-
-    Exit handlers run last in, first out: this one before that of multiprocessing, which torch imported."""
+    """Kill the loader processes an exception left: they ignore the SIGTERM after which multiprocessing awaits them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed loader process for an error
     for process in multiprocessing.active_children():
         if process.daemon:
