@@ -5113,9 +5113,34 @@ def test_bad_images_are_replaced_and_counted(tmp_path, capsys, monkeypatch):
     bad.add(8)
     for workers in (0, 1):
         said = refused(capsys, 1, run_tiny, "train", tmp_path / f"b{workers}", *many, f"--workers={workers}")
-        assert "2 of 100 images are bad, more than 1%; the last: cannot read image" in said
+        assert "2 of 100 images are bad, over 1%; the last: cannot read image" in said
     with pytest.raises(train.DataError, match="cannot read image 7"):
         train.Augmented(data.base, lambda image: image, 0)[0, 7]
+
+
+def test_each_process_bears_its_own_bad_images(tmp_path, monkeypatch):
+    """Four bad images of 400 stop neither of two processes that save after every step and go on in mid-epoch: each
+    counts those it has read, 1% of its share at most."""
+    draw, order = train.Shapes.__getitem__, [index for _, index in train.EpochSampler(400, seed=0)]
+    bad = [order[place] for place in (0, 41, 80, 161)]  # on ranks 0, 1, 0, 1 in steps 0, 1, 2, 4 of 40 images
+
+    def read(shapes, index):
+        if index in bad and shapes.split == 0:
+            raise train.DataError(f"cannot read image {index}")
+        return draw(shapes, index)
+
+    monkeypatch.setattr(train.Shapes, "__getitem__", read)
+    flags = ("--shapes-length=400", "--batch-size=20", "--image-size=16", "--max-steps=6")
+
+    def stopped(rank):
+        with after(3, lambda: os.kill(os.getpid(), signal.SIGTERM)) if rank else contextlib.nullcontext():
+            run_tiny("train", tmp_path, *flags)
+
+    assert in_group(2, stopped) == [0, 0]
+    state = models.read_checkpoint(tmp_path / "last.pt")
+    assert state["step"] == 4 and state["bad_images"] == sorted(bad[:3])
+    assert in_group(2, lambda rank: run_tiny("train", tmp_path, *flags)) == [0, 0]
+    assert [r["bad_images"] for r in outcome(tmp_path)[1] if "epoch" in r] == [4]
 
 
 def test_empty_masks_are_dropped_early(tmp_path, capsys):

@@ -365,6 +365,7 @@ class Augmented(Dataset):
     def __init__(self, base: Dataset, transform: Callable | None, seed: int, training: bool = False):
         self.base, self.transform, self.seed, self.training = base, transform, seed, training
         self.bad = torch.zeros(len(base), dtype=torch.uint8).share_memory_()
+        self.share = len(base) / world_size()  # of this process; its loader processes may not know of the others
 
     def __len__(self) -> int:
         return len(self.base)
@@ -385,8 +386,9 @@ class Augmented(Dataset):
                 if not self.bad[index]:
                     sys.stderr.write(f"{error}; the next image takes its place\n")
                     self.bad[index] = 1
-                if (count := int(self.bad.sum())) > len(self) / 100 / world_size():
-                    raise DataError(f"{count} of {len(self)} images are bad, more than 1%; the last: {error}") from None
+                bad = int(self.bad.sum())
+                if bad > self.share / 100:
+                    raise DataError(f"{bad} of {self.share:.0f} images are bad, over 1%; the last: {error}") from None
                 index = (index + 1) % len(self)
 
     def apply(self, image, label: int) -> tuple[Tensor, int]:
@@ -1087,7 +1089,7 @@ def train_one_epoch(run: Run, epoch: int, progress: Progress) -> dict:
 
 def bad_images(run: Run) -> list[int]:
     """Indices of training images that could not be read in this epoch, on any rank."""
-    bad = run.train_loader.dataset.bad.to(run.device)
+    bad = run.train_loader.dataset.bad.to(run.device, copy=True)
     if dist.is_initialized():
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     return bad.nonzero()[:, 0].tolist()
@@ -1684,7 +1686,7 @@ def resume(run: Run, path: Path) -> None:
         curve=state["curve"],
         occupied={name: held * first for name, held in state["occupied"].items()},
     )
-    run.train_loader.dataset.bad[state["bad_images"]] = 1
+    run.train_loader.dataset.bad[state["bad_images"][rank() :: world_size()]] = 1  # each rank bears its share of them
     then = {"processes": state["world_size"], **{key: state["args"].get(key) for key in INEXACT_ON_RESUME}}
     now = vars(run.args) | {"processes": world_size()}
     changed = [f"{key} {value!r} -> {now.get(key)!r}" for key, value in then.items() if value != now.get(key)]
