@@ -4944,7 +4944,8 @@ def test_nothing_is_lost_when_killed(script, undisturbed, tmp_path_factory, data
 ])  # fmt: skip
 def test_signals_stop_after_the_step(script, number, undisturbed, tmp_path, capsys, monkeypatch):
     """SIGTERM and SIGINT, as preemption sends them, finish the step, save, print how to go on, and end with status 0;
-    outside of steps, as in an evaluation, everything is saved already. The run goes on as if nothing had been."""
+    outside of steps, as when an evaluation reads an image, everything is saved already. The run goes on as if nothing
+    had been."""
     monkeypatch.setattr(sys, "argv", ["train.py", "--output", "a folder", "--resume=never"])
     with after(5, lambda: os.kill(os.getpid(), number)):
         run_tiny(script, tmp_path, "--resume=never")
@@ -4953,7 +4954,8 @@ def test_signals_stop_after_the_step(script, number, undisturbed, tmp_path, caps
     assert stopped == 3 and "stopped at step 3 of 8; continue with: python" in printed
     assert "train.py --output 'a folder' --resume=never --resume=auto\n" in printed
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "evaluated", lambda run: os.kill(os.getpid(), number))
+        patch.setattr(train, "evaluated", lambda run: train.read_image("photo.jpg"))
+        patch.setattr(Image, "open", lambda path: os.kill(os.getpid(), number))
         run_tiny(script, tmp_path)
     printed = capsys.readouterr().out
     assert f"last.pt at step {stopped} of 8" in printed and "stopped at step 4 of 8; continue with: " in printed

@@ -677,8 +677,9 @@ def save(path: Path, state: dict, previous: Path | None = None) -> None:
         raise SaveError(f"cannot save the checkpoint {path}: {str(error).splitlines()[0]}; {left}") from None
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop, and everything is saved. `together`: on every rank, after the same step."""
+class Stopped(BaseException):
+    """A signal asked the run to stop, and everything is saved. `together`: on every rank, after the same step. No
+    Exception: what a signal interrupts, such as the reading of an image, must not take it for an error of its own."""
 
     def __init__(self, together: bool):
         self.together = together
