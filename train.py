@@ -348,7 +348,7 @@ def read_image(path: str | Path, upright: bool = False) -> Image.Image:
 def seeded(*numbers: int) -> Iterator[None]:
     """Within, torch's random numbers on the CPU are a function of the numbers alone; outside, nothing has changed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(mixed_seed(*numbers))
+        torch.default_generator.manual_seed(mixed_seed(*numbers))  # torch.manual_seed would seed GPUs as well
         yield
 
 
