@@ -20,6 +20,7 @@ import colorsys
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -847,43 +848,31 @@ def fitted(size: tuple[int, int], short: int, long: int) -> list[int]:
     return [max(1, int(side * scale + 0.5)) for side in size]
 
 
-def random_resize(size: int) -> Callable:
-    """Step for an image and its labels: short edge one of 0.5, 0.6, ..., 2.0 times `size`, long edge up to 4 times."""
+def random_resize(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Short edge one of 0.5, 0.6, ..., 2.0 times `size`, long edge up to 4 times."""
     edges = [int(0.1 * k * size) for k in range(5, 21)]
-
-    def step(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        shape = fitted(tuple(labels.shape), edges[torch.randint(len(edges), ())], 4 * size)
-        # Not as a Mask, whose nearest pixel is up to one too far left and up: half an output pixel on average.
-        plain, exact = labels.as_subclass(Tensor)[None], v2.InterpolationMode.NEAREST_EXACT
-        resized = v2.functional.resize(plain, shape, interpolation=exact)[0]
-        return v2.functional.resize(image, shape), tv_tensors.Mask(resized)
-
-    return step
+    shape = fitted(tuple(labels.shape), edges[torch.randint(len(edges), ())], 4 * size)
+    # Not as a Mask, whose nearest pixel is up to one too far left and up: half an output pixel on average.
+    plain, exact = labels.as_subclass(Tensor)[None], v2.InterpolationMode.NEAREST_EXACT
+    resized = v2.functional.resize(plain, shape, interpolation=exact)[0]
+    return v2.functional.resize(image, shape), tv_tensors.Mask(resized)
 
 
-def random_crop(size: int) -> Callable:
-    """Step: a random window of `size` x `size`, or less where the image is smaller."""
-
-    def step(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        kept = [min(size, side) for side in labels.shape]
-        corner = [int(torch.randint(side - k + 1, ())) for side, k in zip(labels.shape, kept, strict=True)]
-        return v2.functional.crop(image, *corner, *kept), v2.functional.crop(labels, *corner, *kept)
-
-    return step
+def random_crop(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """A random window of `size` x `size`, or less where the image is smaller."""
+    kept = [min(size, side) for side in labels.shape]
+    corner = [int(torch.randint(side - k + 1, ())) for side, k in zip(labels.shape, kept, strict=True)]
+    return v2.functional.crop(image, *corner, *kept), v2.functional.crop(labels, *corner, *kept)
 
 
-def pad_to(size: int) -> Callable:
-    """Step: pad at the bottom and right to `size` x `size`, images with grey, labels with "ignore"."""
-
-    def step(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        edges = [0, 0, size - labels.shape[1], size - labels.shape[0]]
-        return v2.functional.pad(image, edges, fill=GREY), v2.functional.pad(labels, edges, fill=IGNORE)
-
-    return step
+def pad_to(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Pad at the bottom and right to `size` x `size`, images with grey, labels with "ignore"."""
+    edges = [0, 0, size - labels.shape[1], size - labels.shape[0]]
+    return v2.functional.pad(image, edges, fill=GREY), v2.functional.pad(labels, edges, fill=IGNORE)
 
 
 def shift_brightness(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Step: half of the images get lighter or darker by up to 32 of 255."""
+    """Half of the images get lighter or darker by up to 32 of 255."""
     if torch.rand(()) < 0.5:
         shift = int(torch.randint(-32, 33, ()))
         image = tv_tensors.Image((image.int() + shift).clamp(0, 255).to(torch.uint8))
@@ -909,24 +898,24 @@ def train_transform(args: argparse.Namespace) -> Callable:
     flip = v2.RandomHorizontalFlip()
     steps = [flip]
     if args.data != "shapes":  # rendered at the size they are wanted
-        size = args.image_size
-        steps = [random_resize(size), random_crop(size), shift_brightness, colour_jitter(), flip, pad_to(size)]
-    compose = v2.Compose(steps)
+        resize, crop, pad = (partial(step, size=args.image_size) for step in (random_resize, random_crop, pad_to))
+        steps = [resize, crop, shift_brightness, colour_jitter(), flip, pad]
+    return partial(transformed, v2.Compose(steps))
 
-    def transform(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        pair = compose(tv_tensors.Image(image), tv_tensors.Mask(labels))
-        return tuple(x.as_subclass(Tensor) for x in pair)
 
-    return transform
+def transformed(compose: Callable, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What `compose` makes of an image and its labels, as plain tensors."""
+    return tuple(x.as_subclass(Tensor) for x in compose(tv_tensors.Image(image), tv_tensors.Mask(labels)))
 
 
 def eval_transform(args: argparse.Namespace) -> Callable:
-    """The whole image with its short edge at the crop's size, long edge up to 4 times that; labels as they are."""
+    """(image, labels) -> the whole image with its short edge at the crop's size; labels as they are."""
+    return partial(resized_whole, size=args.image_size)
 
-    def transform(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return v2.functional.resize(image, fitted(tuple(image.shape[1:]), args.image_size, 4 * args.image_size)), labels
 
-    return transform
+def resized_whole(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The image with its short edge at `size`, long edge up to 4 times that; labels as they are."""
+    return v2.functional.resize(image, fitted(tuple(image.shape[1:]), size, 4 * size)), labels
 
 
 class Pairs(Augmented):

@@ -15,6 +15,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import resource
 import shlex
@@ -2255,6 +2256,23 @@ def test_number_of_workers_changes_nothing(photos):
     assert not torch.equal(images(0, 1), images(0, 2)) and not torch.equal(images(0, 1), images(0, 1, seed=5))
 
 
+def test_data_sets_can_be_sent_to_loader_processes():
+    """Data sets of all scripts, transforms included, can be pickled and act as before: so Python 3.14, and any on
+    macOS, starts loader processes."""
+    args = flags("--data=.", "--image-size=32", "--randaugment=9", "--erasing=0.5")
+    image, labels = torch.arange(3 * 40 * 50, dtype=torch.uint8).view(3, 40, 50), torch.zeros(40, 50, dtype=torch.uint8)
+    for dataset, key in (
+        (train.Augmented([(image, 0)], train.train_transform(args), 0, training=True), (0, 0)),
+        (train.Augmented([(train.v2.functional.to_pil_image(image), 0)], train.eval_transform(args), 0), (0, 0)),
+        (detect.Resized([detect.sample(image, [[0, 0, 9, 9]], [0], 1)], detect.augmentation(True), 0), (0, 0, 32)),
+        (segment.Pairs([(image, labels)], segment.train_transform(args), 0), (0, 0)),
+        (segment.Pairs([(image, labels)], segment.eval_transform(args), 0), (0, 0)),
+    ):
+        sent = pickle.loads(pickle.dumps((dataset, train.leave_group, detect.collate)))[0]
+        for before, after in zip(*(pytree.tree_leaves(data[key]) for data in (dataset, sent)), strict=True):
+            assert torch.equal(torch.as_tensor(before), torch.as_tensor(after))
+
+
 @pytest.fixture
 def photos(tmp_path):
     """An ImageNet-style folder: two classes, train/ and test/, JPEG and PNG, grey, palette and alpha among them."""
@@ -4250,7 +4268,7 @@ def test_augmentation_moves_labels_with_pixels():
     for seed in range(40):
         torch.manual_seed(seed)
         flips += segment.v2.RandomHorizontalFlip()(position)[0, 0] != 0
-        corners.add(segment.random_crop(32)(position[None], segment.tv_tensors.Mask(position))[1].min().item())
+        corners.add(segment.random_crop(position[None], segment.tv_tensors.Mask(position), 32)[1].min().item())
     assert 10 < flips < 30 and len(corners) > 30
     red, hues = torch.tensor([200, 40, 40], dtype=torch.uint8)[:, None, None].expand(3, 8, 8), []
     for seed in range(60):
@@ -4275,7 +4293,7 @@ def test_labels_scale_as_their_image():
     sizes = set()
     for seed in range(80):
         torch.manual_seed(seed)
-        pixels, truth = segment.random_resize(96)(segment.tv_tensors.Image(image), labels)
+        pixels, truth = segment.random_resize(segment.tv_tensors.Image(image), labels, 96)
         step = side / truth.shape[1]
         offset = (truth.as_subclass(torch.Tensor) - pixels[0]).mean() / step
         assert abs(offset) < 0.15, (truth.shape, offset)
