@@ -5286,6 +5286,24 @@ def test_slurm_variables():
         assert train.slurm_variables(elsewhere) == {}
 
 
+def test_each_process_has_a_gpu(monkeypatch):
+    """A process takes the GPU of its number on the machine, or the one that srun shows it; without one it says so."""
+    srun = dict(SLURM_PROCID="7", SLURM_NTASKS="8", SLURM_LOCALID="3", SLURM_STEP_NODELIST="gpu[1-2]")
+    torchrun, joined = dict(RANK="7", WORLD_SIZE="8", LOCAL_RANK="3"), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(train.dist, "init_process_group", lambda kind, device_id: joined.append((kind, device_id)))
+    for env, gpus, index in ((srun, 4, 3), (srun, 1, 0), (torchrun, 4, 3), ({}, 4, 0), (torchrun, 1, None)):
+        monkeypatch.setattr(os, "environ", dict(env))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        if index is None:
+            with pytest.raises(ValueError, match="process 3 of this machine has no GPU: there are 1"):
+                train.start_processes()
+        else:
+            assert train.start_processes() == torch.device("cuda", index)
+    assert joined == [("nccl", torch.device("cuda", index)) for index in (3, 0, 3)]
+
+
 def odd_images(folder):
     """{what: path} of images that are unusual, and fine."""
     rng = np.random.default_rng(0)

@@ -552,15 +552,18 @@ def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 def start_processes() -> torch.device:
     """Join the process group if torchrun or srun started several processes (nccl on GPUs, gloo on CPUs); the device."""
-    os.environ.update(slurm_variables(os.environ))
+    of_srun = slurm_variables(os.environ)
+    os.environ.update(of_srun)
     local_rank, several = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not torch.cuda.is_available():
         if several:
             dist.init_process_group("gloo")
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}")
-    device = torch.device("cuda", local_rank)
+    gpus = torch.cuda.device_count()
+    index = 0 if of_srun and gpus == 1 else local_rank  # with --gpus-per-task=1 a task sees its own GPU only
+    if index >= gpus:
+        raise ValueError(f"process {local_rank} of this machine has no GPU: there are {gpus}")
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     if several:
         dist.init_process_group("nccl", device_id=device)
