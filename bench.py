@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from attention import AttentionCore, castle, cores, record_masks, set_threshold
 from models import build_model, fuse
-from train import environment
+from train import at_least, environment
 
 CORE_SHAPES = [  # B, H, N, D
     (1, 3, 196, 64), (8, 3, 49, 64), (8, 3, 100, 64), (8, 3, 144, 64), (8, 3, 196, 64), (8, 12, 196, 64),
@@ -54,7 +54,7 @@ TRAINING_ROWS = [("deit_tiny", 4, 224), ("deit_tiny", 1, 448)]
 def clock(device: torch.device) -> float:
     """Seconds, with all work done."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     elif torch.get_num_threads() == 1:
         return time.thread_time()
     return time.perf_counter()
@@ -83,10 +83,10 @@ def interleaved(forms: dict[str, Callable], device: torch.device, rounds: int, l
 def peak_bytes(form: Callable, device: torch.device) -> int:
     """Most bytes that torch had allocated during one call, above what it had before."""
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         form()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         form()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -264,24 +264,35 @@ def settings(args: argparse.Namespace) -> dict:
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def positive(text: str) -> int:
-    """argparse type: a number above 0."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
+def usable_device(text: str) -> torch.device:
+    """argparse type: the CPU, or a GPU that is there."""
+    try:
+        device = torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"cannot use {text!r}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text}")
+    return device
+
+
+def new_file(text: str) -> Path:
+    """argparse type: a file in an existing folder."""
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no folder {Path(text).parent} for {text}")
+    return Path(text)
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--table", choices=[*TABLES, "all"], default="all", help="default: all")
-    add("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda; default cpu")
+    add("--device", type=usable_device, default="cpu", help="cpu, cuda or cuda:1; default cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default float32")
     add("--compile", action="store_true", help="torch.compile every form")
-    add("--threads", type=positive, default=1, help="CPU threads; default 1")
-    add("--rounds", type=positive, default=5, help="default 5")
-    add("--rows", type=positive, help="only so many rows of each table; default all")
-    add("--json", type=Path, metavar="FILE", help="write the rows there, and the curve of softmax / castling beside it")
+    add("--threads", type=at_least(1), default=1, help="CPU threads; default 1")
+    add("--rounds", type=at_least(1), default=5, help="default 5")
+    add("--rows", type=at_least(1), help="only so many rows of each table; default all")
+    add("--json", type=new_file, metavar="FILE", help="for the rows; the curve of softmax / castling goes beside it")
     return parser
 
 

@@ -4591,6 +4591,19 @@ def test_bench_prints_its_tables(tmp_path, capsys, monkeypatch):
             assert low <= row[form]["ratio"] <= high and row[form]["ms"] > 0 and row[form]["mib"] > 0
 
 
+def test_bench_names_bad_arguments(capsys):
+    """Numbers, devices and files that cannot be used are named before anything is timed."""
+    wrong = {
+        "--threads=0": "at least 1, got 0", "--rounds=x": "'x'", "--device=gpu": "cannot use 'gpu'",
+        "--device=meta": "cpu or cuda, got meta", "--json=/none/x.json": "no folder /none",
+    }  # fmt: skip
+    for flag, said in wrong.items():
+        with pytest.raises(SystemExit, match="2"):
+            bench.parser().parse_args([flag])
+        assert said in capsys.readouterr().err
+    assert bench.parser().parse_args([]).device == torch.device("cpu")
+
+
 def test_bench_times_nothing_that_is_wrong():
     """A form that strays from float64 stops the run."""
     exact = randn(4, 4)
