@@ -8,7 +8,7 @@
 Mask2Former  Cheng et al., arXiv:2112.01527;  facebookresearch/Mask2Former @ 161be51, mask2former/ and the
              ADE20K semantic-segmentation/maskformer2_R50_bs16_160k.yaml of its configs/: architecture, losses, recipe
 Pyramid      Li et al., arXiv:2203.16527 (ViTDet), section 3;  detectron2, modeling/backbone/vit.py
-Castling     arXiv:2211.10526v4, section 4.3 and Table 4, whose counts fix what its text leaves out (D8)
+Castling     arXiv:2211.10526v4, section 4.2 and Table 4, whose counts fix what its text leaves out (D8)
 
 Shapes: B images, K classes, Q queries, C channels, N tokens; maps are (B, C, y, x), token grids row-major. Strides are
 those of a 16-pixel patch: 4, 8, 16, 32. The pyramid of another patch size p has strides p/4, p/2, p, 2p.

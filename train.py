@@ -4,7 +4,7 @@
     torchrun train.py --model levit128                             the same, under torchrun
     torchrun --nproc-per-node=8 train.py --data /data/imagenet     the paper's recipe on eight GPUs
     torchrun --nnodes=8 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py --data /imagenet
-    srun --nodes=8 --ntasks-per-node=8 python train.py --data /data/imagenet       the same under SLURM
+    srun -K --nodes=8 --ntasks-per-node=8 python train.py --data /data/imagenet    the same; -K: all end if one fails
     python train.py --eval --checkpoint runs/X/best.pt             accuracy with and without the auxiliary branch
     python train.py --image photo.jpg --checkpoint runs/X/best.pt  the five likeliest classes
 
