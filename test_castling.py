@@ -2430,7 +2430,7 @@ def test_flags_of_other_projects_are_understood():
     """Hyphen or underscore, and what DeiT, timm and torchvision call a flag, in every script; values stay as are."""
     theirs = "--data_path my_images -b 8 --input_size=96 --num_workers 0 --opt adamw --sched cosine --wd 0.1"
     theirs += " --reprob 0.5 --output_dir a_b --distillation_type hard --teacher_model deit_tiny --teacher-path t_1.pt"
-    theirs += " --no_castle_downsample --torchcompile --finetune=x_y.pt --seed 7"
+    theirs += " --no_castle_downsample --torchcompile --finetune=x_y.pt --seed 7 --local_rank=3 --local-rank=3"
     args = train.parser().parse_args(theirs.split())
     expected = dict(
         data="my_images", batch_size=8, image_size=96, workers=0, optimizer="adamw", schedule="cosine", output="a_b",

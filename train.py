@@ -1286,7 +1286,8 @@ ALIASES = {  # what the scripts of DeiT, LeViT, timm and torchvision call our fl
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes flags with hyphens or underscores, and under their ALIASES."""
+    """Takes flags with hyphens or underscores, and under their ALIASES; leaves out the --local-rank=N that
+    torch.distributed.launch adds to what is in the environment."""
 
     def add_argument(self, *flags, **options) -> argparse.Action:
         return super().add_argument(*flags, *ALIASES.get(flags[0], ()), **options)
@@ -1295,7 +1296,10 @@ class Parser(argparse.ArgumentParser):
         words = []
         for word in sys.argv[1:] if args is None else args:
             flag, equals, value = word.partition("=")
-            words.append(flag.replace("_", "-") + equals + value if flag.startswith("--") else word)
+            if flag.startswith("--"):
+                flag = flag.replace("_", "-")
+            if flag != "--local-rank":
+                words.append(flag + equals + value)
         return super().parse_known_args(words, namespace)
 
 
