@@ -380,7 +380,7 @@ def is_number(value) -> bool:
 AN_ID = (lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer")
 A_TEXT = (lambda value: isinstance(value, str), "a text")
 A_SIDE = (lambda value: is_number(value) and value >= 1, "a number of pixels, at least 1")
-AN_AREA = (is_number, "a number")
+AN_AREA = (lambda value: is_number(value) and 0 <= value <= 1e10, "a number within 0..1e10, as COCO's metrics see")
 A_BOX = (
     lambda value: isinstance(value, list) and len(value) == 4 and all(map(is_number, value)),
     "four finite numbers: x, y, width, height",

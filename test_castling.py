@@ -3069,6 +3069,7 @@ def test_coco_folder_is_read(coco, capsys):
     (lambda c: c["annotations"].clear(), "has no boxes to find"),
     (lambda c: [row.update(iscrowd=1) for row in c["annotations"]], "has no boxes to find"),
     (lambda c: c["annotations"][1].update(iscrowd="0"), "'iscrowd' '0', expected 0 or 1"),
+    (lambda c: c["annotations"][1].update(area=-1), "'area' -1, expected a number within 0..1e10"),
     (lambda c: c["annotations"][1].update(area=None), "'area' None, expected a number"),
     (lambda c: c["categories"][0].update(name="cat"), "different classes: .*'cat'"),
 ])  # fmt: skip
