@@ -422,7 +422,7 @@ def resolution(path: Path) -> None:
     with drawing(path) as figure:
         left, right = figure.subplots(1, 2)
         for name, marker, line in (("deit_tiny", "o", LINES[1]), ("levit128", "s", LINES[2])):
-            rows = flops.curve(name, list(PIXELS))
+            rows = flops.curve(name, PIXELS)
             for attention, look in (("softmax", SOFTMAX), ("castling", CASTLING)):
                 macs = [r[f"{attention}_macs_g"] for r in rows]
                 left.plot(PIXELS, macs, label=f"{name}, {attention}", **look | dict(marker=marker))

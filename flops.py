@@ -14,7 +14,7 @@ import functools
 import json
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
@@ -506,7 +506,10 @@ def print_comparison(rows: list[dict]) -> None:
         print(f"  {part:30}" + "".join(f"{r['by_module_g'].get(part, 0):16.4f}" for r in rows))
 
 
-def curve(name: str, sizes: list[int]) -> list[dict]:
+CURVE_PIXELS = range(64, 1025, 64)  # of --curve
+
+
+def curve(name: str, sizes: Iterable[int]) -> list[dict]:
     """MACs of the softmax and the castled model over image size."""
     rows = []
     for size in sizes:
@@ -556,7 +559,7 @@ def main(args: argparse.Namespace) -> None:
         if args.table:
             rows, show = TABLES[args.table](), print_rows
         elif args.curve:
-            rows, show = curve(args.model or "deit_tiny", list(range(64, 1025, 64))), print_curve
+            rows, show = curve(args.model or "deit_tiny", CURVE_PIXELS), print_curve
         else:
             rows = compare(args.model or "levit128", args.attention.split(","), args.image_size, args.convention)
             show = print_comparison
