@@ -15,7 +15,7 @@
     crossover     -               results/bench_cpu.json
     attention     -               a checkpoint of train.py and an image
 
-    python figures.py table                     results/cifar10.jsonl and results/scenes.jsonl as Markdown
+    python figures.py table                     results/cifar10.jsonl as a Markdown table
     python figures.py table --runs runs/cifar --collect mine.jsonl       the same of a folder of runs, kept as one file
 
 Every figure is a function that computes and one that draws. Needs matplotlib.
@@ -542,7 +542,7 @@ def attention(path: Path, args: argparse.Namespace) -> None:
 
 # ---- results of runs -------------------------------------------------------------------------------------------------
 
-RUNS = [RESULTS / "cifar10.jsonl", RESULTS / "scenes.jsonl"]
+RUNS = [RESULTS / "cifar10.jsonl"]
 METRICS = {"train.py": ("acc1", "top-1, %"), "detect.py": ("AP", "AP"), "segment.py": ("mIoU", "mIoU")}
 VARIED = {"attention", "mask_schedule", "dwconv", "seed", "output", "environment"}  # may differ within a column
 

@@ -5464,6 +5464,20 @@ def test_readme_commands_are_sound():
     assert set(seen) == modules.keys() and len(seen) >= 25 and len(built) >= 8
 
 
+def test_readme_tables_are_those_of_the_runs():
+    """The README's tables of results are what `figures.py table` makes of the committed logs: no seed of a row is left
+    out, all are of one commit without changes, and nothing is typed."""
+    text = (ROOT / "README.md").read_text()
+    for path in figures.RUNS:
+        runs = figures.read_runs(path)
+        assert figures.results_table(runs) in text
+        seeds = {}
+        for run in runs:
+            seeds.setdefault((run["config"]["model"], figures.row_of(run)), []).append(run["config"]["seed"])
+        assert all(sorted(found) == [0, 1, 2] for found in seeds.values())
+        assert re.fullmatch("[0-9a-f]{40}", *{run["config"]["environment"]["commit"] for run in runs})
+
+
 def test_readme_pictures_exist():
     """Every picture that the README shows is a committed figure of figures.py."""
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", (ROOT / "README.md").read_text())
