@@ -508,6 +508,7 @@ class CastledAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k, v, weight and branch from that of the output, a group of images at a time."""
         if torch.is_grad_enabled():  # create_graph=True: the formula's backward can itself be differentiated
             return differentiable_gradients(ctx, grad, castled_attention_reference)
         q, k, v, weight, branch = ctx.saved_tensors

@@ -551,7 +551,7 @@ def read_runs(path: Path) -> list[dict]:
     """[{"run": name, "config": config.json, "log": [records of log.jsonl]}], a dictionary for each run in a folder of
     runs' folders, by name, or in a file that `collect` wrote.
 
-    Raises: ValueError for a run that is not complete, and if there is none.
+    Raises: ValueError for another file, for a run that is not complete, and if there is none.
     """
     if path.is_dir():
         runs = []
@@ -559,7 +559,11 @@ def read_runs(path: Path) -> list[dict]:
             log = list(train.whole_records(config.with_name("log.jsonl")))
             runs.append(dict(run=config.parent.name, config=json.loads(config.read_text()), log=log))
     else:
-        runs = [json.loads(line) for line in path.read_text().splitlines()]
+        try:
+            runs = [dict(run=run["run"], config=run["config"], log=run["log"])
+                    for run in map(json.loads, path.read_text().splitlines())]  # fmt: skip
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path} is no file of runs: expected a line of run, config and log for each") from None
     for run in runs:
         if not any("castling_report" in record for record in run["log"]):
             raise ValueError(f"{path}: run {run['run']} is not complete")
@@ -633,6 +637,14 @@ def results_table(runs: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def tables(args: argparse.Namespace) -> None:
+    """Print a table for each of --runs, and write all of them to --collect."""
+    every = [read_runs(path) for path in args.runs]
+    if args.collect:
+        collect([run for runs in every for run in runs], args.collect)
+    print(*map(results_table, every), sep="\n\n")
+
+
 FIGURES: dict[str, Callable[[Path], None]] = {
     "kernel": kernel,
     "series": series,
@@ -670,14 +682,11 @@ def main(args: argparse.Namespace) -> None:
     try:
         if "attention" in args.names and not (args.checkpoint and args.image):
             raise ValueError("attention needs --checkpoint and --image")
-        if "table" in args.names:
-            every = [read_runs(path) for path in args.runs]
-            if args.collect:
-                collect([run for runs in every for run in runs], args.collect)
-            print(*map(results_table, every), sep="\n\n")
-            args.names.remove("table")
-        args.output.mkdir(parents=True, exist_ok=True)
         for name in FIGURES if "all" in args.names else args.names:
+            if name == "table":
+                tables(args)
+                continue
+            args.output.mkdir(parents=True, exist_ok=True)
             path = args.output / f"{name}.png"
             if name == "attention":
                 attention(path, args)

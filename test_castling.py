@@ -4803,7 +4803,8 @@ def test_table_of_runs(tmp_path, capsys):
         figures.results_table([*runs, run_of(50, lr=1)])
 
     def printed(*options):
-        figures.main(figures.parser().parse_args(["table", f"--output={tmp_path}", "--runs", *map(str, options)]))
+        figures.main(figures.parser().parse_args(["table", f"--output={tmp_path}/x", "--runs", *map(str, options)]))
+        assert not (tmp_path / "x").exists()  # a table is no drawing
         return capsys.readouterr().out.rstrip("\n")
 
     for run in runs:
@@ -4815,7 +4816,12 @@ def test_table_of_runs(tmp_path, capsys):
     assert printed(tmp_path / "runs", f"--collect={kept}") == printed(kept) and len(kept.read_text().splitlines()) == 7
     assert printed(kept, kept) == "\n\n".join(2 * [printed(kept)])
     (folder / "log.jsonl").write_text('{"epoch": 0, "step": 1}\n')
-    for wrong, message in ((tmp_path / "runs", f"run {folder.name} is not complete"), (tmp_path, "no runs in")):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG")
+    (tmp_path / "log.jsonl").write_text('{"epoch": 0}\n')
+    for wrong, message in (
+        (tmp_path / "runs", f"run {folder.name} is not complete"), (tmp_path, "no runs in"),
+        (tmp_path / "log.jsonl", "log.jsonl is no file of runs"), (tmp_path / "a.png", "a.png is no file of runs"),
+    ):  # fmt: skip
         with pytest.raises(SystemExit):
             printed(wrong)
         assert message in capsys.readouterr().err

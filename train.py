@@ -1922,6 +1922,7 @@ def prepare_drawings(
 
     @torch.inference_mode()
     def work() -> None:
+        """Predict image by image; what was found is kept where a later one cannot be read."""
         model.to(device)
         printed = []
         with contextlib.ExitStack() as stack:
