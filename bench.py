@@ -8,9 +8,10 @@ Tables: `core`, from q, k, v to the attention's output; `models`, whole networks
 backward with the auxiliary branch off, empty and alive. `released` is the formula of the authors' block, `softmax`
 torch's fused attention and the published networks.
 
-Protocol: every form is checked against float64 first. Then each round runs every form once, in random order, repeated
-until it takes 4 ms; a ratio is the median over rounds, with its quartiles. One CPU thread is timed by its CPU clock,
-which other processes disturb least; more threads, and a GPU, by wall clock. Memory is the peak of torch's allocations.
+Protocol: every form is checked against float64 first, networks in float32. Then each round runs every form once, in
+random order, repeated until it takes 4 ms; a ratio is the median over rounds, with its quartiles. One CPU thread is
+timed by its CPU clock, which other processes disturb least; more threads, and a GPU, by wall clock. Memory is the peak
+of torch's allocations.
 For numbers free of the allocator's page faults, which slow the large temporaries of `released` most, set
 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 in the environment (glibc).
 """
@@ -219,13 +220,15 @@ def training_row(name: str, B: int, pixels: int, args: argparse.Namespace) -> di
     ):  # fmt: skip
         torch.manual_seed(0)
         options = {} if kernel == "softmax" else dict(epsilon=epsilon or 0.0, schedule="fixed")
-        model = build_model(name, kernel, image_size=pixels, **options).to(args.device).train()
+        model = build_model(name, kernel, image_size=pixels, drop_path=0.0, **options).to(args.device).train()
         set_threshold(model, 0.0)
         record_masks(model, False)
         if epsilon is None:
             castle(model)
         if form.startswith("released"):
             released(model)
+        exact = model.double()(images[:1].double()).detach()
+        check(f"{name} {form}", model.float()(images[:1]).detach(), exact, torch.float32)
         forms[form] = functools.partial(step, compiled(model, args))
     return measured(dict(shape=f"{name} {pixels} px, batch {B}"), forms, args)
 

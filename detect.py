@@ -231,9 +231,9 @@ def simota(
 ) -> Tensor:
     """Which ground-truth box each point of one image is to predict: (P,) index into gt_boxes, -1 for background.
 
-    Each box takes its k points of least cost, classification plus `iou_weight` (1 - GIoU), among those inside it or
-    within `radius` strides of its centre; k is the sum of its `top` largest IoUs, at least 1. A point taken by several
-    boxes keeps the one it costs least for.
+    Each box takes its k points of least cost, classification plus `iou_weight` (1 - GIoU), among those that are inside
+    some box or within `radius` strides of its centre, first of all those that are both for the box itself; k is the sum
+    of its `top` largest IoUs, at least 1. A point taken by several boxes keeps the one it costs least for.
 
     Args: logits: (P, K); boxes: (P, 4) predicted; points: (P, 3); gt_boxes: (G, 4); gt_labels: (G,).
     Source: SimOTA, YOLOX, arXiv:2107.08430, with PicoDet's varifocal cost, arXiv:2111.00902, section 3.3.
@@ -773,7 +773,9 @@ def setup(run: Run) -> None:
         if train.rank() == 0:
             print(f"{args.backbone}\n{report}")
     if args.image_size - 32 * args.multi_scale < 32:
-        raise ValueError(f"--image-size {args.image_size} is too small for --multi-scale {args.multi_scale}")
+        least = 32 + 32 * args.multi_scale
+        raise ValueError(f"--image-size must be at least {least} with --multi-scale {args.multi_scale}, got "
+                         f"{args.image_size}")  # fmt: skip
     if args.batch_size == 1 and args.image_size - 32 * args.multi_scale <= STRIDES[-1]:
         raise ValueError(f"BatchNorm needs --batch-size 2 or more where images are {STRIDES[-1]} px or smaller")
 

@@ -15,10 +15,10 @@
     crossover     -               results/bench_cpu.json
     attention     -               a checkpoint of train.py and an image
 
-    python figures.py table                     results/cifar10.jsonl as a Markdown table
+    python figures.py table                     results/cifar10.jsonl and scenes.jsonl as Markdown tables
     python figures.py table --runs runs/cifar --collect mine.jsonl       the same of a folder of runs, kept as one file
 
-Every figure is a function that computes and one that draws. Needs matplotlib.
+A function of its name draws each figure; what it draws is computed by the functions before it. Needs matplotlib.
 """
 
 import argparse
@@ -339,7 +339,7 @@ def frequency_study(steps: int = 4000, seed: int = 0) -> dict:
     """A two-layer network learns Sim of a fixed query with a key that goes round the circle.
 
     Over the angle Sim is a triangle wave, 1/2 + (4 / pi^2) sum_(k odd) cos(k theta) / k^2, and the linear terms of
-    Eq. (8) are 1/2 + cos(theta) / pi: nearly all of frequency 1 and nothing of the others.
+    Eq. (8) are 1/2 + cos(theta) / pi: 79% of frequency 1, nothing of the others.
 
     Args:
         steps: full-batch Adam steps at 256 angles, learning rate 1e-3; 256 tanh units on (cos theta, sin theta).
@@ -603,8 +603,8 @@ def outcome(run: dict) -> dict[str, float | None]:
 
 
 def results_table(runs: list[dict]) -> str:
-    """A Markdown table: attentions down, models across. Scores are means and standard deviations over seeds; times of a
-    training step are medians, in those of the same model with softmax where it is there.
+    """A Markdown table: attentions down, models across. Scores are means and standard deviations over seeds; times
+    of a training step are of the seed whose run was disturbed least, over softmax's where that is there.
 
     Raises: ValueError if runs of one model differ in more than attention and seed.
     """
@@ -621,7 +621,7 @@ def results_table(runs: list[dict]) -> str:
     heads, lines = ["attention"], {name: [name] for name in names}
     for (model, metric), rows in columns.items():
         results = {row: [outcome(run) for run in runs] for row, runs in rows.items()}
-        steps = {row: statistics.median(seed["step"] for seed in seeds) for row, seeds in results.items()}
+        steps = {row: min(seed["step"] for seed in seeds) for row, seeds in results.items()}
         heads += [f"{model}: {metric}", "gap", "step", "M MACs"]
         for row, line in lines.items():
             if row not in results:

@@ -29,6 +29,7 @@ from attention import castle
 from detect import build_detector
 from models import ATTENTIONS, DESIGNS, build_model
 from segment import PIXEL_DECODERS, build_segmenter
+from train import at_least
 
 aten = torch.ops.aten
 
@@ -543,7 +544,7 @@ def parser() -> argparse.ArgumentParser:
     add("--table", type=int, choices=list(TABLES), help="a table of the paper")
     add("--model", help="a model by name; default levit128")
     add("--attention", default="castling,softmax", help=f"of {', '.join(ATTENTIONS)}, separated by commas")
-    add("--image-size", type=int, default=224, help="pixels per side; default 224")
+    add("--image-size", type=at_least(1), default=224, help="pixels per side; default 224")
     add("--convention", default="macs", help=f"{', '.join(CONVENTIONS)}; default macs")
     add("--curve", action="store_true", help="MACs against resolution, softmax and castled")
     add("--json", action="store_true", help="print JSON instead of a table")

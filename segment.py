@@ -484,8 +484,8 @@ def build_segmenter(
     for what, value in dict(heads=heads, queries=queries, layers=layers, encoder_layers=encoder_layers).items():
         if value < 1:
             raise ValueError(f"{what} must be at least 1, got {value}")
-    if width < 64 or width % 64 or width % heads:
-        raise ValueError(f"width must be a multiple of 64 (GroupNorm has 32 groups) and of heads {heads}, got {width}")
+    if width < 32 or width % 32 or width % heads:
+        raise ValueError(f"width must be a multiple of 32 (GroupNorm's groups) and of heads {heads}, got {width}")
     patch_size = overrides.get("patch_size", 16)
     if patch_size < 4 or patch_size % 4:
         raise ValueError(f"patch_size must be a multiple of 4, got {patch_size}")

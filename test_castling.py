@@ -2087,6 +2087,14 @@ def test_outputs_of_any_structure_are_compared():
     assert models.flattened({"logits": x, "states": (y, None, [z])}) == [x, y, z] and models.flattened(x) == [x]
 
 
+def test_a_file_that_gives_no_numbers_is_not_exact(tmp_path):
+    """One NaN among the outputs is the difference, whatever the other outputs and sizes say."""
+    model = nn.Conv2d(3, 2, 1).eval()
+    assert models.export(model, tmp_path / "model.pt2", 96)[1] < 1e-6
+    model.bias.data[1] = math.nan
+    assert math.isnan(models.export(model, tmp_path / "model.pt2", 96)[1])
+
+
 def test_export_files_are_checked(tmp_path, monkeypatch):
     """Kind, folder and missing packages are ValueErrors before work starts."""
     for path, message in [(tmp_path / "x.pt", ".onnx or .pt2"), (tmp_path / "no" / "x.pt2", "existing folder")]:
@@ -2471,7 +2479,8 @@ def test_bad_arguments_exit_with_2(tmp_path, capsys):
         (["--lr=x"], "'x'"), (["--epsilon=2"], "0..1"), (["--mask-schedule=up"], "up"), (["--batch-size=41"], "40"),
         (["--eval"], "--checkpoint"), (["--checkpoint=none.pt"], "none.pt"), (["--resume=none.pt"], "none.pt"),
         (["--distillation=hard"], "--teacher"), (["--teacher=deit_tiny"], "--distillation"),
-        (["--batch-size=1"], "BatchNorm"), (["--randaugment=31"], "0..30"), (["--seed=99999999999999999999"], "seed"),
+        (["--batch-size=1"], "BatchNorm"), (["--model=lcnet_s", "--batch-size=1"], "BatchNorm"),
+        (["--randaugment=31"], "0..30"), (["--seed=99999999999999999999"], "seed"),
         (["--eval", "--image=x", "--checkpoint=y"], "different things"), (["--output=/dev/null/x"], "/dev/null/x"),
         (["--distillation=hard", "--teacher=vgg99", "--teacher-checkpoint=x"], "vgg99"),
         (["--frobnicate"], "frobnicate"),
@@ -3405,7 +3414,7 @@ def test_detection_on_coco_files(coco, tmp_path, capsys):
 @pytest.mark.parametrize(("options", "message"), [
     (("--model=lcnet_vit_x",), "lcnet_vit_s"),
     (("--data=nowhere",), "unknown data 'nowhere'"),
-    (("--image-size=64", "--multi-scale=2"), "too small for --multi-scale 2"),
+    (("--image-size=64", "--multi-scale=2"), "at least 96 with --multi-scale 2, got 64"),
     (("--batch-size=1",), "--batch-size 2 or more"),
     (("--image=x.png",), "need --checkpoint"),
     (("--eval", "--checkpoint=gone.pt"), "no checkpoint file gone.pt"),
@@ -3628,6 +3637,7 @@ def test_tables_are_printed(table_2, capsys, monkeypatch):
         ("--table=2 --model=levit128", "--model"),
         ("--table=2 --curve", "--curve"),
         ("--curve --image-size=64", "--image-size"),
+        ("--model=lcnet_s --image-size=0", "0"),
     ):
         with pytest.raises(SystemExit) as stopped:
             flops.main(flops.parser().parse_args(flags.split()))
@@ -5094,6 +5104,17 @@ def test_full_disk_leaves_the_old_checkpoint(undisturbed, tmp_path, capsys):
     assert outcome(tmp_path) == undisturbed("train")
     with pytest.raises(train.SaveError, match="there is none yet"):
         train.save(tmp_path / "gone" / "x.pt", {})
+
+
+def test_a_rename_that_fails_says_where_the_old_checkpoint_is(tmp_path, monkeypatch):
+    """Between the two renames of a save what was `last` is `previous`: the message names it."""
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    train.save(last, {"step": 1}, previous)
+    rename = os.replace
+    monkeypatch.setattr(train.os, "replace", lambda a, b: rename(a, b if Path(a) == last else tmp_path / "no" / "x"))
+    with pytest.raises(train.SaveError, match=f"still there: {previous}"):
+        train.save(last, {"step": 2}, previous)
+    assert models.read_checkpoint(previous) == {"step": 1}
 
 
 def test_memory_and_dead_loaders_are_explained(undisturbed, tmp_path, capsys, monkeypatch):
