@@ -1048,7 +1048,7 @@ def parser() -> argparse.ArgumentParser:
                    "none; default 3, with softmax attention 0")  # fmt: skip
     add("eval-steps", at_least(1), "optimiser steps of an epoch of the log, which --eval-every counts")
     add("patch-size", at_least(4), "pixels; the pyramid has strides of 1/4, 1/2, 1 and 2 patches")
-    add("width", at_least(64), "channels of pyramid and decoders")
+    add("width", at_least(32), "channels of pyramid and decoders")
     add("queries", at_least(1), "masks that are predicted per image")
     add("layers", at_least(1), "of the masked decoder")
     add("encoder-layers", at_least(1), "of the pixel decoder")

@@ -4178,7 +4178,7 @@ def test_any_size_trains_and_infers(pixel_decoder, amp):
     """Sizes that are no multiple of the pyramid's stride are padded, in training too; an image alone is segmented as in
     a batch; bfloat16 autocast stays finite, with masks in float32."""
     args = segment.parser().parse_args(["--amp" if amp else "--no-amp"])
-    model = tiny_segmenter(pixel_decoder=pixel_decoder)
+    model = tiny_segmenter(pixel_decoder=pixel_decoder, width=96)
     labels = torch.randint(0, 5, (2, 45, 70), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images = torch.randint(0, 256, (2, 3, 45, 70), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     device = torch.device("cpu")
