@@ -28,6 +28,7 @@ import math
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -461,7 +462,8 @@ def crossover(result: dict, path: Path) -> None:
             plot.plot(*zip(*points, strict=True), label=f"D = {D}", **look)
         plot.axhline(1, color="0.4", linewidth=1)
         environment = result["environment"]
-        plot.set(title=f"attention core, {environment['device']}, {environment['dtype']}", xlabel="tokens N",
+        plot.set(title=f"attention core, {environment['device']}, {environment['dtype']}; medians over batch and heads",
+                 xlabel="tokens N",
                  ylabel="time of softmax / castling")  # fmt: skip
         plot.set_xscale("log", base=2)
         plot.set_yscale("log", base=2)
@@ -542,9 +544,10 @@ def attention(path: Path, args: argparse.Namespace) -> None:
 
 # ---- results of runs -------------------------------------------------------------------------------------------------
 
-RUNS = [RESULTS / "cifar10.jsonl"]
+RUNS = [RESULTS / "cifar10.jsonl", RESULTS / "scenes.jsonl"]
 METRICS = {"train.py": ("acc1", "top-1, %"), "detect.py": ("AP", "AP"), "segment.py": ("mIoU", "mIoU")}
-VARIED = {"attention", "mask_schedule", "dwconv", "seed", "output", "environment"}  # may differ within a column
+VARIED = {"attention", "mask_schedule", "dwconv", "seed", "output", "environment", "workers", "save_minutes",
+          "eval_every", "log_wandb", "resume", "overwrite"}  # may differ within a column  # fmt: skip
 
 
 def read_runs(path: Path) -> list[dict]:
@@ -606,12 +609,15 @@ def results_table(runs: list[dict]) -> str:
     """A Markdown table: attentions down, models across. Scores are means and standard deviations over seeds; times
     of a training step are of the seed whose run was disturbed least, over softmax's where that is there.
 
-    Raises: ValueError if runs of one model differ in more than attention and seed.
+    Raises: ValueError if runs of one model differ in what matters beside attention and seed, or in nothing.
     """
     columns: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for run in runs:
         columns.setdefault(column_of(run), {}).setdefault(row_of(run), []).append(run)
     for (model, _), rows in columns.items():
+        for row, runs in rows.items():
+            if twice := [seed for seed, n in Counter(run["config"]["seed"] for run in runs).items() if n > 1]:
+                raise ValueError(f"{model}, {row}: more than one run of seed {twice[0]}")
         first, *others = (run["config"] for runs in rows.values() for run in runs)
         for config in others:
             if differing := {key for key in first.keys() | config if first.get(key) != config.get(key)} - VARIED:

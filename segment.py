@@ -837,7 +837,8 @@ def open_split(args: argparse.Namespace, split: str) -> Dataset:
         return ShapeScenes(split, length, args.image_size, args.seed)
     root = Path(args.data)
     if not root.is_dir():
-        raise ValueError(f"unknown data {args.data!r}: shapes or an existing folder")
+        raise ValueError(f"unknown data {args.data!r}: shapes or an existing folder of images/ and "
+                         "annotations/ with training/ and validation/ each")  # fmt: skip
     folder = {"train": "training", "val": "validation"}[split]
     return SegmentationFolder(root, folder, class_names(root, args.num_classes))
 

@@ -4797,20 +4797,23 @@ def run_of(score, attention="castling", seed=0, model="deit_mini", **config):
 
 
 def test_table_of_runs(tmp_path, capsys):
-    """The castled model's score over seeds, what castling lost, and a step's time in those of softmax, however the runs
-    are ordered; runs of different flags are not put into one column; a folder of runs and its collected file agree."""
+    """The castled model's score over seeds, what castling lost, and the fastest seed's step over that of softmax,
+    however the runs are ordered; runs of different flags are not put into one column, nor one seed twice into a cell; a
+    folder of runs and its collected file agree."""
     runs = [run_of(50, seed=0), run_of(53, seed=1), run_of(56, seed=2), run_of(40, "softmax", seed=1), run_of(9, "mc"),
             run_of(7, dwconv=False), run_of(60, model="levit_mini")]  # fmt: skip
     assert figures.results_table(runs).splitlines()[2:] == [
         "| softmax | 40.0 | – | 1.00 | 3.0 | – | – | – | – |",
-        "| castling, ramp | 53.0 ± 3.0 | 0.50 | 1.00 | 2.0 | 60.0 | 0.50 | – | 2.0 |",
+        "| castling, ramp | 53.0 ± 3.0 | 0.50 | 0.50 | 2.0 | 60.0 | 0.50 | – | 2.0 |",
         "| castling, ramp, no DWConv | 7.0 | 0.50 | 0.50 | 2.0 | – | – | – | – |",
         "| mc | 9.0 | – | 0.50 | 3.0 | – | – | – | – |",
     ]
     again = [*runs[5:3:-1], *runs[3::-1], runs[6]]
     assert figures.results_table(again) == figures.results_table(runs)
     with pytest.raises(ValueError, match="deit_mini, 32 px are not comparable: they differ in lr"):
-        figures.results_table([*runs, run_of(50, lr=1)])
+        figures.results_table([*runs, run_of(50, seed=3, workers=2, lr=1)])
+    with pytest.raises(ValueError, match="deit_mini, 32 px, castling, ramp: more than one run of seed 1"):
+        figures.results_table([*runs, run_of(51, seed=1)])
 
     def printed(*options):
         figures.main(figures.parser().parse_args(["table", f"--output={tmp_path}/x", "--runs", *map(str, options)]))
@@ -5055,7 +5058,7 @@ def test_runs_are_not_mixed_up(undisturbed, tmp_path, capsys, monkeypatch):
     # starting over leaves nothing of the old run to be resumed, even if the new one dies at once
     assert "no checkpoint yet" in refused(capsys, 1, run_tiny, "train", tmp_path / "a", "--resume=never", "--overwrite",
                                           "--lr=1e38", "--save-minutes=0")  # fmt: skip
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {"config.json", "log.jsonl"}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"config.json", "log.jsonl", "lock"}
 
 
 @given(data=st.data())
@@ -5087,6 +5090,28 @@ def test_damaged_checkpoints_fall_back(undisturbed, tmp_path_factory, data):
     with contextlib.redirect_stderr(said), pytest.raises(SystemExit, match="2"):
         run_tiny("train", folder)
     assert "nothing to continue from" in said.getvalue()
+
+
+def test_two_processes_do_not_train_into_one_folder(tmp_path, capsys):
+    """Who does already, such as a worker that outlived its torchrun, is named and loses nothing; when it ends, the
+    folder is free at once."""
+    holds = """
+import fcntl, sys
+lock = open(sys.argv[1], "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("process 7", file=lock, end="", flush=True)
+print(flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", holds, tmp_path / "lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        (tmp_path / "log.jsonl").write_text("")
+        assert f"process 7 trains into {tmp_path}" in refused(capsys, 2, run_tiny, "train", tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "log.jsonl"]
+        other.kill()
+    run_tiny("train", tmp_path)
+    assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
 def test_full_disk_leaves_the_old_checkpoint(undisturbed, tmp_path, capsys):
@@ -5219,7 +5244,7 @@ def test_empty_masks_are_dropped_early(tmp_path, capsys):
     run_tiny("train", tmp_path / "a", *options)
     log = outcome(tmp_path / "a")[1]
     drops, epochs = [r for r in log if "dropped" in r], [r for r in log if "epoch" in r]
-    assert len(epochs) == 20 and "saved per step by dropped branches" in capsys.readouterr().out
+    assert len(epochs) == 20 and " without their branches" in capsys.readouterr().out
     when = {name: drop["step"] for drop in drops for name in drop["dropped"]}
     assert when.keys() == epochs[-1]["mask_density"].keys() and min(when.values()) < 19
     for record in epochs:

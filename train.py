@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import fcntl
 import functools
 import gc
 import hashlib
@@ -30,6 +31,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -38,6 +40,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -483,7 +486,8 @@ def open_split(args: argparse.Namespace, split: str) -> Dataset:
         except (OSError, RuntimeError) as error:
             raise ValueError(f"cannot download {args.data} to ./data: {error}") from None
     if not Path(args.data).is_dir():
-        raise ValueError(f"unknown data {args.data!r}: shapes, cifar10, cifar100 or an existing folder")
+        raise ValueError(f"unknown data {args.data!r}: shapes, cifar10, cifar100 or an existing folder of "
+                         "train/CLASS/ and val/CLASS/ or test/CLASS/")  # fmt: skip
     return open_folder(Path(args.data), split)
 
 
@@ -868,7 +872,7 @@ class Run:
 
     gathered: of the epoch that is under way. trained: the record of an epoch whose evaluation is to follow. held:
     layers whose auxiliary mask has held something. dropped: {layer without its branch: step since when}; before_drop:
-    seconds of a step with the last of them. saved: when the last checkpoint was.
+    seconds of a step with the last of them. saved: when the last checkpoint was. lock: see `hold`.
     """
 
     task: "Task"
@@ -894,6 +898,7 @@ class Run:
     before_drop: float | None = None
     saved: float = field(default_factory=time.monotonic)
     signals: StopRequests = field(default_factory=StopRequests)
+    lock: IO | None = None
 
     @property
     def folder(self) -> Path:
@@ -1609,6 +1614,28 @@ def refuse_to_overwrite(run: Run) -> None:
     )
 
 
+def hold(folder: Path) -> IO:
+    """The open file `lock`: as long as it is open, no other process can train into this folder.
+
+    For workers that outlive a killed torchrun. A POSIX lock ends with its process, loader processes do not inherit it,
+    and network disks know it. Raises ValueError if another process has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"cannot write to --output {folder}: {error}") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise ValueError(f"{file.read()} trains into {folder}: wait for it, or kill it") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
 def begin(run: Run) -> None:
     """An empty log and the settings, in a folder that no longer holds another run's checkpoints."""
     config = vars(run.args) | {"classes": run.classes, "total_steps": run.total_steps}
@@ -1745,6 +1772,7 @@ def begin_or_resume(run: Run) -> None:
     if steps.sum() != 0:
         raise ValueError(f"processes would resume from different steps: is --output {run.folder} on a shared disk?")
     if rank() == 0:
+        run.lock = hold(run.folder)
         records = list(whole_records(log)) if ours and log.exists() else []
         if not ours:
             begin(run)
@@ -2071,7 +2099,8 @@ def evaluate_and_log(run: Run, progress: Progress) -> dict:
     append_log(run, *dropped, record)
     saved = ""
     if run.before_drop is not None and record["step"] > max(run.dropped.values()):
-        saved = f", {1000 * (run.before_drop - record['step_seconds']):.3g} ms saved per step by dropped branches"
+        faster = 1000 * (run.before_drop - record["step_seconds"])
+        saved = f", steps {abs(faster):.3g} ms {'faster' if faster > 0 else 'slower'} without their branches"
         run.before_drop = None
     run.trained = None
     progress.say(
