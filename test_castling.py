@@ -5114,6 +5114,12 @@ sys.stdin.read()
     assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
+def test_a_disk_without_locks_will_do(tmp_path, monkeypatch):
+    """Where locking is an error of another kind than being locked, training goes on without."""
+    monkeypatch.setattr(train.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError("No locks available")))
+    assert train.hold(tmp_path / "run").name == str(tmp_path / "run" / "lock")
+
+
 def test_full_disk_leaves_the_old_checkpoint(undisturbed, tmp_path, capsys):
     """A save that the disk has no place for stops the run, says so, leaves the checkpoint before it and no debris."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

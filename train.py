@@ -1623,16 +1623,18 @@ def hold(folder: Path) -> IO:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / "lock", "a+")  # noqa: SIM115
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise ValueError(f"{file.read()} trains into {folder}: wait for it, or kill it") from None
+        except OSError:
+            pass  # a disk that knows no locks
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
     except OSError as error:
         raise ValueError(f"cannot write to --output {folder}: {error}") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise ValueError(f"{file.read()} trains into {folder}: wait for it, or kill it") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
     return file
 
 
@@ -1641,7 +1643,6 @@ def begin(run: Run) -> None:
     config = vars(run.args) | {"classes": run.classes, "total_steps": run.total_steps}
     config["environment"] = environment(run.device)
     try:
-        run.folder.mkdir(parents=True, exist_ok=True)
         for name in (*CHECKPOINTS, "best.pt", "castled.pt"):
             (run.folder / name).unlink(missing_ok=True)
         (run.folder / "log.jsonl").write_text("")
