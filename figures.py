@@ -606,17 +606,17 @@ def outcome(run: dict) -> dict[str, float | None]:
 
 
 def results_table(runs: list[dict]) -> str:
-    """A Markdown table: attentions down, models across. Scores are means and standard deviations over seeds; times
-    of a training step are of the seed whose run was disturbed least, over softmax's where that is there.
+    """A Markdown table: attentions down, models across. Scores are means and standard deviations over seeds; times of a
+    training step are of the first seed, over softmax's where that is there.
 
     Raises: ValueError if runs of one model differ in what matters beside attention and seed, or in nothing.
     """
     columns: dict[tuple[str, str], dict[str, list[dict]]] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run["config"]["seed"]):
         columns.setdefault(column_of(run), {}).setdefault(row_of(run), []).append(run)
     for (model, _), rows in columns.items():
-        for row, runs in rows.items():
-            if twice := [seed for seed, n in Counter(run["config"]["seed"] for run in runs).items() if n > 1]:
+        for row, seeds in rows.items():
+            if twice := [seed for seed, n in Counter(run["config"]["seed"] for run in seeds).items() if n > 1]:
                 raise ValueError(f"{model}, {row}: more than one run of seed {twice[0]}")
         first, *others = (run["config"] for runs in rows.values() for run in runs)
         for config in others:
@@ -627,7 +627,7 @@ def results_table(runs: list[dict]) -> str:
     heads, lines = ["attention"], {name: [name] for name in names}
     for (model, metric), rows in columns.items():
         results = {row: [outcome(run) for run in runs] for row, runs in rows.items()}
-        steps = {row: min(seed["step"] for seed in seeds) for row, seeds in results.items()}
+        steps = {row: seeds[0]["step"] for row, seeds in results.items()}
         heads += [f"{model}: {metric}", "gap", "step", "M MACs"]
         for row, line in lines.items():
             if row not in results:

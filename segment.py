@@ -1019,7 +1019,7 @@ def describe_recipe(run: Run) -> str:
 recipe: adamw, learning rate {a.lr * a.global_batch / LR_BATCH:.4g} ({a.lr} per {LR_BATCH} images, x {a.backbone_lr} \
 for the backbone), polynomial decay, weight decay {a.weight_decay}, gradient norm at most {a.clip_grad}, \
 EMA {a.ema_decay:.5f}
-masks: {a.pixel_decoder}, {a.queries} queries, {a.layers} decoder layers, losses at {a.points} points"""
+decoder: {a.pixel_decoder}, {a.queries} queries, {a.layers} layers, losses at {a.points} points"""
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

@@ -2384,10 +2384,12 @@ def test_evaluation_can_be_rarer(tmp_path):
     ("--model=lcnet_vit_s", "--drop-path=0.1"),
     ("--model=esnet_vit_s", "--no-dwconv"),
 ])  # fmt: skip
-def test_every_option_trains(tmp_path, options):
-    """Each combination runs to its report; a model without a branch reports no gap."""
+def test_every_option_trains(tmp_path, capsys, options):
+    """Each combination runs to its report; a model without a branch has no threshold and reports no gap."""
     *_, report = run_train(tmp_path, "--max-steps=2", *options)
-    assert ("castling_gap" in report["castling_report"]) == all("attention=" not in o for o in options)
+    branch = all("attention=" not in o for o in options)
+    assert ("castling_gap" in report["castling_report"]) == branch
+    assert ("mask: threshold" in capsys.readouterr().out) == branch
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
@@ -4797,7 +4799,7 @@ def run_of(score, attention="castling", seed=0, model="deit_mini", **config):
 
 
 def test_table_of_runs(tmp_path, capsys):
-    """The castled model's score over seeds, what castling lost, and the fastest seed's step over that of softmax,
+    """The castled model's score over seeds, what castling lost, and the first seed's step over that of softmax,
     however the runs are ordered; runs of different flags are not put into one column, nor one seed twice into a cell; a
     folder of runs and its collected file agree."""
     runs = [run_of(50, seed=0), run_of(53, seed=1), run_of(56, seed=2), run_of(40, "softmax", seed=1), run_of(9, "mc"),

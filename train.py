@@ -2024,12 +2024,14 @@ def describe(run: Run) -> str:
     """The settings that shape any run, in a few lines, for the start of the output."""
     a, train_set, val_set = run.args, run.train_loader.dataset, run.val_loader.dataset
     parameters = sum(p.numel() for p in run.model.parameters())
+    branch = any(core.auxiliary for core in cores(run.model).values())
+    mask = f"mask: threshold {a.epsilon}, {a.mask_schedule}; " if branch else ""
     return f"""{a.model}, {a.attention}: {parameters / 1e6:.2f} M parameters, {world_size()} x {run.device.type}
 data: {a.data}, {len(train_set)} training and {len(val_set)} validation images of {a.image_size} px, \
 {len(run.classes)} classes
 length: {run.total_steps / run.steps_per_epoch:.4g} epochs, {run.total_steps} steps of {a.global_batch} images
 {run.task.describe(run)}
-mask: threshold {a.epsilon}, {a.mask_schedule}; output: {a.output}"""
+{mask}output: {a.output}"""
 
 
 def train(run: Run) -> None:
