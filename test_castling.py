@@ -2337,7 +2337,7 @@ def test_script_trains_castles_and_evaluates(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "castling gap          0.00" in printed and "the masks are empty" in printed
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.json", "log.jsonl", "last.pt", "best.pt", "castled.pt",
+        "config.json", "lock", "log.jsonl", "last.pt", "best.pt", "castled.pt",
     }  # fmt: skip
     assert [r["step"] for r in epochs] == [4] and epochs[0]["epoch"] == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -3288,7 +3288,7 @@ def test_detection_script(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "castling gap          0.00 points of AP" in printed and "learning rate of 0.01 (1.6 per 640" in printed
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.json", "log.jsonl", "last.pt", "best.pt", "castled.pt",
+        "config.json", "lock", "log.jsonl", "last.pt", "best.pt", "castled.pt",
         "coco_results.json", "coco_results_castled.json",
     }  # fmt: skip
     record = epochs[-1]
