@@ -772,8 +772,8 @@ def setup(run: Run) -> None:
         report = load_pretrained(run.model.backbone, args.backbone)
         if train.rank() == 0:
             print(f"{args.backbone}\n{report}")
-    if args.image_size - 32 * args.multi_scale < 32:
-        least = 32 + 32 * args.multi_scale
+    least = 32 + 32 * args.multi_scale
+    if args.image_size < least:
         raise ValueError(f"--image-size must be at least {least} with --multi-scale {args.multi_scale}, got "
                          f"{args.image_size}")  # fmt: skip
     if args.batch_size == 1 and args.image_size - 32 * args.multi_scale <= STRIDES[-1]:

@@ -18,7 +18,7 @@
     python figures.py table                     results/cifar10.jsonl and scenes.jsonl as Markdown tables
     python figures.py table --runs runs/cifar --collect mine.jsonl       the same of a folder of runs, kept as one file
 
-A function of its name draws each figure; what it draws is computed by the functions before it. Needs matplotlib.
+A function of its name draws each figure. Needs matplotlib.
 """
 
 import argparse

@@ -302,7 +302,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         whole = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or observed()
-        if x.device.type != "cpu" or whole:  # and no size is compared in an exported graph
+        if x.device.type != "cpu" or whole:  # exported graphs go this way: they compare no sizes
             return self.layers(x, grid)
         together = max(1, HIDDEN_BYTES // (4 * x.shape[1] * self.fc1.out_features))
         return torch.cat([self.layers(part, grid) for part in x.split(together)])

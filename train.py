@@ -1618,7 +1618,8 @@ def hold(folder: Path) -> IO:
     """The open file `lock`: as long as it is open, no other process can train into this folder.
 
     For workers that outlive a killed torchrun. A POSIX lock ends with its process, loader processes do not inherit it,
-    and network disks know it. Raises ValueError if another process has it.
+    and most network disks know it; on one that does not, nothing is held. Raises ValueError if another process has it,
+    or if the folder cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1628,8 +1629,8 @@ def hold(folder: Path) -> IO:
         except (BlockingIOError, PermissionError):
             file.seek(0)
             raise ValueError(f"{file.read()} trains into {folder}: wait for it, or kill it") from None
-        except OSError:
-            pass  # a disk that knows no locks
+        except OSError:  # a disk that knows no locks
+            pass
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -1765,6 +1766,8 @@ def begin_or_resume(run: Run) -> None:
     if not ours:
         refuse_to_overwrite(run)
     barrier()  # every rank has looked before rank 0 writes
+    if rank() == 0:
+        run.lock = hold(run.folder)
     if path is not None:
         resume(run, path)
     steps = torch.tensor([run.step, -run.step], device=run.device)
@@ -1773,7 +1776,6 @@ def begin_or_resume(run: Run) -> None:
     if steps.sum() != 0:
         raise ValueError(f"processes would resume from different steps: is --output {run.folder} on a shared disk?")
     if rank() == 0:
-        run.lock = hold(run.folder)
         records = list(whole_records(log)) if ours and log.exists() else []
         if not ours:
             begin(run)
