@@ -1766,8 +1766,8 @@ def begin_or_resume(run: Run) -> None:
     if not ours:
         refuse_to_overwrite(run)
     barrier()  # every rank has looked before rank 0 writes
-    if rank() == 0:
-        run.lock = hold(run.folder)
+    if rank() == 0 and ours and path.exists():
+        run.lock = hold(run.folder)  # before what is in it is read; a new folder is not made before all is known good
     if path is not None:
         resume(run, path)
     steps = torch.tensor([run.step, -run.step], device=run.device)
@@ -1776,6 +1776,7 @@ def begin_or_resume(run: Run) -> None:
     if steps.sum() != 0:
         raise ValueError(f"processes would resume from different steps: is --output {run.folder} on a shared disk?")
     if rank() == 0:
+        run.lock = run.lock or hold(run.folder)
         records = list(whole_records(log)) if ours and log.exists() else []
         if not ours:
             begin(run)
