@@ -5095,8 +5095,8 @@ def test_damaged_checkpoints_fall_back(undisturbed, tmp_path_factory, data):
 
 
 def test_two_processes_do_not_train_into_one_folder(tmp_path, capsys):
-    """Who does already, such as a worker that outlived its torchrun, is named and loses nothing; when it ends, the
-    folder is free at once."""
+    """Who does already, such as a worker that outlived its torchrun, is named and loses nothing, nor is its checkpoint
+    read, here one of other flags; when it ends, the folder is free at once."""
     holds = """
 import fcntl, sys
 lock = open(sys.argv[1], "w")
@@ -5105,15 +5105,20 @@ print("process 7", file=lock, end="", flush=True)
 print(flush=True)
 sys.stdin.read()
 """
-    command = [sys.executable, "-c", holds, tmp_path / "lock"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
-        (tmp_path / "log.jsonl").write_text("")
-        assert f"process 7 trains into {tmp_path}" in refused(capsys, 2, run_tiny, "train", tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "log.jsonl"]
-        other.kill()
-    run_tiny("train", tmp_path)
-    assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
+    empty, full = tmp_path / "empty", tmp_path / "full"
+    empty.mkdir()
+    run_tiny("train", full)
+    (empty / "log.jsonl").write_text("")
+    for folder in empty, full:
+        before = sorted(path.name for path in folder.iterdir())
+        command = [sys.executable, "-c", holds, folder / "lock"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            other.stdout.readline()
+            assert f"process 7 trains into {folder}" in refused(capsys, 2, run_tiny, "train", folder, "--seed=3")
+            assert sorted(path.name for path in folder.iterdir()) == sorted({*before, "lock"})
+            other.kill()
+    run_tiny("train", empty)
+    assert (empty / "lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
 def test_a_disk_without_locks_will_do(tmp_path, monkeypatch):
@@ -5178,12 +5183,22 @@ def test_memory_and_dead_loaders_are_explained(undisturbed, tmp_path, capsys, mo
 
 def test_exceptions_do_not_leave_loader_processes_waiting():
     """A script, or a process of multiprocessing, that fails within an epoch exits with its traceback, although loader
-    processes ignore SIGTERM."""
+    processes ignore SIGTERM and are killed at the worst moment: with the lock that asking them to stop would need."""
     script = """if True:
-        import multiprocessing, train
+        import multiprocessing, sys, time, train
+        class Locking(train.Shapes):
+            def __getitem__(self, index):
+                frame = sys._getframe()
+                while index >= 8 and "done_event" not in frame.f_locals:  # torch's event, in its loop's frame
+                    frame = frame.f_back
+                if index >= 8:
+                    frame.f_locals["done_event"]._cond.acquire()
+                    time.sleep(100)
+                return super().__getitem__(index)
         def epoch():
-            loader = train.make_loader(train.Shapes("train", 40, 8), range(40), 4, workers=2)
+            loader = train.make_loader(Locking("train", 40, 8), range(40), 4, workers=2)
             for batch in loader:
+                time.sleep(0.5)
                 raise LookupError("in the middle of an epoch")
         process = multiprocessing.get_context("fork").Process(target=epoch)
         process.start()

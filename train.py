@@ -519,6 +519,9 @@ def leave_group(worker: int) -> None:
 def end_loaders() -> None:
     """Kill the loader processes an exception left: they ignore the SIGTERM after which multiprocessing awaits them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed loader process for an error
+    # What torch sets at exit, though not in a process of multiprocessing: no iterator is to ask the killed to stop,
+    # which takes a lock that one of them may have held.
+    torch.utils.data._utils.python_exit_status = True
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
