@@ -5311,6 +5311,27 @@ def test_half_precision_stays_finite(script, dtype, tmp_path):
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
+def test_gradients_that_always_overflow_stop_the_run(tmp_path, capsys, monkeypatch):
+    """Float16 steps whose gradients overflow are left out, so that none may be left: the run says so. One step does not
+    end it."""
+    whole, overflowing = train.train_step, set(range(50))
+
+    def train_step(run, batches, lr):
+        loss = whole(run, batches, lr)
+        if run.step in overflowing:
+            next(run.model.parameters()).grad.fill_(math.inf)
+        return loss
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    options = ("--amp", "--amp-dtype=float16", "--epochs=25")
+    said = refused(capsys, 1, run_tiny, "train", tmp_path / "a", *options)
+    assert "gradients overflow at every loss scale of float16 at step 41, learning rate" in said
+    overflowing = {3}
+    run_tiny("train", tmp_path / "b", *options, "--max-steps=6")
+    state = models.read_checkpoint(tmp_path / "b" / "last.pt")
+    assert 0 < state["scaler"]["scale"] < 2.0**16 and all(value.isfinite().all() for value in state["model"].values())
+
+
 def test_processes_stop_and_go_on_together(tmp_path, capfd):
     """Two processes: a signal to one stops both after the same step, and they go on bit for bit; one may take over with
     the same global batch, told what is no longer exact; another global batch is refused."""

@@ -817,7 +817,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became nan or infinite; the message says where and what is left."""
+    """The loss, a weight or every gradient became nan or infinite; the message says where and what is left."""
 
 
 def classification_loss(
@@ -1070,6 +1070,8 @@ def train_one_epoch(run: Run, epoch: int, progress: Progress) -> dict:
         loss = loss.item()
         if broken:
             raise not_finite(run, f"loss is {'nan or inf on another process' if math.isfinite(loss) else loss}", lr)
+        if run.scaler.get_scale() < 2**-24:  # float16's smallest number; the same on every rank, as gradients are
+            raise not_finite(run, "gradients overflow at every loss scale of float16", lr)
         update(run)
         if measured and (branches or run.dropped):
             densities = {name: density for name, (density, _) in branch_statistics(run.model, run.dropped).items()}
