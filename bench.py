@@ -120,8 +120,8 @@ def check(name: str, actual: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 # ---- the released formula --------------------------------------------------------------------------------------------
 
 
-def released_equation_9(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, padding: None) -> Tensor:
-    """Eq. (9) and (10) in the order of operations of the authors' block, for AttentionCore.equation_9.
+def released_attention(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Eq. (9) and (10) in the order of operations of the authors' block, for AttentionCore.attend.
 
     Source: GATECH-EIC/Castling-ViT @ c7b75c1, attention.py: normalise, (q k^T) softmax masked by a product, Conv2d.
     """
@@ -137,7 +137,7 @@ def released_equation_9(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, pa
 def released(model: nn.Module) -> nn.Module:
     """The model with every core computing as the authors' block does, in place."""
     for core in cores(model).values():
-        core.equation_9 = functools.partial(released_equation_9, core)
+        core.attend = functools.partial(released_attention, core)
     return model
 
 
@@ -166,7 +166,7 @@ def core_row(B: int, H: int, N: int, D: int, args: argparse.Namespace) -> dict:
 
     def attend_released(core: AttentionCore, qkv: Tensor) -> Tensor:
         q, k, v = qkv.unflatten(2, (3, H, D)).permute(2, 0, 3, 1, 4)
-        return released_equation_9(core, q, k, v, None).transpose(1, 2).flatten(2)
+        return released_attention(core, q, k, v).transpose(1, 2).flatten(2)
 
     ours, theirs, softmax = (compiled(form, args) for form in (attend, attend_released, attend))
     forms = {

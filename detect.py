@@ -723,7 +723,7 @@ def length(args: argparse.Namespace, train_set: Dataset) -> tuple[int, int]:
 
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> Detector:
     """The detector that resolved flags describe. Raises ValueError as `build_detector` does."""
-    options = dict(epsilon=args.epsilon, schedule=args.mask_schedule, mlp_dw=args.mlp_dw, v_dconv=args.v_dconv)
+    options = train.core_options(args)
     model = build_detector(args.model, args.attention, num_classes, image_size, **options)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
@@ -842,7 +842,7 @@ def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callab
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 # Flags that a checkpoint answers for when they are not given.
-TRAINED_FLAGS = ("model", "attention", "image_size", "mlp_dw", "v_dconv", "epsilon", "mask_schedule",
+TRAINED_FLAGS = ("model", "attention", "image_size", "dconv", "mlp_dwconv", "epsilon", "mask_schedule",
                  "data", "shapes_length", "seed")  # fmt: skip
 
 
@@ -867,8 +867,6 @@ def parser() -> argparse.ArgumentParser:
     add("--clip-grad", type=at_least(0, float), default=0.0, help="largest gradient norm, 0 for no limit")
     add("--channels-last", action=on_off, default=True, help="memory format of images and convolutions; default on")
     add("--backbone", help="classification checkpoint that the backbone starts from")
-    add("--mlp-dw", type=at_least(0), help="kernel of the MLPs' DWConv, 0 for none; default 5, softmax 0 (D7)")
-    add("--v-dconv", action=on_off, help="the DWConv on V; default on")
     add("--shapes-length", type=at_least(1), help="rendered training scenes, default 6000; 1 in 15 as many validate")
     add("--min-score", type=share, default=0.3, help="least score of a box that --image shows; default 0.3")
     add("--json", action="store_true", help="with --image: print the boxes, xyxy in pixels")
@@ -882,7 +880,7 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
     args.model = args.model or "lcnet_vit_s"
     look_up(DETECTORS, args.model, "detector")
     sides = dict(image_size=320 if args.model.endswith("_s") else 416)
-    train.fill_in(args, dict(v_dconv=True, shapes_length=6000) | sides | row)
+    train.fill_in(args, dict(shapes_length=6000) | sides | row)
 
 
 DETECTION = Task(

@@ -39,16 +39,18 @@ from torch import Tensor, nn
 import flops
 import train
 from attention import (
+    AttentionCore,
     angular_series,
     angular_series_bound,
     angular_similarity,
-    attention_rows,
-    auxiliary_mask_rows,
-    captured,
+    check_qkv,
     cores,
-    effective_rank,
     look_up,
+    mask_threshold,
+    masked_softmax,
     set_threshold,
+    unit,
+    without_autocast,
 )
 
 RESULTS = Path(__file__).parent / "results"
@@ -470,6 +472,123 @@ def crossover(result: dict, path: Path) -> None:
         plot.xaxis.set_major_formatter("{x:g}")
         plot.yaxis.set_major_formatter("{x:g}")
         plot.legend()
+
+
+# ---- looking inside a layer ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def captured(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor, Tensor]]]:
+    """Context that keeps the q, k, v (B, H, N, D) that every core of a model last saw: {layer: (q, k, v)}.
+
+    with captured(model) as seen:
+        model(images)
+    """
+    seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def watch(name: str, attend: Callable) -> Callable:
+        def watched(q: Tensor, k: Tensor, v: Tensor, *rest, **options) -> Tensor:
+            seen[name] = q, k, v
+            return attend(q, k, v, *rest, **options)
+
+        return watched
+
+    watched = cores(model)
+    for name, core in watched.items():
+        core.attend = watch(name, core.attend)
+    try:
+        yield seen
+    finally:
+        for core in watched.values():
+            del core.attend
+
+
+def check_queries(q: Tensor, queries: Sequence[int] | Tensor) -> Tensor:
+    """Token indices as a tensor (Q,). Raises ValueError for one that q, (B, H, N, D), does not have."""
+    try:
+        index = torch.as_tensor(queries, device=q.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"expected a list of token indices, got {queries!r}") from None
+    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool or index.numel() == 0:
+        raise ValueError(f"expected a list of token indices, got {queries}")
+    if index.min() < 0 or index.max() >= q.shape[-2]:
+        raise ValueError(f"queries must be within 0..{q.shape[-2] - 1}, got {queries}")
+    return index
+
+
+@torch.no_grad()
+def auxiliary_mask_rows(core: AttentionCore, q: Tensor, k: Tensor, queries: Sequence[int] | Tensor) -> Tensor:
+    """Rows of M_sparse at the core's present threshold, (B, H, Q, N) for Q chosen queries; 0 once castled.  Eq. (10)
+
+    Args: q, k: (B, H, N, D), as `captured` gives them; queries: token indices.
+    Raises: ValueError if q and k do not fit, and for indices that are none.
+    """
+    check_qkv(q, k, k)
+    index, dtype = check_queries(q, queries), torch.promote_types(q.dtype, torch.float32)
+    q, k = q[..., index, :].to(dtype), k.to(dtype)
+    if not (core.auxiliary and core.active):
+        return q.new_zeros(*q.shape[:-1], k.shape[-2])
+    threshold = mask_threshold(core.progress.float(), k.shape[-2], core.epsilon, core.schedule)
+    with without_autocast(q.device):
+        return masked_softmax(q, k, threshold)
+
+
+@torch.no_grad()
+def attention_rows(
+    core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int] | Tensor, band: bool = True
+) -> Tensor:
+    """The attention map that a linear-angular core never forms, for chosen queries: (B, H, Q, N), in O(Q N D).
+
+    Row i is (1/2 e_i + q_i K^T / pi [+ row i of M_sparse]) / |y_i|, plus the DWConv's taps around i. So in eval mode
+    attention_rows(core, q, k, v, queries) @ v = core(q, k, v)[..., queries, :].  Entries may be negative.
+
+    Args:
+        q, k: (B, H, N, D); v: (B, H, N, E), as `captured` gives them.
+        queries: token indices. band: False leaves the DWConv out.
+    Raises: ValueError for a core of another kernel, q, k, v that do not fit, and for indices that are none.
+    """
+    check_qkv(q, k, v, per_token=True)
+    if core.kernel != "linear_angular":
+        raise ValueError(f"rows are those of the linear_angular kernel, not of {core.kernel!r}")
+    index, dtype = check_queries(q, queries), torch.promote_types(v.dtype, torch.float32)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    own = (index[:, None] == torch.arange(k.shape[-2], device=q.device)).to(dtype)                # (Q, N)
+    with without_autocast(q.device):                                                              # D3
+        rows = 0.5 * own + unit(q)[..., index, :] @ unit(k).mT / math.pi                          # Eq. (9)
+        rows = rows + auxiliary_mask_rows(core, q, k, index)                                      # Eq. (10)
+        norm = (rows @ v).norm(dim=-1, keepdim=True)
+        rows = rows / norm.masked_fill(norm == 0, math.inf)                                       # D2
+    if band and core.dconv is not None:
+        taps = core.dconv.weight[:, 0, :, 0].to(dtype)                                            # (H, taps)
+        offset = torch.arange(k.shape[-2], device=q.device) - index[:, None] + taps.shape[1] // 2
+        inside = (offset >= 0) & (offset < taps.shape[1])
+        rows = rows + torch.where(inside, taps[:, offset.clamp(0, taps.shape[1] - 1)], 0)
+    return rows
+
+
+@torch.no_grad()
+def effective_rank(q: Tensor, k: Tensor, diagonal: float = 0.5) -> Tensor:
+    """Effective rank, 1..N, of diagonal I + Q K^T / pi, rows of Q and K on the unit sphere: (..., N, D) -> (...).
+
+    exp of the entropy of the singular values over their sum; of the map of Eq. (9) before its normalisation, of its
+    low-rank part alone with diagonal=0. In O(N D^2): outside the span of Q and K the matrix is `diagonal` times the
+    identity, inside it is one of at most 2 D x 2 D.
+    Raises: ValueError if the shapes do not fit, or for a negative diagonal.
+    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
+    """
+    check_qkv(q, k, k, per_token=True)
+    if not diagonal >= 0:
+        raise ValueError(f"diagonal must be at least 0, got {diagonal}")
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k = unit(q.to(dtype)), unit(k.to(dtype))
+    basis = torch.linalg.qr(torch.cat([q, k], dim=-1)).Q                                          # (..., N, r)
+    N, r = basis.shape[-2:]
+    with without_autocast(q.device):
+        inner = diagonal * torch.eye(r, dtype=dtype, device=q.device) + (basis.mT @ q) @ (basis.mT @ k).mT / math.pi
+    values = torch.linalg.svdvals(inner)
+    total = (values.sum(-1) + (N - r) * diagonal).clamp_min(1e-12)
+    outside = torch.special.entr(torch.as_tensor(diagonal, dtype=dtype, device=q.device) / total)
+    return (torch.special.entr(values / total[..., None]).sum(-1) + (N - r) * outside).exp()
 
 
 # ---- attention maps of a trained model -------------------------------------------------------------------------------

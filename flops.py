@@ -38,21 +38,22 @@ aten = torch.ops.aten
 
 
 def attention_macs(
-    kernel: str, heads: int, queries: int, keys: int, key_dim: int, value_dim: int, order: str | None = None
+    kernel: str, heads: int, queries: int, keys: int, key_dim: int, value_dim: int
 ) -> int:
     """MACs of one attention's products, for one image.
 
-    Quadratic kernels: H N M (D + E). Linear ones: H (N + M) D E with k^T v first ("kv"), H N M (D + E) with q k^T first
-    ("qk"), the smaller of the two for None. `relu_e` also sums its rows: H N D.
-    Raises: ValueError for an unknown kernel or order.
+    Quadratic kernels: H N M (D + E). Linear ones, q (k^T v): H (N + M) D E. `relu_e` also sums its rows: H N D.
+    `identity` has none.
+    Raises: ValueError for an unknown kernel.
     """
     attention.look_up(attention.KERNELS, kernel, "kernel")
     quadratic = heads * queries * keys * (key_dim + value_dim)
     linear = heads * (queries + keys) * key_dim * value_dim
     if kernel in ("softmax", "angular"):
         return quadratic
-    chosen = attention.look_up({"kv": linear, "qk": quadratic, None: min(linear, quadratic)}, order, "order")
-    return chosen + (heads * queries * key_dim if kernel == "relu_e" else 0)
+    if kernel == "identity":
+        return 0
+    return linear + (heads * queries * key_dim if kernel == "relu_e" else 0)
 
 
 def dwconv_macs(taps: int, channels: int, positions: int) -> int:
@@ -142,7 +143,7 @@ def global_pool(args: tuple, out) -> int:
 CONVENTIONS: dict[str, dict[str, Callable]] = {
     # Every multiply-add of convolutions, linear layers and matrix products, as executed. Ours.
     "macs": {},
-    # mobile-vision's counter, which the paper's classifiers fit: the same, but k^T v first in every layer.
+    # mobile-vision's counter, which the paper's classifiers fit: the same.
     "paper-cls": {},
     # mmcv 1.4's get_flops.py, which the paper's detectors fit: also conv biases, norms, some activations, pools. It
     # sees modules only; here products of functions count too, as with the paper's MatMul module.
@@ -179,14 +180,6 @@ class Auditor(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def keys_first() -> Iterator[None]:
-    """Count linear attention as q (k^T v) in every layer, also where (q k^T) v is cheaper."""
-    product = attention.product
-    with patch.object(attention, "product", lambda q, k, v, order=None: product(q, k, v, "kv")):
-        yield
-
-
-@contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Context in which a model is in eval mode, without gradients; each of its modules gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
@@ -211,8 +204,7 @@ def count(model: nn.Module, *inputs: Tensor, convention: str = "macs", strict: b
     terms = attention.look_up(CONVENTIONS, convention, "convention")
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     auditor = Auditor(terms, strict)
-    order = keys_first() if convention == "paper-cls" else contextlib.nullcontext()
-    with evaluating(model), order, auditor, counter:
+    with evaluating(model), auditor, counter:
         model(*inputs)
     root = type(model).__name__
     flops = counter.get_flop_counts()
@@ -390,7 +382,8 @@ def table_3() -> list[dict]:
         if name.startswith("esnet"):
             rows.append(detector_row(name, "castling", size, paper, "with auxiliary branch, as printed", branch=True))
         else:
-            rows.append(detector_row(name, "castling", size, paper, "castled, no DWConv in MLPs, as printed", mlp_dw=0))
+            note = "castled, no DWConv in MLPs, as printed"
+            rows.append(detector_row(name, "castling", size, paper, note, mlp_dwconv=0))
         rows.append(detector_row(name, "castling", size, paper, "castled: what inference costs"))
     return rows
 
@@ -403,9 +396,9 @@ def table_6_or_7(table: int) -> list[dict]:
     return [
         detector_row(f"lcnet_{size}", "softmax", pixels, lcnet, "LCNet, no attention"),
         detector_row(vit, "softmax", pixels, softmax, "LCNet-ViT"),
-        detector_row(vit, "linear_angular", pixels, linear, "+ Lin.", v_dconv=False, mlp_dw=0),
-        detector_row(vit, "linear_angular", pixels, linear, "+ Lin. + DW. on V", mlp_dw=0),
-        detector_row(vit, "castling", pixels, linear, "+ Lin. + DW. on V + SparseAttn., castled", mlp_dw=0),
+        detector_row(vit, "linear_angular", pixels, linear, "+ Lin.", dconv=0, mlp_dwconv=0),
+        detector_row(vit, "linear_angular", pixels, linear, "+ Lin. + DW. on V", mlp_dwconv=0),
+        detector_row(vit, "castling", pixels, linear, "+ Lin. + DW. on V + SparseAttn., castled", mlp_dwconv=0),
         detector_row(vit, "castling", pixels, linear, "the same + DW. 5x5 in MLPs, castled"),
     ]
 

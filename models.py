@@ -40,7 +40,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.utils._pytree import tree_leaves
 from torchvision.ops import StochasticDepth
 
-from attention import KERNELS, AttentionCore, castle, channels_per_head, cores, look_up, observed
+from attention import KERNELS, AttentionCore, castle, cores, look_up
 
 ATTENTIONS = {  # name: options of AttentionCore
     "castling": dict(kernel="linear_angular", auxiliary=True),
@@ -143,6 +143,13 @@ def symbolic(sizes: Iterable[int]) -> bool:
     return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
+def channels_per_head(dim: int, heads: int) -> int:
+    """dim / heads. Raises ValueError if that is no whole number."""
+    if heads < 1 or dim % heads:
+        raise ValueError(f"dim {dim} must be divisible by the number of heads, {heads}")
+    return dim // heads
+
+
 def halved(grid: Grid) -> Grid:
     """Token grid after a stride-2 step: 14 -> 7 -> 4."""
     return (grid[0] - 1) // 2 + 1, (grid[1] - 1) // 2 + 1
@@ -156,7 +163,7 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def mlp_conv_of(given: int | None, core: Mapping, castling: int = 5) -> int:
+def mlp_kernel(given: int | None, core: Mapping, castling: int = 5) -> int:
     """Kernel size of the MLPs' DWConv: as given; else 0 in published architectures, `castling` in the other (D7)."""
     if given is not None:
         return given
@@ -256,7 +263,7 @@ class PooledAttention(AttentionCore):
             q, q_grid = pool_heads(q, grid, self.pool_q, self.norm_q)
         k, k_grid = pool_heads(k, grid, self.pool_k, self.norm_k)
         v, _ = pool_heads(v, grid, self.pool_v, self.norm_v)
-        y = super().forward(q, k, v, self.logit_bias(q, q_grid, k_grid))
+        y = self.attend(q, k, v, self.logit_bias(q, q_grid, k_grid))
         y = y + q if self.residual else y
         return self.proj(rearrange(y, "b h n d -> b n (h d)")), q_grid
 
@@ -284,7 +291,7 @@ class SelfAttention(AttentionCore):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (s h d) -> s b h n d", s=3, h=self.heads)
-        return self.proj(rearrange(super().forward(q, k, v), "b h n d -> b n (h d)"))
+        return self.proj(rearrange(self.attend(q, k, v), "b h n d -> b n (h d)"))
 
 
 class Mlp(nn.Module):
@@ -301,7 +308,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        whole = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or observed()
+        whole = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         if x.device.type != "cpu" or whole:  # exported graphs go this way: they compare no sizes
             return self.layers(x, grid)
         together = max(1, HIDDEN_BYTES // (4 * x.shape[1] * self.fc1.out_features))
@@ -326,7 +333,7 @@ class ViTBlock(nn.Module):
         dim: int,
         heads: int,
         mlp_ratio: int,
-        mlp_conv: int,
+        mlp_dwconv: int,
         drop_path: float,
         core: Mapping,
         conv_bias: bool = False,
@@ -335,7 +342,7 @@ class ViTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = SelfAttention(dim, heads, **core)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, mlp_ratio * dim, mlp_conv, conv_bias=conv_bias)
+        self.mlp = Mlp(dim, mlp_ratio * dim, mlp_dwconv, conv_bias=conv_bias)
         self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
@@ -353,7 +360,7 @@ class DeiT(nn.Module):
         distilled: second class token and head; in training the logits are a pair (class, distillation), in eval their
             mean.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
-        mlp_conv: kernel of the MLPs' DWConv, 0 for none; None means 5 for every kernel but the softmax baseline (D7).
+        mlp_dwconv: kernel of the MLPs' DWConv, 0 for none; None means 5 for every kernel but the softmax baseline (D7).
         core: options of AttentionCore.
     Raises: ValueError if dim is not divisible by heads.
     """
@@ -369,11 +376,11 @@ class DeiT(nn.Module):
         num_classes: int = 1000,
         distilled: bool = False,
         drop_path: float = 0.1,
-        mlp_conv: int | None = None,
+        mlp_dwconv: int | None = None,
         core: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
-        mlp_conv = mlp_conv_of(mlp_conv, core)
+        mlp_dwconv = mlp_kernel(mlp_dwconv, core)
         self.patch_size = patch_size
         self.grid = tuple(-(-side // patch_size) for side in pair(image_size))
         self.prefix = 2 if distilled else 1
@@ -382,7 +389,7 @@ class DeiT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid[0] * self.grid[1], dim))
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(ViTBlock(dim, heads, mlp_ratio, mlp_conv, rate, core) for rate in rates)
+        self.blocks = nn.ModuleList(ViTBlock(dim, heads, mlp_ratio, mlp_dwconv, rate, core) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
         self.head_dist = nn.Linear(dim, num_classes) if distilled else None
@@ -422,7 +429,7 @@ class DenseViT(nn.Module):
     embeddings resampled to their grid.
 
     Args: dim, heads, depth, image_size, drop_path, core: as in `DeiT`.
-        mlp_conv: kernel of the MLPs' DWConv, here with a bias, 0 for none; None: 3, for the softmax baseline 0. The
+        mlp_dwconv: kernel of the MLPs' DWConv, here with a bias, 0 for none; None: 3, for the softmax baseline 0. The
             paper's 118 M and 147 G for Castling-ViT-B leave no room for a 5x5 (D8).
     """
 
@@ -437,17 +444,17 @@ class DenseViT(nn.Module):
         patch_size: int = 16,
         image_size: int | tuple[int, int] = 512,
         drop_path: float = 0.1,
-        mlp_conv: int | None = None,
+        mlp_dwconv: int | None = None,
         core: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
-        mlp_conv = mlp_conv_of(mlp_conv, core, castling=3)                           # D8
+        mlp_dwconv = mlp_kernel(mlp_dwconv, core, castling=3)                           # D8
         self.dim, self.patch_size = dim, patch_size
         self.grid = tuple(-(-side // patch_size) for side in pair(image_size))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid[0] * self.grid[1], dim))
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(ViTBlock(dim, heads, mlp_ratio, mlp_conv, rate, core, True) for rate in rates)
+        self.blocks = nn.ModuleList(ViTBlock(dim, heads, mlp_ratio, mlp_dwconv, rate, core, True) for rate in rates)
         self.apply(init_linear)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
@@ -572,7 +579,7 @@ class LeViTAttention(AttentionCore):
             x, out_grid = subsample(x, grid)
             q = heads_first(self.q(x))
         bias = offset_bias(self.attention_biases, self.grid, grid, self.stride)
-        y = super().forward(q, k, v, bias)
+        y = self.attend(q, k, v, bias)
         return self.proj(rearrange(y, "b h n d -> b n (h d)")), out_grid
 
 
@@ -715,7 +722,8 @@ class LeViT(nn.Module):
         drop_path: stochastic depth, the same in all blocks.
         castle_downsample: in the castling architecture, down-sampling blocks use `core` too, with keys and values
             pooled onto the queries' grid (D5, "C2"); False keeps softmax there ("C1").
-        mlp_conv: kernel of the DWConv in the stage blocks' MLPs, 0 for none; None: 5 in the castling architecture (D7).
+        mlp_dwconv: kernel of the DWConv in the stage blocks' MLPs, 0 for none; None: 5 in the castling architecture
+            (D7).
         design: a row of Table 1 (1..6, see DESIGNS) instead of the published softmax model.
         core: options of AttentionCore.
     Raises: ValueError if dims, heads and depths differ in length, or for a design that is unknown or not of softmax.
@@ -734,7 +742,7 @@ class LeViT(nn.Module):
         distilled: bool | None = None,
         drop_path: float = 0.0,
         castle_downsample: bool = True,
-        mlp_conv: int | None = None,
+        mlp_dwconv: int | None = None,
         design: int | None = None,
         core: Mapping = ATTENTIONS["castling"],
     ):
@@ -743,7 +751,7 @@ class LeViT(nn.Module):
             raise ValueError(f"dims, heads and depths must have one entry per stage: {dims}, {heads}, {depths}")
         published = core["kernel"] == "softmax"
         row = {} if design is None else look_up(DESIGNS, design, "design")
-        mlp_conv = mlp_conv_of(mlp_conv, core)
+        mlp_dwconv = mlp_kernel(mlp_dwconv, core)
         if row and not published:
             raise ValueError("the designs of Table 1 have softmax attention: design= needs attention='softmax'")
         widths = [3, dims[0] // 8, dims[0] // 4, dims[0] // 2, dims[0]]
@@ -781,7 +789,7 @@ class LeViT(nn.Module):
                 attn = LeViTAttention(dim, dim, heads[stage], key_dim, 2, grid, 1, core)
             else:
                 attn = CastlingLeViTAttention(dim, dim, heads[stage], 2 * key_dim, grid, 1, core)
-            return LeViTBlock(attn, LeViTMlp(dim, mlp_ratio * dim, mlp_conv), drop_path)
+            return LeViTBlock(attn, LeViTMlp(dim, mlp_ratio * dim, mlp_dwconv), drop_path)
 
         stages = []
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
@@ -908,7 +916,7 @@ class MViTv2(nn.Module):
         depths: blocks per stage; dim, heads: C and H of the first stage, both double from stage to stage.
         castle_downsample: as in `LeViT`; with False ("C1") the down-sampling blocks pool q, k and v all by 2.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
-        image_size, num_classes, mlp_conv, core: as in `LeViT`.
+        image_size, num_classes, mlp_dwconv, core: as in `LeViT`.
     """
 
     def __init__(
@@ -921,12 +929,12 @@ class MViTv2(nn.Module):
         num_classes: int = 1000,
         drop_path: float = 0.1,
         castle_downsample: bool = True,
-        mlp_conv: int | None = None,
+        mlp_dwconv: int | None = None,
         core: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
         published = core["kernel"] == "softmax"
-        mlp_conv = mlp_conv_of(mlp_conv, core)
+        mlp_dwconv = mlp_kernel(mlp_dwconv, core)
         grid = tuple((side - 1) // 4 + 1 for side in pair(image_size))
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, 7, stride=4, padding=3)))
         rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
@@ -940,7 +948,7 @@ class MViTv2(nn.Module):
                 stride = 2 if down else 1
                 chosen = core if published or castle_downsample or not down else {**core, **BASELINE}        # D5
                 attn = MViTAttention(in_dim, dim, heads, grid, stride, stride_kv if published else stride, chosen)
-                mlp = Mlp(dim, mlp_ratio * dim, 0 if down else mlp_conv)
+                mlp = Mlp(dim, mlp_ratio * dim, 0 if down else mlp_dwconv)
                 blocks.append(MViTBlock(in_dim, attn, dim, mlp, stride, rates.pop(0)))
                 in_dim, grid = dim, halved(grid) if down else grid
             stages.append(nn.ModuleDict(dict(blocks=nn.ModuleList(blocks))))
@@ -1018,10 +1026,10 @@ class MapBlock(MViTBlock):
     paper's Tables 3, 6 and 7, which say what the text leaves out.
     """
 
-    def __init__(self, dim: int, heads: int, mlp_dw: int, drop_path: float, core: Mapping):
+    def __init__(self, dim: int, heads: int, mlp_dwconv: int, drop_path: float, core: Mapping):
         qkv, proj, head_dim = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), channels_per_head(dim, heads)
         attn = PooledAttention(qkv, proj, heads, head_dim, head_dim, core=core)
-        super().__init__(dim, attn, dim, Mlp(dim, 2 * dim, mlp_dw, conv_norm=True), stride=1, drop_path=drop_path)
+        super().__init__(dim, attn, dim, Mlp(dim, 2 * dim, mlp_dwconv, conv_norm=True), stride=1, drop_path=drop_path)
         self.apply(init_linear)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1056,19 +1064,13 @@ class ConvBackbone(nn.Module):
         return set()
 
 
-def without_dconv(core: Mapping, v_dconv: bool) -> dict:
-    """`core`, or the same without the DWConv on V."""
-    return dict(core) if v_dconv else {**core, "conv_kernel": 0}
-
-
 class LCNet(ConvBackbone):
     """LCNet, and LCNet-ViT where `heads` are given.
 
     Args:
         width: factor on all channels.
         heads: of the transformer block at stride 16, and at stride 32.
-        mlp_dw: kernel of the MLPs' DWConv, 0 for none; None means 5 for every kernel but the softmax baseline (D7).
-        v_dconv: False takes the DWConv on V out of the attention, as in the row "+ Lin." of Tables 6 and 7.
+        mlp_dwconv: kernel of the MLPs' DWConv, 0 for none; None means 5 for every kernel but the softmax baseline (D7).
         drop_path: stochastic depth of the transformer blocks.
     """
 
@@ -1077,13 +1079,12 @@ class LCNet(ConvBackbone):
         width: float,
         heads: tuple[int, int] | None = None,
         num_classes: int | None = None,
-        mlp_dw: int | None = None,
-        v_dconv: bool = True,
+        mlp_dwconv: int | None = None,
         drop_path: float = 0.0,
         core: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
-        core, mlp_dw = without_dconv(core, v_dconv), mlp_conv_of(mlp_dw, core)
+        mlp_dwconv = mlp_kernel(mlp_dwconv, core)
         dims = [make_divisible(dim * width, 8) for dim in LCNET_DIMS]
         dim = make_divisible(16 * width, 8)
         self.conv_stem, self.bn1, self.act1 = conv_norm(3, dim, 3, stride=2)
@@ -1095,7 +1096,7 @@ class LCNet(ConvBackbone):
                 if stride == 2 or not transformer:
                     blocks.append(DepthSeparable(dim, out_dim, kernel, stride, squeeze))
                 elif stage != 4:  # one transformer block for all of stages 3 and 4
-                    blocks.append(MapBlock(dim, heads[stage == 5], mlp_dw, drop_path, core))
+                    blocks.append(MapBlock(dim, heads[stage == 5], mlp_dwconv, drop_path, core))
                 dim = out_dim
             self.blocks.append(nn.Sequential(*blocks))
         self.channels = (dims[2], dims[4], dims[5])
@@ -1163,7 +1164,7 @@ class ESNet(ConvBackbone):
         width: factor on all channels but the stem's 24.
         ratios: inner channels of each block of each stage, over the stage's.
         heads: of the two transformer blocks at stride 32.
-        mlp_dw, v_dconv, drop_path: see `LCNet`.
+        mlp_dwconv, drop_path: see `LCNet`.
     """
 
     def __init__(
@@ -1172,13 +1173,12 @@ class ESNet(ConvBackbone):
         ratios: tuple[tuple[float, ...], ...],
         heads: int | None = None,
         num_classes: int | None = None,
-        mlp_dw: int | None = None,
-        v_dconv: bool = True,
+        mlp_dwconv: int | None = None,
         drop_path: float = 0.0,
         core: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
-        core, mlp_dw = without_dconv(core, v_dconv), mlp_conv_of(mlp_dw, core)
+        mlp_dwconv = mlp_kernel(mlp_dwconv, core)
         self.channels = tuple(make_divisible(dim * width, 16) for dim in (128, 256, 512))
         self.stem = nn.Sequential(conv_norm(3, 24, 3, stride=2), nn.MaxPool2d(3, stride=2, padding=1))
         self.stages, dim = nn.ModuleList(), 24
@@ -1186,7 +1186,7 @@ class ESNet(ConvBackbone):
             inner = [make_divisible(int(out_dim * ratio), 8) for ratio in row]
             blocks = [ESBlockDown(dim, out_dim, inner[0])]
             if heads is not None and stage == 2:
-                blocks += [MapBlock(out_dim, heads, mlp_dw, drop_path, core) for _ in inner[1:]]
+                blocks += [MapBlock(out_dim, heads, mlp_dwconv, drop_path, core) for _ in inner[1:]]
             else:
                 blocks += [ESBlock(out_dim, channels) for channels in inner[1:]]
             self.stages.append(nn.Sequential(*blocks))
@@ -1236,8 +1236,8 @@ def build_model(
             model returns its feature maps [C3, C4, C5] instead; no effect on dense models, which have no logits.
         image_size: pixels, one number or (height, width); the model runs at other sizes too.
         castle_downsample: see `LeViT`; no effect on families without down-sampling blocks.
-        overrides: further arguments of the model (dims, depth, drop_path, distilled, mlp_conv, ...) or of its
-            AttentionCore (auxiliary, epsilon, schedule, conv_kernel, dropout).
+        overrides: further arguments of the model (dims, depth, drop_path, distilled, mlp_dwconv, ...) or of its
+            AttentionCore (auxiliary, epsilon, schedule, dconv, dropout).
     Raises: ValueError for an unknown name, attention or override, with what is known.
     """
     family, row = look_up(MODELS, name, "model")
@@ -1250,7 +1250,7 @@ def build_model(
     for key in set(overrides) - known:
         choices = sorted(core_options | known)
         raise ValueError(f"{name} has no option {key!r}: choose from {', '.join(choices)}")
-    for key in {"mlp_conv", "mlp_dw"} & set(overrides):
+    for key in {"mlp_dwconv"} & set(overrides):
         if overrides[key] and (overrides[key] < 0 or overrides[key] % 2 == 0):
             raise ValueError(f"{key} must be odd, or 0 for none, got {overrides[key]}")
     common = dict(image_size=image_size, castle_downsample=castle_downsample)
@@ -1392,12 +1392,12 @@ class ConvertedAttention(AttentionCore):
         """q and k, (B, H, N, D), as the original compares them."""
         return q, k
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Tensor:
+    def split_and_attend(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Tensor:
         """The core on (B, N, H D), heads side by side."""
         if q.ndim != 3:
             raise ValueError(f"expected tokens (B, N, C), got {q.ndim} axes: {tuple(q.shape)}")
         q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=self.heads) for x in (q, k, v))
-        return rearrange(super().forward(*self.normed(q, k), v, padding=padding), "b h n d -> b n (h d)")
+        return rearrange(self.attend(*self.normed(q, k), v, padding=padding), "b h n d -> b n (h d)")
 
 
 class FusedAttention(ConvertedAttention):
@@ -1425,7 +1425,7 @@ class FusedAttention(ConvertedAttention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         self.refuse(attn_mask=attn_mask, is_causal=is_causal)
-        y = self.attend(*self.qkv(x).chunk(3, dim=-1))
+        y = self.split_and_attend(*self.qkv(x).chunk(3, dim=-1))
         return self.proj_drop(self.proj(self.norm(y)))
 
 
@@ -1467,7 +1467,7 @@ class SeparateAttention(ConvertedAttention):
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
         given = dict(zip(self.inputs[1:], args, strict=False)) | kwargs
         self.refuse(**{name: given[name] for name in given if name not in ("output_hidden_states", "return_dict")})
-        y = self.attend(*(layer(hidden_states) for layer in self.layers(self)))
+        y = self.split_and_attend(*(layer(hidden_states) for layer in self.layers(self)))
         for name in self.outputs:
             y = getattr(self, name)(y) if hasattr(self, name) else y
         return y, None
@@ -1523,7 +1523,7 @@ class PackedAttention(ConvertedAttention):
                 raise ValueError("a converted attention can leave tokens out, not weigh them: key_padding_mask")
         x = query if self.batch_first else query.transpose(0, 1)
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        y = self.out_proj(self.attend(q, k, v, padding))
+        y = self.out_proj(self.split_and_attend(q, k, v, padding))
         return y if self.batch_first else y.transpose(0, 1), None
 
 
@@ -1558,7 +1558,7 @@ class ConversionReport:
 
 
 def convert(
-    model: nn.Module, *, epsilon: float = 0.02, schedule: str = "ramp", conv_kernel: int = 9
+    model: nn.Module, *, epsilon: float = 0.02, schedule: str = "ramp", dconv: int = 9
 ) -> ConversionReport:
     """Swap the softmax self-attention of another library's vision transformer for the castling core, in place.
 
@@ -1569,7 +1569,7 @@ def convert(
     is tried on a few tokens first; a mask or another sequence that a model gives to its layers is a ValueError in its
     first forward.
 
-    Args: epsilon, schedule, conv_kernel: of every AttentionCore.
+    Args: epsilon, schedule, dconv: of every AttentionCore.
     Raises: ValueError that names every attention layer which cannot be carried over, and why, and for a model without
         any; the model is then unchanged.
     """
@@ -1614,7 +1614,7 @@ def convert(
     new, report = {}, ConversionReport({})
     for name, layout in found.items():
         original = model.get_submodule(name)
-        core = layout(original, epsilon=epsilon, schedule=schedule, conv_kernel=conv_kernel)
+        core = layout(original, epsilon=epsilon, schedule=schedule, dconv=dconv)
         new[original] = core
         kept = [key for key, _ in original.named_parameters()]
         report.layers[name] = Conversion(

@@ -475,7 +475,7 @@ def build_segmenter(
         image_size: what the position embeddings are made for, pixels.
         width, heads, queries: C, heads and Q of pyramid and decoders. layers: of the masked decoder.
         encoder_layers: of the pixel decoder.
-        overrides: of the backbone: patch_size, depth, drop_path, mlp_conv, epsilon, schedule, ...
+        overrides: of the backbone: patch_size, depth, drop_path, mlp_dwconv, epsilon, schedule, ...
     Raises: ValueError for unknown names, with the near ones, and for sizes that do not fit together.
     """
     backbone = look_up(SEGMENTERS, name, "segmenter")
@@ -981,8 +981,8 @@ def length(args: argparse.Namespace, train_set: Dataset) -> tuple[int, int]:
 
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> Segmenter:
     """The model that resolved flags describe. Raises ValueError as `build_segmenter` does."""
-    named = ("width", "queries", "layers", "encoder_layers", "patch_size", "drop_path", "epsilon")
-    options = {name: getattr(args, name) for name in named} | dict(schedule=args.mask_schedule, mlp_conv=args.mlp_conv)
+    named = ("width", "queries", "layers", "encoder_layers", "patch_size", "drop_path")
+    options = {name: getattr(args, name) for name in named} | train.core_options(args)
     return build_segmenter(args.model, args.attention, num_classes, args.pixel_decoder, image_size, **options)
 
 
@@ -1045,8 +1045,6 @@ def parser() -> argparse.ArgumentParser:
                    "counts fit; msdeform is Mask2Former's")  # fmt: skip
     p.add_argument("--num-classes", type=at_least(1, most=IGNORE), help="of a folder that does not name its classes; "
                    "default 150")  # fmt: skip
-    p.add_argument("--mlp-conv", type=int, choices=(0, 3, 5), help="kernel of the DWConv in the backbone's MLPs, 0 for "
-                   "none; default 3, with softmax attention 0")  # fmt: skip
     add("eval-steps", at_least(1), "optimiser steps of an epoch of the log, which --eval-every counts")
     add("patch-size", at_least(4), "pixels; the pyramid has strides of 1/4, 1/2, 1 and 2 patches")
     add("width", at_least(32), "channels of pyramid and decoders")
@@ -1067,7 +1065,7 @@ def parser() -> argparse.ArgumentParser:
 
 # Flags that a checkpoint answers for when they are not given.
 TRAINED_FLAGS = ("model", "attention", "image_size", "epsilon", "mask_schedule", "data", "shapes_length", "seed",
-                 "pixel_decoder", "num_classes", "mlp_conv", "patch_size", "width", "queries", "layers",
+                 "pixel_decoder", "num_classes", "dconv", "mlp_dwconv", "patch_size", "width", "queries", "layers",
                  "encoder_layers")  # fmt: skip
 
 

@@ -57,12 +57,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from attention import SCHEDULES, castle, cores, look_up, mask_statistics, record_masks, set_threshold
+from attention import (
+    SCHEDULES,
+    castle,
+    cores,
+    look_up,
+    mask_statistics,
+    mask_threshold,
+    record_masks,
+    set_threshold,
+)
 from models import (
     ATTENTIONS,
-    ESNET,
     HEADS,
-    LCNET,
     MODELS,
     VIT_DENSE,
     build_model,
@@ -994,10 +1001,30 @@ def loss_of_batch(run: Run, batch: tuple[Tensor, Tensor]) -> Tensor:
         )  # fmt: skip
 
 
-def branch_statistics(model: nn.Module, dropped: Iterable[str]) -> dict[str, tuple[float, float]]:
+def branch_statistics(model: nn.Module, dropped: Iterable[str]) -> dict[str, tuple[float, float, float]]:
     """`mask_statistics`, with zeros for layers whose branch was dropped in training."""
     live = mask_statistics(model)
-    return {name: live.get(name, (0.0, 0.0)) for name in cores(model) if name in live or name in dropped}
+    return {name: live.get(name, (0.0, 0.0, math.nan)) for name in cores(model) if name in live or name in dropped}
+
+
+def first_masks(model: nn.Module, masks: dict[str, tuple[float, float, float]]) -> str:
+    """What the auxiliary masks hold in the first step of a run, by layer; `masks` as of `mask_statistics`."""
+    lines, never = {}, []
+    for name, (density, _, tokens) in masks.items():
+        core = cores(model)[name]
+        threshold = float(mask_threshold(0.0, round(tokens), core.epsilon, core.schedule))
+        if threshold >= 1:
+            never.append(f"{name} ({tokens:.0f} tokens)")
+        kind = f"{tokens:.0f} tokens, threshold {threshold:.3g}"
+        lines.setdefault(kind, []).append(density)
+    text = [f"auxiliary branch: {sum(d > 0 for d, *_ in masks.values())} of {len(masks)} masks hold entries in the "
+            "first step"]  # fmt: skip
+    for kind, densities in lines.items():
+        held = f"{100 * min(densities):.3g} to {100 * max(densities):.3g}% of entries kept"
+        text.append(f"  {len(densities)} layers of {kind}: {held}")
+    if never:
+        text.append(f"  never any, as a threshold of 1 keeps nothing: {', '.join(never)}")
+    return "\n".join(text)
 
 
 def fetch(run: Run, batches: Iterator) -> list:
@@ -1074,7 +1101,10 @@ def train_one_epoch(run: Run, epoch: int, progress: Progress) -> dict:
             raise not_finite(run, "gradients overflow at every loss scale of float16", lr)
         update(run)
         if measured and (branches or run.dropped):
-            densities = {name: density for name, (density, _) in branch_statistics(run.model, run.dropped).items()}
+            masks = branch_statistics(run.model, run.dropped)
+            if run.step == 0:
+                progress.say(first_masks(run.model, masks))
+            densities = {name: density for name, (density, *_) in masks.items()}
             for key, value in {"step": run.step, **densities}.items():
                 gathered.curve.setdefault(key, []).append(value)
         for name, core in branches.items() if args.early_drop else ():
@@ -1176,8 +1206,8 @@ def evaluate_castling(
         castled = task.evaluate(castle(copy.deepcopy(model)), loader, args, device) if branches else metrics
         record |= {f"test_{key}_castled": value for key, value in castled.items()}
         record["castling_gap"] = record[f"test_{task.metric}"] - castled[task.metric]
-        record["mask_density"] = {layer: density for layer, (density, _) in masks.items()}
-        record["mask_mass"] = {layer: mass for layer, (_, mass) in masks.items()}
+        record["mask_density"] = {layer: density for layer, (density, *_) in masks.items()}
+        record["mask_mass"] = {layer: mass for layer, (_, mass, _) in masks.items()}
     return record
 
 
@@ -1353,6 +1383,11 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict] = DA
         "but on GPUs without", default="bfloat16" if bfloat16 or not torch.cuda.is_available() else "float16")
     add("--compile", action=on_off, default=False, help="torch.compile the training step's model")
     add("--accumulate", type=at_least(1), default=1, help="batches per optimiser step")
+    add("--dconv", type=at_least(0), help="taps of the DWConv on V, 0 for none; default 9")
+    add("--mlp-dwconv", type=at_least(0), help="kernel of the DWConv in the MLPs, 0 for none; default the paper's (D7, "
+        "D8), 0 for softmax")  # fmt: skip
+    add("--zero-dconv", action="store_true", help="start the DWConv on V at zero, not at random: to go on from a "
+        "--checkpoint that has none")  # fmt: skip
     add("--epsilon", type=share, help="mask threshold of Eq. (10); default 0.02")
     add("--mask-schedule", choices=SCHEDULES, help="how the threshold moves in training (D4); default ramp")
     add("--early-drop", action=on_off, default=True, help="stop computing auxiliary branches whose masks were empty "
@@ -1386,7 +1421,6 @@ def parser() -> argparse.ArgumentParser:
     add("--ema-decay", type=share, help="of the averaged weights; default: a horizon of 4%% of the run")
     add("--channels-last", action=on_off, default=False, help="memory format of images and convolutions")
     add("--castle-downsample", action=on_off, help="castle down-sampling blocks too (D5); default on")
-    add("--dwconv", action=on_off, help="DWConv on V and in the MLPs; default as the model has it")
     add("--distilled", action=on_off, help="a second, distillation head; default as the model was published")
     add("--distillation", default="none", choices=("none", "hard", "soft"), help="DeiT's; the paper names no kind")
     add("--teacher", help="model to distil from: one of this project or of torchvision.models")
@@ -1403,7 +1437,7 @@ FREE_ON_RESUME = {"output", "resume", "overwrite", "save_minutes", "workers", "e
                   "teacher_checkpoint", "eval_every", "split", "backbone", "log_wandb",
                   *INEXACT_ON_RESUME}  # fmt: skip
 # Flags that a checkpoint answers for when they are not given.
-TRAINED_FLAGS = ("model", "attention", "image_size", "castle_downsample", "dwconv", "distilled", "epsilon",
+TRAINED_FLAGS = ("model", "attention", "image_size", "castle_downsample", "dconv", "mlp_dwconv", "distilled", "epsilon",
                  "mask_schedule", "data", "shapes_length", "seed")  # fmt: skip
 
 
@@ -1442,6 +1476,12 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
     fill_in(args, dict(model="levit128", castle_downsample=True, shapes_length=30000) | recipe | row)
 
 
+def core_options(args: argparse.Namespace) -> dict:
+    """What the flags say of a model's attention and of the MLPs' DWConv, as `build_model` takes it."""
+    options = dict(epsilon=args.epsilon, schedule=args.mask_schedule)
+    return options | {key: getattr(args, key) for key in ("dconv", "mlp_dwconv") if getattr(args, key) is not None}
+
+
 def timm_model(args: argparse.Namespace, num_classes: int, image_size: int) -> nn.Module:
     """--model timm:NAME: timm's model as it is with --attention softmax, converted with castling.
 
@@ -1462,9 +1502,11 @@ def timm_model(args: argparse.Namespace, num_classes: int, image_size: int) -> n
         model = timm.create_model(name, img_size=image_size, **options)
     except TypeError:  # it has no fixed image size
         model = timm.create_model(name, **options)
+    if args.mlp_dwconv:
+        raise ValueError("--mlp-dwconv is for this project's models: timm's MLPs have none")
     if args.attention == "castling":
-        taps = 0 if args.dwconv is False else 9
-        convert(model, epsilon=args.epsilon, schedule=args.mask_schedule, conv_kernel=taps)
+        taps = 9 if args.dconv is None else args.dconv
+        convert(model, epsilon=args.epsilon, schedule=args.mask_schedule, dconv=taps)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
@@ -1474,10 +1516,8 @@ def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> n
         return timm_model(args, num_classes, image_size)
     if args.model in VIT_DENSE:
         raise ValueError(f"{args.model} gives feature maps, not classes: it is a backbone of segment.py")
-    options = dict(epsilon=args.epsilon, schedule=args.mask_schedule)
+    options = core_options(args)
     options |= {key: getattr(args, key) for key in ("drop_path", "distilled") if getattr(args, key) is not None}
-    if args.dwconv is False:
-        options |= {"conv_kernel": 0, "mlp_dw" if args.model in {*LCNET, *ESNET} else "mlp_conv": 0}
     model = build_model(args.model, args.attention, num_classes, image_size, args.castle_downsample, **options)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
@@ -1498,7 +1538,20 @@ def settings_of(path: str, checkpoint: dict) -> dict:
             raise ValueError(f"{config} is damaged: {error}") from None
     ours = isinstance(settings, dict) and isinstance(settings.get("model"), str)
     ours = ours and settings.get("attention") in ATTENTIONS
-    return settings if ours else {}  # others too write args, and files of that name
+    return renamed(settings) if ours else {}  # others too write args, and files of that name
+
+
+def renamed(settings: dict) -> dict:
+    """Settings with the DWConvs under today's names, `dconv` and `mlp_dwconv`, whichever version wrote them."""
+    settings = dict(settings)
+    if settings.pop("dwconv", None) is False:
+        settings |= dict(dconv=0, mlp_dwconv=0)
+    if settings.pop("v_dconv", None) is False:
+        settings["dconv"] = 0
+    for old in ("mlp_dw", "mlp_conv"):
+        if (kernel := settings.pop(old, None)) is not None:
+            settings["mlp_dwconv"] = kernel
+    return settings
 
 
 def settings_for(task: Task, path: str) -> dict:
@@ -1831,6 +1884,9 @@ def prepare_run(task: Task, args: argparse.Namespace, device: torch.device) -> C
         args.ema_decay = ema_decay_for(total_steps)
     torch.manual_seed(args.seed)  # the same first weights on every rank
     model = task.make_model(args, len(train_set.classes), args.image_size)
+    for core in cores(model).values() if args.zero_dconv else ():
+        if core.dconv is not None:
+            nn.init.zeros_(core.dconv.weight)
     if args.checkpoint and starts_fresh(args):
         report = task.load(model, args.checkpoint)
         if rank() == 0:
