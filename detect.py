@@ -384,7 +384,9 @@ AN_ID = (
 )
 A_TEXT = (lambda value: isinstance(value, str), "a text")
 A_SIDE = (lambda value: is_number(value) and value >= 1, "a number of pixels, at least 1")
-AN_AREA = (lambda value: is_number(value) and value >= 0, "a number within 0..1e10, as COCO's metrics see")
+AN_AREA = (
+    lambda value: is_number(value) and value >= 0, "a number within 0..1e10, as COCO's metrics see"
+)
 A_BOX = (
     lambda value: isinstance(value, list) and len(value) == 4 and all(map(is_number, value)),
     "four numbers within -1e10..1e10: x, y, width, height",
@@ -419,7 +421,8 @@ def read_annotations(path: Path) -> dict:
                     raise ValueError(f"{path}: {part}[{i}] has no {name!r}{hint}")
                 elif not fits(row[name]):
                     found = reprlib.repr(row[name])  # shortened
-                    raise ValueError(f"{path}: {part}[{i}] has {name!r} {found}, expected {expected}")
+                    where = f"{path}: {part}[{i}]"
+                    raise ValueError(f"{where} has {name!r} {found}, expected {expected}")
         key, times = Counter(row["id"] for row in rows).most_common(1)[0] if rows else (None, 1)
         if times > 1:
             raise ValueError(f"{path}: {part} has {times} records of 'id' {key}")
@@ -439,9 +442,9 @@ def existing(name: str, images: Path) -> Path | None:
 class CocoFolder(Dataset):
     """Images and boxes of one COCO annotation file, with the file's own classes.
 
-    For training, boxes are clipped to their image; those of no area then are dropped and counted in `dropped`. Crowds
-    are no targets, and images without a target are left out. Evaluation keeps all images and boxes as the file has
-    them, crowds and boxes of no area too: a box that cannot be found counts as missed.
+    For training, boxes are clipped to their image; those of no area then are dropped and counted
+    in `dropped`. Crowds are no targets, and images without a target are left out. Evaluation keeps
+    all images and boxes as the file has them: one that cannot be found counts as missed.
 
     Args: images: the folder that file names are relative to; else they are to the folder above.
     classes: [{"id", "name"}] by id; a label is an index into it. An item is as `sample` makes it.
@@ -572,7 +575,7 @@ def augmentation(augment: bool) -> Callable:
             CropWithBoxes(min_scale=0.3, max_scale=1.0, min_aspect_ratio=0.5, max_aspect_ratio=2.0, trials=50,
                           sampler_options=[0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]),
             *steps,
-            v2.RandomOrder([v2.RandomApply([v2.ColorJitter(**{what: most})], p=0.5) for what, most in
+            v2.RandomOrder([v2.RandomApply([v2.ColorJitter(**{what: x})], p=0.5) for what, x in
                             dict(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.07).items()]),
         ]  # fmt: skip
     return v2.Compose([*steps, v2.SanitizeBoundingBoxes(min_size=1)])

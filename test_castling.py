@@ -3071,9 +3071,9 @@ def test_coco_folder_is_read(coco, capsys):
     (lambda c: c["annotations"][1].update(segmentation=[c["annotations"][1].pop("bbox")]), "only a segmentation"),
     (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "expected four numbers"),
     (lambda c: c["annotations"][1].update(bbox=[1, 2, 3, float("nan")]), "expected four numbers"),
-    (lambda c: c["annotations"][1].update(bbox=[1, 2, 10**400, 4]), r"annotations\[1\] has 'bbox' .* four numbers"),
-    (lambda c: c["annotations"][1].update(area=10**400), r"annotations\[1\] has 'area' .* a number"),
-    (lambda c: c["images"][1].update(width=10**400), r"images\[1\] has 'width' .* a number of pixels"),
+    (lambda c: c["annotations"][1].update(bbox=[1, 2, 10**400, 4]), r"annotations\[1\] has 'bbox'"),
+    (lambda c: c["annotations"][1].update(area=10**400), r"annotations\[1\] has 'area'"),
+    (lambda c: c["images"][1].update(width=10**400), r"images\[1\] has 'width'"),
     (lambda c: c["annotations"][1].update(bbox=[1, 2, 1e300, 1e300]), "expected four numbers"),
     (lambda c: c["annotations"][1].update(id=10**400), "expected an integer of 64 bits"),
     (lambda c: c["annotations"][1].update(category_id=55), "annotation 20 has 'category_id' 55"),
@@ -3094,7 +3094,7 @@ def test_annotation_errors_name_file_and_field(coco, change, message):
     coco(change)
     with pytest.raises(ValueError, match=message) as raised:
         train.open_data(detect.DETECTION, detect_flags(f"--data={coco.root}"))
-    assert str(coco.root) in str(raised.value) and len(str(raised.value).removeprefix(str(coco.root))) < 300
+    assert str(coco.root) in str(raised.value) and len(str(raised.value)) < 400
 
 
 def test_other_data_errors(coco, tmp_path):
@@ -3147,8 +3147,8 @@ def test_augmentation_keeps_boxes_on_their_objects(coco):
 
 
 def test_colours_change_as_cited():
-    """RandomDistort: each of four changes in half of the images, hue by at most 18 of 255; channels are never
-    exchanged. On (200, 40, 40) only a change of hue can make green and blue differ."""
+    """RandomDistort: each of four changes in half of the images, hue by at most 18 of 255; channels
+    are never exchanged. On (200, 40, 40) only a change of hue can make green and blue differ."""
     red = torch.tensor([200, 40, 40], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
     hues, unchanged, count = [], 0, 400
     torch.manual_seed(0)
@@ -3158,8 +3158,8 @@ def test_colours_change_as_cited():
         hue = colorsys.rgb_to_hsv(*(pixel / 255).tolist())[0]
         hues.append(min(hue, 1 - hue) * 255)
     assert 15 < max(hues) < 20
-    assert 0.4 < sum(hue > 0 for hue in hues) / count < 0.55  # some changes are too small to be seen
-    assert 1 / 40 < unchanged / count < 1 / 10                # 1 / 16
+    assert 0.4 < sum(hue > 0 for hue in hues) / count < 0.55  # some changes are too small to see
+    assert 1 / 40 < unchanged / count < 1 / 10  # 1 / 16
 
 
 @given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 4), st.integers(0, 5))
@@ -3222,8 +3222,8 @@ def test_both_coco_libraries_agree(seed):
 
 
 def test_evaluation_keeps_the_truth_of_the_file(coco, tmp_path):
-    """A box without width, outside its image or of negative size is truth all the same: our numbers are those that
-    pycocotools gives for the file as it is."""
+    """A box without width, outside its image or of negative size is truth all the same: our numbers
+    are those that pycocotools gives for the file as it is."""
     reference = pytest.importorskip("pycocotools.cocoeval")
     from pycocotools.coco import COCO
 
@@ -4206,6 +4206,23 @@ def test_metric_is_a_count_of_pixels(seed, num_classes, some_ignored):
     assert {name: value for name, value in found["iou"].items() if value is not None} == pytest.approx(ious)
 
 
+def test_background_is_apart_from_the_rest():
+    """With a class "background" its IoU and the mean over the other classes that occur are given
+    too, by hand: everything called background leaves it 60% and nothing to the others."""
+    labels = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 2, 2])
+    matrix = segment.confusion(torch.zeros_like(labels), labels, 4)
+    found = segment.metrics_of(matrix, ["background", "a", "b", "c"])
+    assert found["iou_background"] == pytest.approx(60) and found["mIoU_foreground"] == 0
+    assert found["mIoU"] == pytest.approx(20)
+    half = segment.confusion(torch.tensor([0, 0, 0, 0, 0, 0, 1, 0, 2, 2]), labels, 4)
+    found = segment.metrics_of(half, ["background", "a", "b", "c"])
+    assert found["iou_background"] == pytest.approx(600 / 7)
+    assert found["mIoU_foreground"] == pytest.approx(75)
+    alone = segment.metrics_of(segment.confusion(labels[:6], labels[:6], 2), ["background", "a"])
+    assert alone["iou_background"] == 100 and alone["mIoU_foreground"] is None
+    assert segment.metrics_of(matrix, list("abcd")).keys() == {"mIoU", "mAcc", "pAcc", "iou"}
+
+
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9))
 @settings(max_examples=20)
 def test_inference_is_its_definition(seed, num_classes, height, width):
@@ -4258,6 +4275,20 @@ def test_segmenter_names_and_options_are_checked():
     for options, message in cases:
         with pytest.raises(ValueError, match=message), torch.device("meta"):
             segment.build_segmenter(**options)
+
+
+@pytest.mark.parametrize("pixel_decoder", DECODERS)
+def test_a_norm_has_more_than_one_number(tmp_path, capsys, pixel_decoder):
+    """GroupNorm of one channel a group (width 32) on a coarsest map of one pixel (image as large as
+    two patches) fails in evaluation: refused at the start. One patch more, or more channels, and it runs."""
+    options = (f"--pixel-decoder={pixel_decoder}", "--width=32", "--patch-size=16", "--max-steps=1")
+    with pytest.raises(SystemExit) as stopped:
+        run_segment(tmp_path / "no", *options, "--image-size=32")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and not (tmp_path / "no").exists()
+    assert "--width 32 with --patch-size 16 needs an --image-size above 32" in said
+    run_segment(tmp_path / "yes", *options, "--image-size=48")
+    run_segment(tmp_path / "wider", *options, "--image-size=32", "--width=64")
 
 
 def test_segmentation_recipe():
@@ -4406,6 +4437,33 @@ def test_annotations_are_read_as_numbers(streets):
     assert segment.class_names(streets, None) == ["wall", "sky, air"]
 
 
+def test_bad_validation_files_are_found_before_work(tmp_path, streets, capsys):
+    """Validation masks of another size or mode, damaged images and, where an item is sampled, wrong
+    labels: one line that names the file, status 2, no folder. An image that EXIF turns is good."""
+    folder = streets / "annotations" / "validation"
+    image, good = streets / "images" / "validation" / "1.jpg", Image.open(folder / "1.png").copy()
+    options = (f"--data={streets}", "--model=vit_mini", "--patch-size=8", "--encoder-layers=1")
+    for wrong, message in (
+        (good.crop((0, 0, 9, 9)), "9 x 9"), (good.convert("RGB"), "mode RGB"),
+        (Image.fromarray(np.full((good.height, good.width), 5, np.uint8)), "label 5 of 4"),
+    ):  # fmt: skip
+        wrong.save(folder / "1.png")
+        with pytest.raises(SystemExit) as stopped:
+            run_segment(tmp_path / "run", *options)
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and not (tmp_path / "run").exists()
+        assert message in said and str(folder / "1.png") in said and said.count("\n") == 1
+    good.save(folder / "1.png")
+    data = segment.SegmentationFolder(streets, "validation", ["a"] * 4)
+    exif, pixels = Image.Exif(), Image.open(image).convert("RGB")
+    exif[0x0112] = 6  # a quarter
+    pixels.transpose(Image.Transpose.ROTATE_90).save(image, exif=exif)
+    data.check()
+    image.write_bytes(image.read_bytes()[:20])
+    with pytest.raises(train.DataError, match=f"cannot read image {image}"):
+        data.check(whole=1)
+
+
 def test_evaluation_is_its_definition(streets):
     """Image by image: the short edge scaled to the model's size, padded, segmented, scaled back to the annotation's
     size, counted where there is a label."""
@@ -4467,6 +4525,8 @@ def test_segmentation_script_trains_castles_and_evaluates(tmp_path, capsys, monk
     assert "castling gap          0.00" in capsys.readouterr().out
     assert [r["step"] for r in epochs] == [2, 4]
     assert set(epochs[-1]["test_iou"]) == {"background", *train.SHAPES}
+    assert epochs[-1]["test_iou_background"] == epochs[-1]["test_iou"]["background"]
+    assert "test_mIoU_foreground_castled" in epochs[-1]
     assert report["castling_report"]["test_mIoU"] == epochs[-1]["test_mIoU"] == epochs[-1]["test_mIoU_castled"]
     before = models.read_checkpoint(tmp_path / "run" / "best.pt")["ema"]
     run_segment(tmp_path / "lr0", "--lr=0", "--weight-decay=0", "--ema-decay=0", f"--checkpoint={tmp_path}/run/best.pt")
@@ -4591,8 +4651,9 @@ def test_segmentation_folder_trains_and_names_what_is_wrong(tmp_path, streets, c
 
 def test_two_processes_segment_like_one(tmp_path):
     """One step's gradients of two ranks, averaged by DistributedDataParallel, are those of one process with both their
-    images: mask losses are divided by the mean number of masks over ranks. Points are fixed, both images have as many
-    classes (the class loss is normalised per rank), and there is no BatchNorm. Metrics add up over ranks."""
+    images: mask losses are divided by the mean number of masks over ranks, class losses by the mean
+    sum of weights, though one image has five classes and the other two. Points are fixed, and there
+    is no BatchNorm. Metrics add up over ranks."""
     script = tmp_path / "ranks.py"
     script.write_text(f"""
 import gc, sys, torch; sys.path.insert(0, {str(ROOT)!r})
@@ -4611,18 +4672,19 @@ def build():
 torch.manual_seed(1)
 images = torch.randn(2, 3, 32, 32)
 labels = torch.zeros(2, 32, 32, dtype=torch.uint8)
-labels[0, :9], labels[0, 9:12], labels[1, :, 5:9], labels[1, :, 9:] = 1, 2, 3, 4
+labels[0, :9], labels[0, 9:12], labels[0, 12:20], labels[0, 20:25] = 1, 2, 3, 4
+labels[1, :, 5:] = 3
 whole, ddp = build(), DistributedDataParallel(build())
 everything, mine = (segment.targets_of(x, x.shape[1:]) for x in (labels, labels[rank : rank + 1]))
-mine = [(classes[:3], masks[:3]) for classes, masks in mine]
 def grads(model, images, targets, count):
     segment.set_loss(model(images), targets, count, 64).backward()
     return {{name: p.grad for name, p in (model.module if model is ddp else model).named_parameters()}}
 count = segment.mean_masks(mine, torch.device("cpu"))
-assert count == 3.0, count
+assert count == 3.5, count
 uneven = mine if rank else []
-assert segment.mean_masks(uneven, torch.device("cpu")) == 1.5
-expected, found = grads(whole, images, everything, 6.0), grads(ddp, images[rank : rank + 1], mine, count)
+assert segment.mean_masks(uneven, torch.device("cpu")) == 1.0
+expected = grads(whole, images, everything, 7.0)
+found = grads(ddp, images[rank : rank + 1], mine, count)
 scale = max(value.abs().max() for value in expected.values())
 worst = max((expected[name] - found[name]).abs().max() for name in expected)
 assert worst < 1e-4 * scale, (worst, scale)
