@@ -4280,7 +4280,7 @@ def test_segmenter_names_and_options_are_checked():
 @pytest.mark.parametrize("pixel_decoder", DECODERS)
 def test_a_norm_has_more_than_one_number(tmp_path, capsys, pixel_decoder):
     """GroupNorm of one channel a group (width 32) on a coarsest map of one pixel (image as large as
-    two patches) fails in evaluation: refused at the start. One patch more, or more channels, and it runs."""
+    two patches) fails in evaluation: refused at the start. A larger image or width runs."""
     options = (f"--pixel-decoder={pixel_decoder}", "--width=32", "--patch-size=16", "--max-steps=1")
     with pytest.raises(SystemExit) as stopped:
         run_segment(tmp_path / "no", *options, "--image-size=32")
