@@ -383,7 +383,7 @@ AN_ID = (
     "an integer of 64 bits",
 )
 A_TEXT = (lambda value: isinstance(value, str), "a text")
-A_SIDE = (lambda value: is_number(value) and value >= 1, "a number of pixels, at least 1")
+A_SIDE = (lambda value: is_number(value) and value >= 1, "a number of pixels within 1..1e10")
 AN_AREA = (
     lambda value: is_number(value) and value >= 0, "a number within 0..1e10, as COCO's metrics see"
 )
