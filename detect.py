@@ -22,6 +22,7 @@ import json
 import math
 import os
 import random
+import reprlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -373,17 +374,22 @@ class Boxes(nn.Module):
 # ---- data: COCO files and rendered scenes ----------------------------------------------------------------------------
 
 def is_number(value) -> bool:
-    """A finite number, but no truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number within -1e10..1e10, which is as far as COCO's metrics see, but no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e10
 
 
-AN_ID = (lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer")
+AN_ID = (
+    lambda value: isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63,
+    "an integer of 64 bits",
+)
 A_TEXT = (lambda value: isinstance(value, str), "a text")
-A_SIDE = (lambda value: is_number(value) and value >= 1, "a number of pixels, at least 1")
-AN_AREA = (lambda value: is_number(value) and 0 <= value <= 1e10, "a number within 0..1e10, as COCO's metrics see")
+A_SIDE = (lambda value: is_number(value) and value >= 1, "a number of pixels within 1..1e10")
+AN_AREA = (
+    lambda value: is_number(value) and value >= 0, "a number within 0..1e10, as COCO's metrics see"
+)
 A_BOX = (
     lambda value: isinstance(value, list) and len(value) == 4 and all(map(is_number, value)),
-    "four finite numbers: x, y, width, height",
+    "four numbers within -1e10..1e10: x, y, width, height",
 )
 A_SWITCH = (lambda value: value in (0, 1), "0 or 1")
 COCO_FIELDS = {  # of each part of an annotation file: field, and what it has to be
@@ -400,8 +406,8 @@ def read_annotations(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+    except (ValueError, RecursionError) as error:  # the second where lists are nested without end
+        raise ValueError(f"{path} is no JSON that can be read: {error}") from None
     for part, fields in COCO_FIELDS.items():
         rows = content.get(part) if isinstance(content, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -414,7 +420,9 @@ def read_annotations(path: Path) -> dict:
                     hint = ", only a segmentation: detection needs boxes" if "segmentation" in row else ""
                     raise ValueError(f"{path}: {part}[{i}] has no {name!r}{hint}")
                 elif not fits(row[name]):
-                    raise ValueError(f"{path}: {part}[{i}] has {name!r} {row[name]!r}, expected {expected}")
+                    found = reprlib.repr(row[name])  # shortened
+                    where = f"{path}: {part}[{i}]"
+                    raise ValueError(f"{where} has {name!r} {found}, expected {expected}")
         key, times = Counter(row["id"] for row in rows).most_common(1)[0] if rows else (None, 1)
         if times > 1:
             raise ValueError(f"{path}: {part} has {times} records of 'id' {key}")
@@ -434,8 +442,9 @@ def existing(name: str, images: Path) -> Path | None:
 class CocoFolder(Dataset):
     """Images and boxes of one COCO annotation file, with the file's own classes.
 
-    Targets are clipped to their image; boxes of no area then are dropped and counted in `dropped`. For training,
-    crowds are no targets, and images without a target are left out; evaluation keeps all images, and knows crowds.
+    For training, boxes are clipped to their image; those of no area then are dropped and counted
+    in `dropped`. Crowds are no targets, and images without a target are left out. Evaluation keeps
+    all images and boxes as the file has them: one that cannot be found counts as missed.
 
     Args: images: the folder that file names are relative to; else they are to the folder above.
     classes: [{"id", "name"}] by id; a label is an index into it. An item is as `sample` makes it.
@@ -450,14 +459,14 @@ class CocoFolder(Dataset):
         sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
         self.targets, self.annotations, self.dropped = {key: ([], []) for key in sizes}, [], 0
         for row in content["annotations"]:
-            (x, y, width, height), (right, bottom) = row["bbox"], sizes[row["image_id"]]
-            box = max(0, x), max(0, y), min(right, x + width), min(bottom, y + height)
-            if box[2] <= box[0] or box[3] <= box[1]:
-                self.dropped += 1
-                continue
             if not training:
                 fields = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
                 self.annotations.append({field: row[field] for field in fields})
+            (x, y, width, height), (right, bottom) = row["bbox"], sizes[row["image_id"]]
+            box = max(0, x), max(0, y), min(right, x + width), min(bottom, y + height)
+            if box[2] <= box[0] or box[3] <= box[1]:
+                self.dropped += training
+                continue
             if not row["iscrowd"]:
                 boxes, kinds = self.targets[row["image_id"]]
                 boxes.append(box)
@@ -557,6 +566,7 @@ class CropWithBoxes(v2.RandomIoUCrop):
 def augmentation(augment: bool) -> Callable:
     """Flips; with `augment` also crops that keep a box, and colours. Boxes under a pixel wide or high then go.
 
+    Brightness, contrast, saturation and hue each change in half of the images, in a random order.
     Source: PaddleDetection @ v2.6.0, RandomCrop and RandomDistort.
     """
     steps = [v2.RandomHorizontalFlip()]
@@ -565,8 +575,8 @@ def augmentation(augment: bool) -> Callable:
             CropWithBoxes(min_scale=0.3, max_scale=1.0, min_aspect_ratio=0.5, max_aspect_ratio=2.0, trials=50,
                           sampler_options=[0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]),
             *steps,
-            v2.RandomPhotometricDistort(brightness=(0.5, 1.5), contrast=(0.5, 1.5), saturation=(0.5, 1.5),
-                                        hue=(-0.07, 0.07)),
+            v2.RandomOrder([v2.RandomApply([v2.ColorJitter(**{what: x})], p=0.5) for what, x in
+                            dict(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.07).items()]),
         ]  # fmt: skip
     return v2.Compose([*steps, v2.SanitizeBoundingBoxes(min_size=1)])
 

@@ -181,13 +181,17 @@ class Auditor(TorchDispatchMode):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context in which a model is in eval mode, without gradients; each of its modules gets its own mode back."""
+    """Context in which a model is in eval mode, without gradients or mask statistics; then all is as it was."""
     modes = {module: module.training for module in model.modules()}
+    recording = {core: core.record for core in attention.cores(model).values()}
     try:
         with torch.no_grad():
             model.eval()
+            attention.record_masks(model, False)
             yield
     finally:
+        for core, record in recording.items():
+            core.record = record
         for module, training in modes.items():
             module.training = training
 

@@ -17,6 +17,7 @@ Labels: 0..K-1, and 255 for pixels without one. `train.py` owns the loop; here a
 
 import argparse
 import colorsys
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -595,6 +596,9 @@ def prediction_loss(classes: Tensor, masks: Tensor, targets: Targets, num_masks:
     """Loss of one prediction (class logits (B, Q, K + 1), mask logits (B, Q, y, x)) against its own matching.
 
     Mask losses are sums over matched pairs, divided by `num_masks`; without any target they are 0, with a gradient.
+    The class loss is a weighted mean over queries. The sum of weights is averaged over ranks, so
+    that DDP's mean of gradients is that of one process with the whole batch. Mask2Former divides
+    by each rank's own sum.
     """
     classes, masks = widened(classes), widened(masks)
     pairs = [match(classes[i], masks[i], *target, points) for i, target in enumerate(targets)]
@@ -608,7 +612,8 @@ def prediction_loss(classes: Tensor, masks: Tensor, targets: Targets, num_masks:
     logits = masks[image, query]                                                      # (M, y, x), truths (M, H, W)
     weight = classes.new_ones(classes.shape[2])
     weight[-1] = NO_OBJECT
-    label = F.cross_entropy(classes.flatten(0, 1), wanted.flatten(), weight)
+    label = F.cross_entropy(classes.flatten(0, 1), wanted.flatten(), weight, reduction="sum")
+    label = label * world_size() / all_sum(weight[wanted].sum()[None])[0]
     places = uncertain_points(logits, points)
     logits, truths = (sample(maps[:, None].to(masks.dtype), places)[:, 0] for maps in (logits, truths))
     bce, dice = (losses(logits, truths).sum() / num_masks for losses in (bce_losses, dice_losses))
@@ -708,16 +713,24 @@ def metrics_of(matrix: Tensor, classes: list[str]) -> dict:
     """mIoU, mAcc and pAcc in percent, and the IoU of each class, None where it does not occur.
 
     IoU and accuracy are averaged over the classes that have pixels in the ground truth, each over all images at once.
+    With a class "background" also iou_background, and mIoU_foreground: the mean over the others.
+    Either is None without such pixels.
     """
     hits, truth, guessed = matrix.diagonal().double(), matrix.sum(dim=0).double(), matrix.sum(dim=1).double()
     present = truth > 0
     iou, accuracy = 100 * hits / (truth + guessed - hits), 100 * hits / truth
-    return dict(
+    metrics = dict(
         mIoU=iou[present].mean().item(),
         mAcc=accuracy[present].mean().item(),
         pAcc=(100 * hits.sum() / truth.sum()).item(),
         iou={name: value if there else None for name, value, there in zip(classes, iou.tolist(), present, strict=True)},
     )
+    if "background" in classes:
+        others = metrics["iou"] | dict(background=None)
+        others = [value for value in others.values() if value is not None]
+        metrics["iou_background"] = metrics["iou"]["background"]
+        metrics["mIoU_foreground"] = sum(others) / len(others) if others else None
+    return metrics
 
 
 @torch.inference_mode()
@@ -748,8 +761,9 @@ class ShapeScenes(train.Shapes):
         return torch.from_numpy(scene.image).permute(2, 0, 1), torch.from_numpy(scene.mask)
 
 
-def read_annotation(path: Path) -> np.ndarray:
-    """The numbers in a PNG, (H, W) uint8: palette images are read as indices, never as colours."""
+@contextlib.contextmanager
+def annotation_file(path: Path) -> Iterator[Image.Image]:
+    """A PNG of one 8-bit number per pixel; only its header is read. DataError names other files."""
     try:
         with Image.open(path) as image:
             if image.format != "PNG":
@@ -758,18 +772,25 @@ def read_annotation(path: Path) -> np.ndarray:
             if image.mode not in ("L", "P") or (image.mode == "L" and image.tile[0][3] != "L"):
                 what = image.tile[0][3] if image.mode == "L" else image.mode
                 raise DataError(f"annotation {path} has mode {what}: expected one number of 8 bits per pixel")
-            return np.array(image)
+            yield image
     except DataError:
         raise
     except Exception as error:  # a damaged file can raise nearly anything
         raise DataError(f"cannot read annotation {path}: {error}") from None
 
 
+def read_annotation(path: Path) -> np.ndarray:
+    """The numbers in a PNG, (H, W) uint8: palette images are read as indices, never as colours."""
+    with annotation_file(path) as image:
+        return np.array(image)
+
+
 class SegmentationFolder(Dataset):
     """ADE20K's layout, images/SPLIT and annotations/SPLIT with PNGs of the same stem: (uint8 (3, H, W), uint8 (H, W)).
 
     In a file 0 is "no label" and 1..K are classes; here they are 255 and 0..K-1.
-    Raises: ValueError for a missing folder or annotation; when read, DataError for a file that does not fit.
+    Raises: ValueError for a missing folder or annotation; DataError for a file that does not fit,
+    when it is read or by `check`.
     """
 
     def __init__(self, root: Path, split: str, classes: list[str]):
@@ -786,6 +807,19 @@ class SegmentationFolder(Dataset):
         for image, annotation in self.pairs:
             if annotation.name not in known:
                 raise ValueError(f"image {image} has no annotation {annotation}")
+
+    def check(self, whole: int = 8) -> None:
+        """Look at all files' headers and at the labels of up to `whole` items; DataError if bad."""
+        for index, (image_path, annotation_path) in enumerate(self.pairs):
+            with annotation_file(annotation_path) as annotation:
+                size = annotation.size
+            try:
+                with Image.open(image_path) as image:
+                    suspect = sorted(size) != sorted(image.size)  # EXIF may turn the image
+            except Exception:  # a damaged file can raise nearly anything
+                suspect = True
+            if suspect or index % -(-len(self) // whole) == 0:
+                self[index]  # which says what is wrong
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -829,7 +863,7 @@ def class_names(root: Path, num_classes: int | None) -> list[str]:
 
 
 def open_split(args: argparse.Namespace, split: str) -> Dataset:
-    """"train" or "val" of `args.data`, with `.classes`, not augmented."""
+    """"train" or "val" of `args.data`, with `.classes`, not augmented. ValueError for bad data."""
     if args.data == "shapes":
         if args.num_classes not in (None, len(ShapeScenes.classes)):
             raise ValueError(f"--num-classes {args.num_classes}, but shapes has {len(ShapeScenes.classes)}")
@@ -840,7 +874,13 @@ def open_split(args: argparse.Namespace, split: str) -> Dataset:
         raise ValueError(f"unknown data {args.data!r}: shapes or an existing folder of images/ and "
                          "annotations/ with training/ and validation/ each")  # fmt: skip
     folder = {"train": "training", "val": "validation"}[split]
-    return SegmentationFolder(root, folder, class_names(root, args.num_classes))
+    dataset = SegmentationFolder(root, folder, class_names(root, args.num_classes))
+    if split == "val":  # training can do without an image, an evaluation cannot
+        try:
+            dataset.check()
+        except DataError as error:
+            raise ValueError(error) from None
+    return dataset
 
 
 def fitted(size: tuple[int, int], short: int, long: int) -> list[int]:
@@ -980,7 +1020,16 @@ def length(args: argparse.Namespace, train_set: Dataset) -> tuple[int, int]:
 
 
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> Segmenter:
-    """The model that resolved flags describe. Raises ValueError as `build_segmenter` does."""
+    """The model that resolved flags describe. Raises ValueError as `build_segmenter` does.
+
+    Also where a GroupNorm would have one number to normalise: one channel, on a map of one pixel.
+    """
+    coarsest = 2 * args.patch_size  # stride of the coarsest map, pixels
+    if args.width == 32 and image_size <= coarsest:
+        raise ValueError(
+            f"--width 32 with --patch-size {args.patch_size} needs an --image-size above "
+            f"{coarsest}, got {image_size}: a GroupNorm would see one number"
+        )
     named = ("width", "queries", "layers", "encoder_layers", "patch_size", "drop_path")
     options = {name: getattr(args, name) for name in named} | train.core_options(args)
     return build_segmenter(args.model, args.attention, num_classes, args.pixel_decoder, image_size, **options)
