@@ -1890,6 +1890,8 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None
     weights, own, report = weights_in(read_checkpoint(path)), model.state_dict(), LoadReport()
     if not all(isinstance(name, str) for name in weights):
         raise ValueError(f"{path} holds no parameters by name")
+    # How far training was is no weight: who loads says where the thresholds start.
+    weights, own = ({n: x for n, x in state.items() if not n.endswith("progress")} for state in (weights, own))
     if "patch_embed.0.c.weight" in weights and isinstance(model, LeViT):
         weights = official_levit_names(weights, [len(stage.blocks) for stage in model.stages])
     if "blocks.0.attn.pool_q.weight" in weights and isinstance(model, MViTv2):
@@ -1959,5 +1961,5 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None
     if wrong:
         more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
         raise ValueError(f"{path} does not fit the model: {'; '.join(wrong[:8])}{more}")
-    model.load_state_dict(own | final)
+    model.load_state_dict(model.state_dict() | final)
     return report

@@ -2400,6 +2400,61 @@ def test_log_follows_the_masks(tmp_path):
     assert all(densities == [1, 1] for densities in epoch["mask_curve"].values())
 
 
+@pytest.mark.parametrize(("options", "lines"), [
+    (["--mask-schedule=anneal", "--image-size=64"], [  # levit128 at 64 px: stages of 4 x 4, 2 x 2 and 1 x 1 tokens
+        r"14 of 14 masks hold entries", r"4 layers of 16 tokens, threshold 0\.0156: .*% of entries kept",
+    ]),
+    (["--image-size=64"], [r" of 14 masks hold", r"of 4 tokens, threshold 1: 0 to 0%",
+          r"of 1 tokens, threshold 1: 0 to 0%", r"never any.*stages\.1\.downsample\.attn_downsample \(4 tokens\)"]),
+    (["--model=deit_mini"], [r": 0 of 6 masks hold", r"6 layers of 65 tokens, threshold 0\.0615: 0 to 0%"]),
+    (["--attention=linear_angular"], []),
+])  # fmt: skip
+def test_a_run_says_once_what_its_masks_hold(tmp_path, capsys, options, lines):
+    """The first step's masks by token count; layers of at most 4 tokens, whose ramp starts at 1, can never hold any."""
+    run_train(tmp_path, "--max-steps=2", *options)
+    out = capsys.readouterr().out
+    assert out.count("auxiliary branch:") == bool(lines)
+    for line in lines:
+        assert re.search(line, out), line
+
+
+@pytest.mark.parametrize(("attention_name", "dconv", "mlp_dwconv"), [
+    ("castling", 9, 5), ("castling", 0, 5), ("castling", 9, 0), ("castling", 0, 0), ("softmax", 9, 5),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["deit_mini", "levit_mini", "lcnet_vit_s"])
+def test_the_two_dwconvs_are_switched_apart(name, attention_name, dconv, mlp_dwconv):
+    """--dconv is the one on V, --mlp-dwconv the ones in the MLPs, which softmax models can have too."""
+    args = flags(f"--model={name}", f"--attention={attention_name}", f"--dconv={dconv}", f"--mlp-dwconv={mlp_dwconv}")
+    names = [n for n, _ in train.make_model(args, 3, 64).named_parameters()]
+    assert any(".dconv." in n for n in names) == (dconv > 0 and attention_name == "castling")
+    assert any("mlp.dwconv." in n for n in names) == (mlp_dwconv > 0)
+
+
+def test_softmax_weights_start_a_castling_run_without_its_dconv(tmp_path):
+    """--zero-dconv: a run from a softmax checkpoint starts with DWConv(V) = 0; without the flag it starts at random.
+    What the checkpoint holds is taken."""
+    run_train(tmp_path / "softmax", "--model=deit_mini", "--image-size=32", "--attention=softmax", "--max-steps=1")
+    start = f"--checkpoint={tmp_path / 'softmax' / 'best.pt'}"
+    for zero in (True, False):
+        folder = tmp_path / str(zero)
+        options = ["--model=deit_mini", "--image-size=32", start, "--max-steps=1", "--lr=0", *["--zero-dconv"] * zero]
+        run_train(folder, *options)
+        weights = torch.load(folder / "last.pt")["model"]
+        assert (weights["blocks.0.attn.dconv.weight"].abs().max() == 0) == zero
+        theirs = torch.load(tmp_path / "softmax" / "best.pt")["ema"]
+        assert_close(weights["blocks.0.attn.qkv.weight"], theirs["blocks.0.attn.qkv.weight"])
+
+
+def test_settings_of_the_first_version_are_understood():
+    """Its DWConvs had other names in each script: checkpoints with those settings build the same model."""
+    for then, now in [
+        (dict(dwconv=False), dict(dconv=0, mlp_dwconv=0)), (dict(dwconv=None), {}), (dict(dwconv=True), {}),
+        (dict(mlp_dw=None, v_dconv=True), {}), (dict(mlp_dw=0, v_dconv=False), dict(dconv=0, mlp_dwconv=0)),
+        (dict(mlp_conv=5), dict(mlp_dwconv=5)), (dict(dconv=3, mlp_dwconv=0), dict(dconv=3, mlp_dwconv=0)),
+    ]:  # fmt: skip
+        assert train.renamed(dict(model="deit_tiny") | then) == dict(model="deit_tiny") | now
+
+
 def test_evaluation_can_be_rarer(tmp_path):
     """--eval-every N: every N-th epoch and the last are evaluated, every epoch is logged and can be resumed."""
     *epochs, report = run_train(tmp_path, "--epochs=3", "--max-steps=15", "--eval-every=2")
