@@ -5460,14 +5460,15 @@ def test_checkpoints_that_do_not_fit_the_run_are_refused(tmp_path, capsys):
 
 
 def test_evaluation_without_a_finite_loss_fails(tmp_path, capsys):
-    """Finite weights may still overflow: --eval then names the checkpoint and prints no JSON, which has no NaN."""
+    """Finite weights may still overflow: --eval then names the checkpoint, a line break in its name or not, and prints
+    no JSON, which has no NaN."""
     run_tiny("train", tmp_path)
     state = models.read_checkpoint(tmp_path / "best.pt")
     for x in state["ema"].values():
         x.mul_(1e30) if x.is_floating_point() else None
-    torch.save(state, tmp_path / "huge.pt")
-    said = refused(capsys, 1, run_tiny, "train", tmp_path / "b", "--eval", f"--checkpoint={tmp_path}/huge.pt")
-    assert "huge.pt: the loss is" in said
+    torch.save(state, tmp_path / "hu\nge.pt")
+    said = refused(capsys, 1, run_tiny, "train", tmp_path / "b", "--eval", f"--checkpoint={tmp_path}/hu\nge.pt")
+    assert "hu\nge.pt: the loss is" in said
 
 
 def test_names_that_are_not_text(tmp_path, capsys):
@@ -5484,8 +5485,9 @@ def test_names_that_are_not_text(tmp_path, capsys):
         run_train(tmp_path / "x", f"--image={images}", f"--checkpoint={tmp_path}/run/best.pt")
     printed = capsys.readouterr()
     assert stopped.value.code == 1 and "a\\udcff.png: " in printed.out and "b.png: " in printed.out
-    with pytest.raises(train.DataError, match=r"c\\nd\.png"):
+    with pytest.raises(train.DataError, match=r"c\\nd\.png") as error:
         train.read_image(images / "c\nd.png")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("both", [False, True])

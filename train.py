@@ -2231,8 +2231,8 @@ def run_script(task: Task, args: argparse.Namespace) -> None:
     try:
         work()
     except (DataError, NonFiniteLoss, SaveError) as error:
-        # From a loader process the message is a whole traceback, whose last line is what was raised.
-        say(f"{task.script}: {str(error).strip().splitlines()[-1]}", sys.stderr)
+        # From a loader process the message is a whole traceback, which ends in what was raised.
+        say(f"{task.script}: {str(error).strip().rpartition('DataError: ')[2]}", sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
         if (message := explained(error, args)) is None:
