@@ -1725,8 +1725,8 @@ def damage(path: Path) -> str | None:
 def read_checkpoint(path: str | Path) -> dict:
     """The dictionary in a checkpoint file, on the CPU. Only tensors and plain data are ever unpickled.
 
-    Raises: ValueError that names the file if it is missing, damaged, needs arbitrary code to load, is no dictionary, or
-        has tensors that are not plain ones.
+    Raises: ValueError that names the file if it is missing, damaged, needs arbitrary code to load,
+        is no dictionary, or has tensors that are not plain ones.
     """
     path = Path(path)
     if not path.is_file():
@@ -1746,7 +1746,8 @@ def read_checkpoint(path: str | Path) -> dict:
         if isinstance(leaf, Tensor) and (
             leaf.layout != torch.strided or leaf.is_meta or leaf.is_quantized or leaf.is_nested
         ):
-            raise ValueError(f"{path} holds a sparse, meta, quantised or nested tensor, {keystr(place)}")
+            kinds = "sparse, meta, quantised or nested"
+            raise ValueError(f"{path} holds a {kinds} tensor, {keystr(place)}")
     return checkpoint
 
 
@@ -1933,8 +1934,9 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None
         return castling and bool(re.search(r"\.attn_downsample\.(kv|q\.ln)\.", name))
 
     final = {}
-    numbers = {name: x for name, x in weights.items() if isinstance(x, Tensor) and x.is_floating_point()}
-    wrong = [f"{name} holds nan or inf" for name, x in numbers.items() if not x.float().isfinite().all()]
+    tensors = {name: x for name, x in weights.items() if isinstance(x, Tensor)}
+    numbers = {name: x.float() for name, x in tensors.items() if x.is_floating_point()}
+    wrong = [f"{name} holds nan or inf" for name, x in numbers.items() if not x.isfinite().all()]
     for name, value in own.items():
         found = weights.get(name)
         if fresh and name.startswith(fresh):

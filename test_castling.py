@@ -1634,8 +1634,9 @@ class Malicious:
 
 
 def test_bad_checkpoints_are_named(tmp_path):
-    """Missing, truncated, foreign, wrong-class and wrong-model files, and weights that are no finite real numbers, are
-    ValueErrors naming the file; nothing is half loaded, and no code in a pickle runs."""
+    """Missing, truncated, foreign, wrong-class and wrong-model files, and weights that are no finite
+    real numbers, are ValueErrors naming the file; nothing is half loaded, no code in a pickle runs.
+    """
     model = tiny("deit")
     before = copy.deepcopy(model.state_dict())
     good = tmp_path / "good.pt"
@@ -1662,9 +1663,9 @@ def test_bad_checkpoints_are_named(tmp_path):
     nan[0, 0] = math.nan
     quantised = torch.quantize_per_tensor(head, 0.1, 0, torch.qint8)
     for wrong, message in (
-        (nan, "holds nan or inf"), (head.to(torch.complex64), "complex64"), (head.long(), "int64"), (head > 0, "bool"),
-        (nan.to(torch.float8_e4m3fn), "holds nan or inf"), (head.to_sparse(), "sparse"), (head.to("meta"), "meta"),
-        (quantised, "quantised"),
+        (nan, "holds nan or inf"), (nan.to(torch.float8_e4m3fn), "holds nan or inf"),
+        (head.to(torch.complex64), "complex64"), (head.long(), "int64"), (head > 0, "bool"),
+        (head.to_sparse(), "sparse"), (head.to("meta"), "meta"), (quantised, "quantised"),
     ):  # fmt: skip
         torch.save({"model": model.state_dict() | {"head.weight": wrong}}, tmp_path / "kind.pt")
         with pytest.raises(ValueError, match=message) as error:
@@ -2155,11 +2156,13 @@ def test_recipe_of_the_optimizer():
 
 
 @pytest.mark.parametrize(("model", "images"), [
-    ("levit128", 64), ("levit384", 64), ("esnet_vit_m", 64), ("deit_tiny", 32), ("deit_base", 32), ("mvitv2_small", 32),
+    ("levit128", 64), ("levit384", 64), ("esnet_vit_m", 64),
+    ("deit_tiny", 32), ("deit_base", 32), ("mvitv2_small", 32),
 ])  # fmt: skip
 def test_peak_learning_rate_is_the_papers(model, images):
-    """Section 4.1 on a folder: 2.0, warmed up from 0.01, on 64 GPUs of 64 images for LeViT and of 32 for DeiT and
-    MViTv2; linear from there. shapes and cifar have one batch for every model: 3.2 and 2.0 at 4096."""
+    """Section 4.1 on a folder: 2.0, warmed up from 0.01, on 64 GPUs of 64 images for LeViT and of 32
+    for DeiT and MViTv2; linear from there. shapes and cifar have one batch for every model: 3.2 and
+    2.0 at 4096."""
     folder = flags("--data=.", model=model, warmup_epochs=11)
     assert folder.batch_size == images
     for gpus, times in ((64, 1.0), (8, 1 / 8)):
@@ -2527,15 +2530,17 @@ def test_bad_arguments_exit_with_2(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--image", "", "--checkpoint=x"], "--image has an empty value"), (["--output="], "--output has an empty value"),
-    (["--data", ""], "--data has an empty value"), (["--data_path="], "--data-path has an empty value"),
-    (["--lr=1e308"], "--lr: must be within 0..1e+30, got 1e308"), (["--lr=inf"], "got inf"), (["--lr=nan"], "got nan"),
-    (["--weight-decay=inf"], "got inf"), (["--mixup=1e-300"], "must be 0 or at least 0.001, got 1e-300"),
-    (["--cutmix=1e-9"], "got 1e-9"), (["--image-size=1000000"], "--img-size: must be within 1..4096, got 1000000"),
+    (["--image", "", "--checkpoint=x"], "--image has an empty value"),
+    (["--output="], "--output has an empty value"), (["--data", ""], "--data has an empty value"),
+    (["--data_path="], "--data-path has an empty value"),
+    (["--lr=1e308"], "--lr: must be within 0..1e+30, got 1e308"), (["--lr=inf"], "got inf"),
+    (["--lr=nan"], "got nan"), (["--weight-decay=inf"], "got inf"),
+    (["--mixup=1e-300"], "must be 0 or at least 0.001, got 1e-300"), (["--cutmix=1e-9"], "got 1e-9"),
+    (["--image-size=1000000"], "--img-size: must be within 1..4096, got 1000000"),
     (["--workers=100000"], "--workers/--num-workers/-j: must be within 0..128, got 100000"),
 ])  # fmt: skip
 def test_values_out_of_bounds_are_named(capsys, options, message):
-    """A value that is empty, or that no run could use, is refused by the parser, which names flag and value."""
+    """The parser refuses a value that is empty, or that no run could use, and names flag and value."""
     with pytest.raises(SystemExit) as stopped:
         train.parser().parse_args(options)
     assert stopped.value.code == 2 and message in re.sub(r"\s+", " ", capsys.readouterr().err)
@@ -5439,15 +5444,17 @@ def test_pixels_that_are_no_numbers_stop(script, pixels, tmp_path, capsys, monke
 
 
 def test_checkpoints_that_do_not_fit_the_run_are_refused(tmp_path, capsys):
-    """--eval of lost weights is an error, not a score; a step beyond the run's end is no complete run; --resume says
-    that a file is not there, also where --output holds a run; lost weights are not called a good checkpoint."""
+    """--eval of lost weights is an error, not a score; a step beyond the run's end is no complete
+    run; --resume says that a file is not there, also where --output holds a run; lost weights are
+    not called a good checkpoint."""
     run_tiny("train", tmp_path / "a")
     state = models.read_checkpoint(tmp_path / "a" / "last.pt")
     for part in ("model", "ema"):
         for x in state[part].values():
             x.fill_(math.nan) if x.is_floating_point() else None
     torch.save(state, tmp_path / "nan.pt")
-    said = refused(capsys, 2, run_tiny, "train", tmp_path / "b", "--eval", f"--checkpoint={tmp_path}/nan.pt")
+    asked = ("--eval", f"--checkpoint={tmp_path}/nan.pt")
+    said = refused(capsys, 2, run_tiny, "train", tmp_path / "b", *asked)
     assert "nan.pt" in said and "holds nan or inf" in said and "{" not in capsys.readouterr().out
     state = models.read_checkpoint(tmp_path / "a" / "last.pt")
     torch.save(state | {"step": 9}, tmp_path / "beyond.pt")
@@ -5460,20 +5467,21 @@ def test_checkpoints_that_do_not_fit_the_run_are_refused(tmp_path, capsys):
 
 
 def test_evaluation_without_a_finite_loss_fails(tmp_path, capsys):
-    """Finite weights may still overflow: --eval then names the checkpoint, a line break in its name or not, and prints
-    no JSON, which has no NaN."""
+    """Finite weights may still overflow: --eval then names the checkpoint, a line break in its name
+    or not, and prints no JSON, which has no NaN."""
     run_tiny("train", tmp_path)
     state = models.read_checkpoint(tmp_path / "best.pt")
     for x in state["ema"].values():
         x.mul_(1e30) if x.is_floating_point() else None
     torch.save(state, tmp_path / "hu\nge.pt")
-    said = refused(capsys, 1, run_tiny, "train", tmp_path / "b", "--eval", f"--checkpoint={tmp_path}/hu\nge.pt")
+    asked = ("--eval", f"--checkpoint={tmp_path}/hu\nge.pt")
+    said = refused(capsys, 1, run_tiny, "train", tmp_path / "b", *asked)
     assert "hu\nge.pt: the loss is" in said
 
 
 def test_names_that_are_not_text(tmp_path, capsys):
-    """A file name that is not UTF-8 is predicted as any other, and so is what comes after it; a name with a line break
-    is whole in the message about an image that cannot be read."""
+    """A file name that is not UTF-8 is predicted as any other, and so is what comes after it; a name
+    with a line break is whole in the message about an image that cannot be read."""
     run_train(tmp_path / "run", "--max-steps=1")
     images = tmp_path / "images"
     images.mkdir()
@@ -5495,8 +5503,8 @@ def test_a_run_outlives_its_reader(tmp_path, both):
     """`train.py | head -1` trains to the end, with its errors in the same pipe or not."""
     command = [sys.executable, "train.py", *SMALL, "--max-steps=2", f"--output={tmp_path}/run"]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    errors = subprocess.STDOUT if both else subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT if both else subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes) as process:
         assert "levit128" in process.stdout.readline()
         process.stdout.close()
         said = "" if both else process.stderr.read()
@@ -5505,14 +5513,16 @@ def test_a_run_outlives_its_reader(tmp_path, both):
 
 
 @pytest.mark.parametrize(("variables", "message"), [
-    (dict(WORLD_SIZE="abc"), "WORLD_SIZE=abc"), (dict(WORLD_SIZE="0"), "WORLD_SIZE=0"), (dict(RANK="-1"), "RANK=-1"),
-    (dict(LOCAL_RANK="x"), "LOCAL_RANK=x"), (dict(LOCAL_WORLD_SIZE="0"), "LOCAL_WORLD_SIZE=0"),
+    (dict(WORLD_SIZE="abc"), "WORLD_SIZE=abc"), (dict(WORLD_SIZE="0"), "WORLD_SIZE=0"),
+    (dict(RANK="-1"), "RANK=-1"), (dict(LOCAL_RANK="x"), "LOCAL_RANK=x"),
+    (dict(LOCAL_WORLD_SIZE="0"), "LOCAL_WORLD_SIZE=0"),
     (dict(RANK="2", WORLD_SIZE="2"), "RANK=2 in the environment: expected less than WORLD_SIZE=2"),
     (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="abc"), "MASTER_PORT=abc"),
     (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"), "MASTER_PORT=taken"),
 ])  # fmt: skip
 def test_variables_of_processes_are_checked(tmp_path, capsys, monkeypatch, variables, message):
-    """What torchrun would have set is refused by name and value where it makes no sense, or the port is taken."""
+    """What torchrun would have set is refused by name and value where it makes no sense, or the port
+    is taken."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -78,7 +78,7 @@ from models import (
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1; used for all data
 
-# Defaults that depend on the data. Folders: the paper's epochs, and its batch per GPU (see `lr_batch`); DeiT's
+# Defaults that depend on the data. Folders: the paper's epochs, and `batch_per_gpu`; DeiT's
 # augmentation, whose RandAugment m9 (of 10) is torchvision's 27 (of 30), without its repeated augmentation. The
 # rendered shapes have a small, short recipe of their own, made for two CPU cores.
 DATA_DEFAULTS = {
@@ -332,8 +332,8 @@ class Scenes(Shapes):
 
 
 def say(text: str, file: IO | None = None) -> None:
-    """Print a line to standard output, or to `file`. If its reader has left, as `head` does, this and all later lines
-    go nowhere, and the work goes on."""
+    """Print a line to standard output, or to `file`. If its reader has left, as `head` does, this
+    and all later lines go nowhere, and the work goes on."""
     file = file or sys.stdout
     try:
         print(text, file=file, flush=True)
@@ -355,7 +355,8 @@ def read_image(path: str | Path, upright: bool = False) -> Image.Image:
                 raise ValueError("more than 8 bits per channel, which would be clipped")
             return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except Exception as error:  # a damaged file can raise nearly anything
-        raise DataError(f"cannot read image {str(path)!r}: {error}") from None  # a name may have line breaks
+        # repr, because a name may have line breaks
+        raise DataError(f"cannot read image {str(path)!r}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -569,9 +570,10 @@ def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def start_processes() -> torch.device:
-    """Join the process group if torchrun or srun started several processes (nccl on GPUs, gloo on CPUs); the device.
+    """Join the process group if torchrun or srun started several processes (nccl on GPUs, gloo on
+    CPUs); the device.
 
-    Raises: ValueError for environment variables that make no sense, and where the group cannot be joined.
+    Raises: ValueError for environment variables that make no sense, or a group that is not met.
     """
     of_srun = slurm_variables(os.environ)
     os.environ.update(of_srun)
@@ -579,11 +581,13 @@ def start_processes() -> torch.device:
     for name, least in dict(WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, RANK=0, LOCAL_RANK=0).items():
         text = os.environ.get(name, str(least))
         if not text.isdecimal() or int(text) < least:
-            raise ValueError(f"{name}={text} in the environment: expected a whole number of at least {least}")
+            wanted = f"a whole number of at least {least}"
+            raise ValueError(f"{name}={text} in the environment: expected {wanted}")
         counts[name] = int(text)
     local_rank, several = counts["LOCAL_RANK"], counts["WORLD_SIZE"] > 1
     if several and counts["RANK"] >= counts["WORLD_SIZE"]:
-        raise ValueError("RANK={RANK} in the environment: expected less than WORLD_SIZE={WORLD_SIZE}".format(**counts))
+        wanted = f"less than WORLD_SIZE={counts['WORLD_SIZE']}"
+        raise ValueError(f"RANK={counts['RANK']} in the environment: expected {wanted}")
     device, backend, options = torch.device("cpu"), "gloo", {}
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
@@ -597,8 +601,9 @@ def start_processes() -> torch.device:
         try:
             dist.init_process_group(backend, **options)
         except (RuntimeError, ValueError) as error:
-            place = ", ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
-            raise ValueError(f"cannot meet the other processes at {place}: {str(error).splitlines()[0]}") from None
+            names, reason = ("MASTER_ADDR", "MASTER_PORT"), str(error).splitlines()[0]
+            place = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+            raise ValueError(f"cannot meet the other processes at {place}: {reason}") from None
     return device
 
 
@@ -789,7 +794,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         if rank() == 0:
-            with self.bar.external_write_mode() if self.bar is not None else contextlib.nullcontext():
+            aside = contextlib.nullcontext() if self.bar is None else self.bar.external_write_mode()
+            with aside:
                 say(text)
 
     def close(self) -> None:
@@ -990,18 +996,20 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int, tot
 
 def kind_of(data: str | None) -> str:
     """The row of DATA_DEFAULTS for --data: "shapes", "cifar" or "folder"."""
-    return {None: "shapes", "shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}.get(data, "folder")
+    kinds = {None: "shapes", "shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}
+    return kinds.get(data, "folder")
 
 
 def batch_per_gpu(model: str) -> int:
-    """Section 4.1: 64 images for LeViT and, pretrained by LeViT's recipe, LCNet and ESNet; 32 for DeiT and MViTv2.
-    timm's models, which the paper does not have, go with DeiT."""
+    """Section 4.1: 64 images for LeViT and, pretrained by LeViT's recipe, LCNet and ESNet; 32 for
+    DeiT and MViTv2. timm's models, which the paper does not have, go with DeiT."""
     return 64 if model in {*LEVIT, *LCNET, *ESNET} else 32
 
 
 def lr_batch(args: argparse.Namespace) -> int:
-    """The global batch at which --lr is the peak learning rate. With sgd on a folder it is the paper's, 64 GPUs of
-    `batch_per_gpu`: 4096 or 2048. The recipes of shapes and cifar have 4096 for every model."""
+    """The global batch at which --lr is the peak learning rate. With sgd on a folder it is the
+    paper's, 64 GPUs of `batch_per_gpu`: 4096 or 2048. shapes and cifar have 4096 for every model.
+    """
     if args.optimizer == "adamw":
         return 512
     return 64 * batch_per_gpu(args.model) if kind_of(args.data) == "folder" else 4096
@@ -1013,9 +1021,11 @@ def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
 
 
 def not_finite(run: Run, what: str, lr: float, kept: str = "last.pt") -> NonFiniteLoss:
-    """The error to raise, with what one needs to know to go on; `kept` is the checkpoint before it, if there is one."""
+    """The error to raise, with what one needs to know to go on; `kept` is the checkpoint before it,
+    if there is one."""
     path = run.folder / kept
-    kept = f"the last checkpoint before it is {path}" if path.exists() else "there is no checkpoint before it"
+    found = f"the last checkpoint before it is {path}"
+    kept = found if path.exists() else "there is no checkpoint before it"
     return NonFiniteLoss(f"{what} at step {run.step}, learning rate {lr:.3g}; {kept}")
 
 
@@ -1318,7 +1328,8 @@ def at_least(minimum: float, kind: type = int, most: float = 10**9) -> Callable[
     def convert(text: str):
         value = kind(text)
         if not minimum <= value <= most:
-            bounds = f"at least {minimum}" if value < minimum and most == 10**9 else f"within {minimum}..{most}"
+            low = value < minimum and most == 10**9
+            bounds = f"at least {minimum}" if low else f"within {minimum}..{most}"
             raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
         return value
 
@@ -1330,7 +1341,8 @@ share = at_least(0, float, most=1)
 
 
 def mixing(text: str) -> float:
-    """argparse type: alpha of a Beta distribution, or 0 for none. Below 1e-3 torch draws 0.5 only, or fails."""
+    """argparse type: alpha of a Beta distribution, or 0 for none. Far below 1e-3 torch draws only
+    0.5, or fails."""
     value = at_least(0, float)(text)
     if 0 < value < 1e-3:
         raise argparse.ArgumentTypeError(f"must be 0 or at least 0.001, got {text}")
@@ -1382,15 +1394,16 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict] = DA
     add("--model", help="a model by name")
     add("--attention", help=f"{', '.join(ATTENTIONS)}; default castling")
     add("--data", help="a built-in set or a folder; default shapes, rendered on the fly")
-    add("--image-size", type=at_least(1, most=4096), help=f"pixels per side; {by_data('image_size', defaults)}")
+    add("--image-size", type=at_least(1, most=4096),
+        help=f"pixels per side; {by_data('image_size', defaults)}")  # fmt: skip
     add("--epochs", type=at_least(1), help=f"passes over the training images; {by_data('epochs', defaults)}")
     add("--eval-every", type=at_least(1), help="epochs from one evaluation to the next; default 1, for COCO 10")
     add("--max-steps", type=at_least(1), help="stop after this many optimiser steps; schedules are fitted to it")
     add("--batch-size", type=at_least(1), help=f"images per process; {by_data('batch_size', defaults)}")
-    add("--lr", type=at_least(0, float, most=1e30), help="peak learning rate at the recipe's own batch, scaled "
-        "linearly to yours")  # fmt: skip
-    add("--workers", type=at_least(0, most=128), help="loader processes; default: a process's share of the cores, at "
-        "most 8")  # fmt: skip
+    add("--lr", type=at_least(0, float, most=1e30),
+        help="peak learning rate at the recipe's own batch, scaled linearly to yours")  # fmt: skip
+    add("--workers", type=at_least(0, most=128),
+        help="loader processes; default: a process's share of the cores, at most 8")  # fmt: skip
     add("--seed", type=at_least(0, most=2**62), help="of weights, data order, augmentation and shapes; default 0")
     add("--output", help="folder for checkpoints and logs; default runs/MODEL-ATTENTION-DATA")
     add("--resume", default="auto", help="auto (continue the run in --output if there is one), never, or a last.pt")
@@ -1424,8 +1437,9 @@ def parser() -> argparse.ArgumentParser:
         "timm:NAME is any vision transformer of timm that can be converted, with --attention castling or softmax\n"
         "data: shapes, cifar10, cifar100 (downloaded to ./data), or a folder with train/<class>/ and val/<class>/ "
         "(or test/)\n"
-        "learning rate: --lr is for a global batch of 512 with adamw; with sgd of 4096, but on a folder of 2048 for "
-        "deit, mvitv2\nand timm. Default --batch-size on a folder: 32 for these, 64 for levit, lcnet and esnet",
+        "learning rate: --lr is for a global batch of 512 with adamw; with sgd of 4096, but on a "
+        "folder of 2048 for deit, mvitv2\nand timm. Default --batch-size on a folder: 32 for these, "
+        "64 for levit, lcnet and esnet",
     )  # fmt: skip
     shared_flags(p)
     add, on_off = p.add_argument, argparse.BooleanOptionalAction
@@ -1776,7 +1790,8 @@ def resume(run: Run, path: Path) -> None:
             f"Use the same flags, another --output, or --resume never --overwrite to start over"
         )
     if state["step"] not in range(run.total_steps + 1):
-        raise ValueError(f"{path} is at step {state['step']}, expected one of 0..{run.total_steps}, the run's end")
+        wanted = f"one of 0..{run.total_steps}, the run's end"
+        raise ValueError(f"{path} is at step {state['step']}, expected {wanted}")
     run.model.load_state_dict(state["model"])
     run.ema.module.load_state_dict(state["ema"])
     run.ema.n_averaged.fill_(state["ema_updates"])
