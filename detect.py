@@ -620,7 +620,7 @@ def open_split(args: argparse.Namespace, split: str) -> Dataset:
     annotations, images = coco_files(Path(args.data), split)
     dataset = CocoFolder(annotations, images, training=split == "train" and not args.eval)
     if dataset.dropped and train.rank() == 0:
-        sys.stderr.write(f"{annotations}: {dataset.dropped} boxes outside their image or of zero area dropped\n")
+        train.say(f"{annotations}: {dataset.dropped} boxes outside their image or of zero area dropped", sys.stderr)
     return dataset
 
 
@@ -781,7 +781,7 @@ def setup(run: Run) -> None:
     if args.backbone and train.starts_fresh(args):
         report = load_pretrained(run.model.backbone, args.backbone)
         if train.rank() == 0:
-            print(f"{args.backbone}\n{report}")
+            train.say(f"{args.backbone}\n{report}")
     least = 32 + 32 * args.multi_scale
     if args.image_size < least:
         raise ValueError(f"--image-size must be at least {least} with --multi-scale {args.multi_scale}, got "

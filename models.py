@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path
 from torchvision.ops import StochasticDepth
 
 from attention import KERNELS, AttentionCore, castle, cores, look_up
@@ -1725,7 +1725,8 @@ def damage(path: Path) -> str | None:
 def read_checkpoint(path: str | Path) -> dict:
     """The dictionary in a checkpoint file, on the CPU. Only tensors and plain data are ever unpickled.
 
-    Raises: ValueError that names the file if it is missing, damaged, needs arbitrary code to load, or is no dictionary.
+    Raises: ValueError that names the file if it is missing, damaged, needs arbitrary code to load,
+        is no dictionary, or has tensors that are not plain ones.
     """
     path = Path(path)
     if not path.is_file():
@@ -1741,6 +1742,12 @@ def read_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path} is damaged or is no PyTorch checkpoint: {error!r}") from error
     if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dictionary by name")
+    for place, leaf in tree_leaves_with_path(checkpoint):
+        if isinstance(leaf, Tensor) and (
+            leaf.layout != torch.strided or leaf.is_meta or leaf.is_quantized or leaf.is_nested
+        ):
+            kinds = "sparse, meta, quantised or nested"
+            raise ValueError(f"{path} holds a {kinds} tensor, {keystr(place)}")
     return checkpoint
 
 
@@ -1928,13 +1935,18 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None
         # a published LeViT's down-sampling attention projects kv and q apart
         return castling and bool(re.search(r"\.attn_downsample\.(kv|q\.ln)\.", name))
 
-    final, wrong = {}, []
+    final = {}
+    tensors = {name: x for name, x in weights.items() if isinstance(x, Tensor)}
+    numbers = {name: x.float() for name, x in tensors.items() if x.is_floating_point()}
+    wrong = [f"{name} holds nan or inf" for name, x in numbers.items() if not x.isfinite().all()]
     for name, value in own.items():
         found = weights.get(name)
         if fresh and name.startswith(fresh):
             report.new.append(name)
         elif found is not None and not isinstance(found, Tensor):
             wrong.append(f"{name} is no tensor")
+        elif found is not None and value.is_floating_point() and name not in numbers:
+            wrong.append(f"{name} is {found.dtype} in the file, {value.dtype} in the model")
         elif found is not None and found.shape == value.shape:
             final[name] = found
             report.loaded.append(name)

@@ -1666,8 +1666,9 @@ class Malicious:
 
 
 def test_bad_checkpoints_are_named(tmp_path):
-    """Missing, truncated, foreign, wrong-class and wrong-model files are ValueErrors naming the file; nothing is half
-    loaded, and no code in a pickle runs."""
+    """Missing, truncated, foreign, wrong-class and wrong-model files, and weights that are no finite
+    real numbers, are ValueErrors naming the file; nothing is half loaded, no code in a pickle runs.
+    """
     model = tiny("deit")
     before = copy.deepcopy(model.state_dict())
     good = tmp_path / "good.pt"
@@ -1689,6 +1690,20 @@ def test_bad_checkpoints_are_named(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             load_pretrained(model, tmp_path / f"{name}.pt")
         assert f"{name}.pt" in str(error.value)
+    head = model.state_dict()["head.weight"]
+    nan = head.clone()
+    nan[0, 0] = math.nan
+    quantised = torch.quantize_per_tensor(head, 0.1, 0, torch.qint8)
+    for wrong, message in (
+        (nan, "holds nan or inf"), (nan.to(torch.float8_e4m3fn), "holds nan or inf"),
+        (head.to(torch.complex64), "complex64"), (head.long(), "int64"), (head > 0, "bool"),
+        (head.to_sparse(), "sparse"), (head.to("meta"), "meta"), (quantised, "quantised"),
+    ):  # fmt: skip
+        torch.save({"model": model.state_dict() | {"head.weight": wrong}}, tmp_path / "kind.pt")
+        with pytest.raises(ValueError, match=message) as error:
+            load_pretrained(model, tmp_path / "kind.pt")
+        assert "kind.pt" in str(error.value) and "head.weight" in str(error.value)
+        assert "\n" not in str(error.value)
     assert not (tmp_path / "owned").exists()
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     for family, kind in (("deit", "pos_embed"), ("levit", "attention_biases"), ("mvit", "rel_pos_h")):
@@ -2172,6 +2187,26 @@ def test_recipe_of_the_optimizer():
     assert max(rates) == pytest.approx(0.001 / 8)
 
 
+@pytest.mark.parametrize(("model", "images"), [
+    ("levit128", 64), ("levit384", 64), ("esnet_vit_m", 64),
+    ("deit_tiny", 32), ("deit_base", 32), ("mvitv2_small", 32),
+])  # fmt: skip
+def test_peak_learning_rate_is_the_papers(model, images):
+    """Section 4.1 on a folder: 2.0, warmed up from 0.01, on 64 GPUs of 64 images for LeViT and of 32
+    for DeiT and MViTv2; linear from there. shapes and cifar have one batch for every model: 3.2 and
+    2.0 at 4096."""
+    folder = flags("--data=.", model=model, warmup_epochs=11)
+    assert folder.batch_size == images
+    for gpus, times in ((64, 1.0), (8, 1 / 8)):
+        folder.global_batch = gpus * folder.batch_size
+        assert train.learning_rate(folder, 0, 100, 100_000) == 0.01 * times
+        assert train.learning_rate(folder, 1100, 100, 100_000) == 2.0 * times
+    for data, peak in (("shapes", 3.2), ("cifar10", 2.0), ("cifar100", 2.0)):
+        args = flags(model=model, data=data, warmup_epochs=11)
+        assert args.batch_size == 128
+        assert train.learning_rate(args, 1100, 100, 100_000) == peak * 128 / 4096
+
+
 @given(st.floats(0, 1), st.floats(0.5, 1000), st.floats(0, 11))
 def test_schedules_stay_between_their_ends(u, epochs, full):
     """Every learning rate lies within [end, peak]; warm-up takes at most 11% of the run; the cosine ends at its end."""
@@ -2581,16 +2616,38 @@ def test_bad_arguments_exit_with_2(tmp_path, capsys):
     assert not (tmp_path / "x" / "last.pt").exists()
 
 
+@pytest.mark.parametrize(("options", "message"), [
+    (["--image", "", "--checkpoint=x"], "--image has an empty value"),
+    (["--output="], "--output has an empty value"), (["--data", ""], "--data has an empty value"),
+    (["--data_path="], "--data-path has an empty value"),
+    (["--lr=1e308"], "--lr: must be within 0..1e+30, got 1e308"), (["--lr=inf"], "got inf"),
+    (["--lr=nan"], "got nan"), (["--weight-decay=inf"], "got inf"),
+    (["--mixup=1e-300"], "must be 0 or at least 0.001, got 1e-300"), (["--cutmix=1e-9"], "got 1e-9"),
+    (["--image-size=1000000"], "--img-size: must be within 1..4096, got 1000000"),
+    (["--workers=100000"], "--workers/--num-workers/-j: must be within 0..128, got 100000"),
+])  # fmt: skip
+def test_values_out_of_bounds_are_named(capsys, options, message):
+    """The parser refuses a value that is empty, or that no run could use, and names flag and value."""
+    with pytest.raises(SystemExit) as stopped:
+        train.parser().parse_args(options)
+    assert stopped.value.code == 2 and message in re.sub(r"\s+", " ", capsys.readouterr().err)
+
+
+def test_a_value_may_end_in_an_equals_sign():
+    """Only what a flag is given is looked at: a folder named a= is one."""
+    assert train.parser().parse_args(["--data", "a=", "--output=b="]).data == "a="
+
+
 def test_non_finite_loss_stops(tmp_path, capsys):
     """The message has step, learning rate and the last good checkpoint, and that checkpoint still loads."""
     with pytest.raises(SystemExit) as stopped:
         run_train(tmp_path, "--lr=1e30", "--max-steps=10")
     assert stopped.value.code == 1
-    message = r"loss is (nan|inf) at step \d+, learning rate .*there is no checkpoint yet"
+    message = r"loss is (nan|inf) at step \d+, learning rate .*there is no checkpoint before it"
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "last.pt").exists()
     with pytest.raises(SystemExit) as stopped:  # diverges in the last step: seen by the evaluation
-        run_train(tmp_path, "--lr=1e38", "--max-steps=2")
+        run_train(tmp_path, "--lr=1e30", "--max-steps=2")
     assert stopped.value.code == 1 and not (tmp_path / "castled.pt").exists()
 
 
@@ -5255,8 +5312,8 @@ def test_runs_are_not_mixed_up(undisturbed, tmp_path, capsys, monkeypatch):
     assert outcome(tmp_path / "a") == undisturbed("train")
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     # starting over leaves nothing of the old run to be resumed, even if the new one dies at once
-    assert "no checkpoint yet" in refused(capsys, 1, run_tiny, "train", tmp_path / "a", "--resume=never", "--overwrite",
-                                          "--lr=1e38", "--save-minutes=0")  # fmt: skip
+    anew = ("--resume=never", "--overwrite", "--lr=1e30", "--save-minutes=0")
+    assert "no checkpoint before it" in refused(capsys, 1, run_tiny, "train", tmp_path / "a", *anew)
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"config.json", "log.jsonl", "lock"}
 
 
@@ -5581,6 +5638,96 @@ def test_pixels_that_are_no_numbers_stop(script, pixels, tmp_path, capsys, monke
     prepare = train.to_model_input
     monkeypatch.setattr(train, "to_model_input", lambda *given: prepare(*given) * pixels)
     assert "loss is nan at step 0" in refused(capsys, 1, run_tiny, script, tmp_path)
+
+
+def test_checkpoints_that_do_not_fit_the_run_are_refused(tmp_path, capsys):
+    """--eval of lost weights is an error, not a score; a step beyond the run's end is no complete
+    run; --resume says that a file is not there, also where --output holds a run; lost weights are
+    not called a good checkpoint."""
+    run_tiny("train", tmp_path / "a")
+    state = models.read_checkpoint(tmp_path / "a" / "last.pt")
+    for part in ("model", "ema"):
+        for x in state[part].values():
+            x.fill_(math.nan) if x.is_floating_point() else None
+    torch.save(state, tmp_path / "nan.pt")
+    asked = ("--eval", f"--checkpoint={tmp_path}/nan.pt")
+    said = refused(capsys, 2, run_tiny, "train", tmp_path / "b", *asked)
+    assert "nan.pt" in said and "holds nan or inf" in said and "{" not in capsys.readouterr().out
+    state = models.read_checkpoint(tmp_path / "a" / "last.pt")
+    torch.save(state | {"step": 9}, tmp_path / "beyond.pt")
+    said = refused(capsys, 2, run_tiny, "train", tmp_path / "b", f"--resume={tmp_path}/beyond.pt")
+    assert "beyond.pt is at step 9, expected one of 0..8" in said
+    said = refused(capsys, 2, run_tiny, "train", tmp_path / "a", "--resume=gone.pt")
+    assert "--resume gone.pt: there is no such file" in said
+    run = types.SimpleNamespace(folder=tmp_path / "a", step=3)
+    assert "good" not in str(train.not_finite(run, "loss is nan", 0.1))
+
+
+def test_evaluation_without_a_finite_loss_fails(tmp_path, capsys):
+    """Finite weights may still overflow: --eval then names the checkpoint, a line break in its name
+    or not, and prints no JSON, which has no NaN."""
+    run_tiny("train", tmp_path)
+    state = models.read_checkpoint(tmp_path / "best.pt")
+    for x in state["ema"].values():
+        x.mul_(1e30) if x.is_floating_point() else None
+    torch.save(state, tmp_path / "hu\nge.pt")
+    asked = ("--eval", f"--checkpoint={tmp_path}/hu\nge.pt")
+    said = refused(capsys, 1, run_tiny, "train", tmp_path / "b", *asked)
+    assert "hu\nge.pt: the loss is" in said
+
+
+def test_names_that_are_not_text(tmp_path, capsys):
+    """A file name that is not UTF-8 is predicted as any other, and so is what comes after it; a name
+    with a line break is whole in the message about an image that cannot be read."""
+    run_train(tmp_path / "run", "--max-steps=1")
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in (b"a\xff.png", b"b.png"):
+        Image.new("RGB", (40, 40)).save(images / os.fsdecode(name))
+    (images / "c\nd.png").write_text("no picture")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run_train(tmp_path / "x", f"--image={images}", f"--checkpoint={tmp_path}/run/best.pt")
+    printed = capsys.readouterr()
+    assert stopped.value.code == 1 and "a\\udcff.png: " in printed.out and "b.png: " in printed.out
+    with pytest.raises(train.DataError, match=r"c\\nd\.png") as error:
+        train.read_image(images / "c\nd.png")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_run_outlives_its_reader(tmp_path, both):
+    """`train.py | head -1` trains to the end, with its errors in the same pipe or not."""
+    command = [sys.executable, "train.py", *SMALL, "--max-steps=2", f"--output={tmp_path}/run"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT if both else subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes) as process:
+        assert "levit128" in process.stdout.readline()
+        process.stdout.close()
+        said = "" if both else process.stderr.read()
+        assert process.wait(120) == 0 and "BrokenPipe" not in said
+    assert "castling_report" in (tmp_path / "run" / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("variables", "message"), [
+    (dict(WORLD_SIZE="abc"), "WORLD_SIZE=abc"), (dict(WORLD_SIZE="0"), "WORLD_SIZE=0"),
+    (dict(RANK="-1"), "RANK=-1"), (dict(LOCAL_RANK="x"), "LOCAL_RANK=x"),
+    (dict(LOCAL_WORLD_SIZE="0"), "LOCAL_WORLD_SIZE=0"),
+    (dict(RANK="2", WORLD_SIZE="2"), "RANK=2 in the environment: expected less than WORLD_SIZE=2"),
+    (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="abc"), "MASTER_PORT=abc"),
+    (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"), "MASTER_PORT=taken"),
+])  # fmt: skip
+def test_variables_of_processes_are_checked(tmp_path, capsys, monkeypatch, variables, message):
+    """What torchrun would have set is refused by name and value where it makes no sense, or the port
+    is taken."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in {"MASTER_PORT": port, **variables}.items():
+            monkeypatch.setenv(name, value)
+        said = refused(capsys, 2, run_tiny, "train", tmp_path)
+    assert message.replace("taken", port) in said and len(said.splitlines()) == 1
 
 
 def test_slurm_variables():

@@ -69,7 +69,10 @@ from attention import (
 )
 from models import (
     ATTENTIONS,
+    ESNET,
     HEADS,
+    LCNET,
+    LEVIT,
     MODELS,
     VIT_DENSE,
     build_model,
@@ -84,12 +87,12 @@ from models import (
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1; used for all data
 
-# Defaults that depend on the data. Folders: the paper's epochs and LeViT batch per GPU (its DeiT has 32); DeiT's
+# Defaults that depend on the data. Folders: the paper's epochs, and `batch_per_gpu`; DeiT's
 # augmentation, whose RandAugment m9 (of 10) is torchvision's 27 (of 30), without its repeated augmentation. The
 # rendered shapes have a small, short recipe of their own, made for two CPU cores.
 DATA_DEFAULTS = {
     "folder": dict(
-        image_size=224, epochs=1000, batch_size=64, optimizer="sgd",
+        image_size=224, epochs=1000, optimizer="sgd",
         randaugment=27, mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1,
     ),
     "cifar": dict(
@@ -108,8 +111,8 @@ OPTIMIZERS = {
     # LeViT's and DeiT's own recipe; weight decay is LeViT's (DeiT: 0.05)
     "adamw": dict(lr=5e-4, weight_decay=0.025, warmup_epochs=5.0, schedule="cosine"),
 }
-LR_BATCH = {"sgd": 4096, "adamw": 512}  # `lr` is the peak at a global batch of this size; it scales with the batch
-LR_ENDS = {"sgd": (0.01, 0.0), "adamw": (1e-6, 1e-5)}  # at the same batch: where warm-up starts, where a cosine ends
+# At a global batch of `lr_batch`, as `lr` is: where warm-up starts, where a cosine ends.
+LR_ENDS = {"sgd": (0.01, 0.0), "adamw": (1e-6, 1e-5)}
 
 
 # ---- schedules: pure functions of where training stands --------------------------------------------------------------
@@ -337,6 +340,16 @@ class Scenes(Shapes):
 # ---- data: folders, CIFAR, augmentation, order -----------------------------------------------------------------------
 
 
+def say(text: str, file: IO | None = None) -> None:
+    """Print a line to standard output, or to `file`. If its reader has left, as `head` does, this
+    and all later lines go nowhere, and the work goes on."""
+    file = file or sys.stdout
+    try:
+        print(text, file=file, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
 class DataError(RuntimeError):
     """A file of the data set cannot be used; the message names it."""
 
@@ -351,7 +364,8 @@ def read_image(path: str | Path, upright: bool = False) -> Image.Image:
                 raise ValueError("more than 8 bits per channel, which would be clipped")
             return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except Exception as error:  # a damaged file can raise nearly anything
-        raise DataError(f"cannot read image {path}: {error}") from None
+        # repr, because a name may have line breaks
+        raise DataError(f"cannot read image {str(path)!r}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -394,7 +408,7 @@ class Augmented(Dataset):
                 if not self.training:
                     raise
                 if not self.bad[index]:
-                    sys.stderr.write(f"{error}; the next image takes its place\n")
+                    say(f"{error}; the next image takes its place", sys.stderr)
                     self.bad[index] = 1
                 bad = int(self.bad.sum())
                 if bad > self.share / 100:
@@ -565,22 +579,40 @@ def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def start_processes() -> torch.device:
-    """Join the process group if torchrun or srun started several processes (nccl on GPUs, gloo on CPUs); the device."""
+    """Join the process group if torchrun or srun started several processes (nccl on GPUs, gloo on
+    CPUs); the device.
+
+    Raises: ValueError for environment variables that make no sense, or a group that is not met.
+    """
     of_srun = slurm_variables(os.environ)
     os.environ.update(of_srun)
-    local_rank, several = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if not torch.cuda.is_available():
-        if several:
-            dist.init_process_group("gloo")
-        return torch.device("cpu")
-    gpus = torch.cuda.device_count()
-    index = 0 if of_srun and gpus == 1 else local_rank  # with --gpus-per-task=1 a task sees its own GPU only
-    if index >= gpus:
-        raise ValueError(f"process {local_rank} of this machine has no GPU: there are {gpus}")
-    device = torch.device("cuda", index)
-    torch.cuda.set_device(device)
+    counts = {}
+    for name, least in dict(WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, RANK=0, LOCAL_RANK=0).items():
+        text = os.environ.get(name, str(least))
+        if not text.isdecimal() or int(text) < least:
+            wanted = f"a whole number of at least {least}"
+            raise ValueError(f"{name}={text} in the environment: expected {wanted}")
+        counts[name] = int(text)
+    local_rank, several = counts["LOCAL_RANK"], counts["WORLD_SIZE"] > 1
+    if several and counts["RANK"] >= counts["WORLD_SIZE"]:
+        wanted = f"less than WORLD_SIZE={counts['WORLD_SIZE']}"
+        raise ValueError(f"RANK={counts['RANK']} in the environment: expected {wanted}")
+    device, backend, options = torch.device("cpu"), "gloo", {}
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        index = 0 if of_srun and gpus == 1 else local_rank  # with --gpus-per-task=1 a task sees its own GPU only
+        if index >= gpus:
+            raise ValueError(f"process {local_rank} of this machine has no GPU: there are {gpus}")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+        backend, options = "nccl", dict(device_id=device)
     if several:
-        dist.init_process_group("nccl", device_id=device)
+        try:
+            dist.init_process_group(backend, **options)
+        except (RuntimeError, ValueError) as error:
+            names, reason = ("MASTER_ADDR", "MASTER_PORT"), str(error).splitlines()[0]
+            place = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+            raise ValueError(f"cannot meet the other processes at {place}: {reason}") from None
     return device
 
 
@@ -770,10 +802,10 @@ class Progress:
             self.say(f"  step {self.done}/{self.total}  {text}  ETA {datetime.timedelta(seconds=round(left))}")
 
     def say(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.write(text)
-        elif rank() == 0:
-            print(text, flush=True)
+        if rank() == 0:
+            aside = contextlib.nullcontext() if self.bar is None else self.bar.external_write_mode()
+            with aside:
+                say(text)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -964,11 +996,32 @@ class Task:
 
 def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int, total_steps: int) -> float:
     """Learning rate of optimiser step `step` (0-based), scaled from the recipe's batch to args.global_batch."""
-    scale = args.global_batch / LR_BATCH[args.optimizer]
+    scale = args.global_batch / lr_batch(args)
     start, end = (min(args.lr, lr) * scale for lr in LR_ENDS[args.optimizer])
     epoch, epochs = step / steps_per_epoch, total_steps / steps_per_epoch
     shape = dict(epochs=epochs, peak=args.lr * scale, start=start, warmup=min(args.warmup_epochs, epochs))
     return exponential_lr(epoch, **shape) if args.schedule == "exponential" else cosine_lr(epoch, **shape, end=end)
+
+
+def kind_of(data: str | None) -> str:
+    """The row of DATA_DEFAULTS for --data: "shapes", "cifar" or "folder"."""
+    kinds = {None: "shapes", "shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}
+    return kinds.get(data, "folder")
+
+
+def batch_per_gpu(model: str) -> int:
+    """Section 4.1: 64 images for LeViT and, pretrained by LeViT's recipe, LCNet and ESNet; 32 for
+    DeiT and MViTv2. timm's models, which the paper does not have, go with DeiT."""
+    return 64 if model in {*LEVIT, *LCNET, *ESNET} else 32
+
+
+def lr_batch(args: argparse.Namespace) -> int:
+    """The global batch at which --lr is the peak learning rate. With sgd on a folder it is the
+    paper's, 64 GPUs of `batch_per_gpu`: 4096 or 2048. shapes and cifar have 4096 for every model.
+    """
+    if args.optimizer == "adamw":
+        return 512
+    return 64 * batch_per_gpu(args.model) if kind_of(args.data) == "folder" else 4096
 
 
 def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
@@ -977,9 +1030,11 @@ def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
 
 
 def not_finite(run: Run, what: str, lr: float, kept: str = "last.pt") -> NonFiniteLoss:
-    """The error to raise, with what one needs to know to go on; `kept` is the last good checkpoint, if there is one."""
+    """The error to raise, with what one needs to know to go on; `kept` is the checkpoint before it,
+    if there is one."""
     path = run.folder / kept
-    kept = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+    found = f"the last checkpoint before it is {path}"
+    kept = found if path.exists() else "there is no checkpoint before it"
     return NonFiniteLoss(f"{what} at step {run.step}, learning rate {lr:.3g}; {kept}")
 
 
@@ -1285,27 +1340,28 @@ def print_report(run: Run, metric: dict) -> None:
         ("MACs per image, M", "{:.1f}", [metric["macs"][column] / 1e6 for column in columns]),
         (f"images/s, batch {batch}", "{:.0f}", [metric["inference_images_per_s"][column] for column in columns]),
     ]
-    print(f"\ncastling report: {args.model}, {args.attention}, {args.data} at {args.image_size} px")
-    print(" " * 22 + "".join(f"{column:>14}" for column in columns))
+    say(f"\ncastling report: {args.model}, {args.attention}, {args.data} at {args.image_size} px")
+    say(" " * 22 + "".join(f"{column:>14}" for column in columns))
     for name, form, values in rows:
-        print(f"{name:22}" + "".join(f"{form.format(value):>14}" for value in values[: len(columns)]))
+        say(f"{name:22}" + "".join(f"{form.format(value):>14}" for value in values[: len(columns)]))
     if "castling_gap" in metric:
-        print(f"castling gap          {metric['castling_gap']:.2f} points of {run.task.metrics[run.task.metric]}")
+        say(f"castling gap          {metric['castling_gap']:.2f} points of {run.task.metrics[run.task.metric]}")
         held = [f"{layer} {density:.4f}" for layer, density in metric["mask_density"].items() if density > 0]
-        print(f"mask density          {', '.join(held) or '0 in every layer: the masks are empty'}")
-    print(f"written               {run.folder / 'castled.pt'}", flush=True)
+        say(f"mask density          {', '.join(held) or '0 in every layer: the masks are empty'}")
+    say(f"written               {run.folder / 'castled.pt'}")
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def at_least(minimum: float, kind: type = int, most: float = math.inf) -> Callable[[str], float]:
+def at_least(minimum: float, kind: type = int, most: float = 10**9) -> Callable[[str], float]:
     """argparse type: a number of that kind within minimum..most."""
 
     def convert(text: str):
         value = kind(text)
         if not minimum <= value <= most:
-            bounds = f"at least {minimum}" if most == math.inf else f"within {minimum}..{most}"
+            low = value < minimum and most == 10**9
+            bounds = f"at least {minimum}" if low else f"within {minimum}..{most}"
             raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
         return value
 
@@ -1314,6 +1370,15 @@ def at_least(minimum: float, kind: type = int, most: float = math.inf) -> Callab
 
 
 share = at_least(0, float, most=1)
+
+
+def mixing(text: str) -> float:
+    """argparse type: alpha of a Beta distribution, or 0 for none. Far below 1e-3 torch draws only
+    0.5, or fails."""
+    value = at_least(0, float)(text)
+    if 0 < value < 1e-3:
+        raise argparse.ArgumentTypeError(f"must be 0 or at least 0.001, got {text}")
+    return value
 
 
 ALIASES = {  # what the scripts of DeiT, LeViT, timm and torchvision call our flags
@@ -1342,6 +1407,8 @@ class Parser(argparse.ArgumentParser):
             flag, equals, value = word.partition("=")
             if flag.startswith("--"):
                 flag = flag.replace("_", "-")
+            if not word or (flag.startswith("--") and equals and not value):
+                self.error(f"{flag or ''.join(words[-1:])} has an empty value")
             if flag != "--local-rank":
                 words.append(flag + equals + value)
         return super().parse_known_args(words, namespace)
@@ -1359,13 +1426,16 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict] = DA
     add("--model", help="a model by name")
     add("--attention", help=f"{', '.join(ATTENTIONS)}; default castling")
     add("--data", help="a built-in set or a folder; default shapes, rendered on the fly")
-    add("--image-size", type=at_least(1), help=f"pixels per side; {by_data('image_size', defaults)}")
+    add("--image-size", type=at_least(1, most=4096),
+        help=f"pixels per side; {by_data('image_size', defaults)}")  # fmt: skip
     add("--epochs", type=at_least(1), help=f"passes over the training images; {by_data('epochs', defaults)}")
     add("--eval-every", type=at_least(1), help="epochs from one evaluation to the next; default 1, for COCO 10")
     add("--max-steps", type=at_least(1), help="stop after this many optimiser steps; schedules are fitted to it")
     add("--batch-size", type=at_least(1), help=f"images per process; {by_data('batch_size', defaults)}")
-    add("--lr", type=at_least(0, float), help="peak learning rate at the recipe's own batch, scaled linearly to yours")
-    add("--workers", type=at_least(0), help="loader processes; default: a process's share of the cores, at most 8")
+    add("--lr", type=at_least(0, float, most=1e30),
+        help="peak learning rate at the recipe's own batch, scaled linearly to yours")  # fmt: skip
+    add("--workers", type=at_least(0, most=128),
+        help="loader processes; default: a process's share of the cores, at most 8")  # fmt: skip
     add("--seed", type=at_least(0, most=2**62), help="of weights, data order, augmentation and shapes; default 0")
     add("--output", help="folder for checkpoints and logs; default runs/MODEL-ATTENTION-DATA")
     add("--resume", default="auto", help="auto (continue the run in --output if there is one), never, or a last.pt")
@@ -1403,7 +1473,10 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"models: {', '.join(name for name in MODELS if name not in VIT_DENSE)}; default levit128\n"
         "timm:NAME is any vision transformer of timm that can be converted, with --attention castling or softmax\n"
         "data: shapes, cifar10, cifar100 (downloaded to ./data), or a folder with train/<class>/ and val/<class>/ "
-        "(or test/)",
+        "(or test/)\n"
+        "learning rate: --lr is for a global batch of 512 with adamw; with sgd of 4096, but on a "
+        "folder of 2048 for deit, mvitv2\nand timm. Default --batch-size on a folder: 32 for these, "
+        "64 for levit, lcnet and esnet",
     )  # fmt: skip
     shared_flags(p)
     add, on_off = p.add_argument, argparse.BooleanOptionalAction
@@ -1413,8 +1486,8 @@ def parser() -> argparse.ArgumentParser:
     add("--warmup-epochs", type=at_least(0, float), help="default 11 for sgd, 5 for adamw, at most 11%% of the run")
     add("--clip-grad", type=at_least(0, float), default=0.0, help="largest gradient norm, 0 for no limit")
     add("--smoothing", type=share, help=f"label smoothing; {by_data('smoothing')}")
-    add("--mixup", type=at_least(0, float), help=f"MixUp's alpha, 0 for none; {by_data('mixup')}")
-    add("--cutmix", type=at_least(0, float), help=f"CutMix's alpha, 0 for none; {by_data('cutmix')}")
+    add("--mixup", type=mixing, help=f"MixUp's alpha, 0 for none; {by_data('mixup')}")
+    add("--cutmix", type=mixing, help=f"CutMix's alpha, 0 for none; {by_data('cutmix')}")
     add("--randaugment", type=at_least(0, most=30), help=f"magnitude of 30, 0 for none; {by_data('randaugment')}")
     add("--erasing", type=share, help=f"probability of random erasing; {by_data('erasing')}")
     add("--drop-path", type=share, help="stochastic depth; default 0 for shapes, else the model's")
@@ -1467,13 +1540,13 @@ def fill_in(args: argparse.Namespace, defaults: Mapping) -> None:
 def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
     """Fill in every flag that was not given: from `trained`, a checkpoint's settings, else from the recipe tables."""
     take_over(args, trained or {}, TRAINED_FLAGS)
-    kinds = {None: "shapes", "shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}
-    row = DATA_DEFAULTS[kinds.get(args.data, "folder")]
+    args.model = args.model or "levit128"
+    row = {"batch_size": batch_per_gpu(args.model)} | DATA_DEFAULTS[kind_of(args.data)]
     args.optimizer = args.optimizer or row["optimizer"]
     if args.optimizer != row["optimizer"]:  # its learning rate is no other's
         row = {flag: value for flag, value in row.items() if flag not in ("lr", "schedule")}
     recipe = {flag: value for flag, value in OPTIMIZERS[args.optimizer].items() if flag != "warmup_epochs"}
-    fill_in(args, dict(model="levit128", castle_downsample=True, shapes_length=30000) | recipe | row)
+    fill_in(args, dict(castle_downsample=True, shapes_length=30000) | recipe | row)
 
 
 def core_options(args: argparse.Namespace) -> dict:
@@ -1651,7 +1724,7 @@ def newest(folder: Path) -> Path:
                 return path
             reasons.append(reason)
             if rank() == 0:
-                sys.stderr.write(f"warning: {reason}\n")
+                say(f"warning: {reason}", sys.stderr)
     raise ValueError(f"{'; '.join(reasons)}: nothing to continue from; --resume never --overwrite starts over")
 
 
@@ -1771,6 +1844,9 @@ def resume(run: Run, path: Path) -> None:
             f"{path} is of another run; differing: {', '.join(differing)}. "
             f"Use the same flags, another --output, or --resume never --overwrite to start over"
         )
+    if state["step"] not in range(run.total_steps + 1):
+        wanted = f"one of 0..{run.total_steps}, the run's end"
+        raise ValueError(f"{path} is at step {state['step']}, expected {wanted}")
     run.model.load_state_dict(state["model"])
     run.ema.module.load_state_dict(state["ema"])
     run.ema.n_averaged.fill_(state["ema_updates"])
@@ -1790,7 +1866,7 @@ def resume(run: Run, path: Path) -> None:
     now = vars(run.args) | {"processes": world_size()}
     changed = [f"{key} {value!r} -> {now.get(key)!r}" for key, value in then.items() if value != now.get(key)]
     if changed and first:
-        print(f"not bit for bit what it would have been from here on ({', '.join(changed)}): BatchNorm's statistics, "
+        say(f"not bit for bit what it would have been from here on ({', '.join(changed)}): BatchNorm's statistics, "
               f"mixing and dropout belong to each process and batch, and rounding changes")  # fmt: skip
 
 
@@ -1820,6 +1896,8 @@ def begin_or_resume(run: Run) -> None:
     path = None
     if not starts_fresh(args):
         path = newest(run.folder) if args.resume == "auto" else Path(args.resume)
+        if not path.exists():
+            raise ValueError(f"--resume {path}: there is no such file")
     ours = path is not None and path.parent.resolve() == run.folder.resolve()
     if not ours:
         refuse_to_overwrite(run)
@@ -1851,7 +1929,7 @@ def begin_or_resume(run: Run) -> None:
                 records = [record for record in records if record["step"] < run.step]
         rewrite_log(log, records)
         if path is not None:
-            print(f"resumed from {path} at step {run.step} of {run.total_steps}")
+            say(f"resumed from {path} at step {run.step} of {run.total_steps}")
     run.trained, run.best = from_rank_0((run.trained, run.best))
 
 
@@ -1890,7 +1968,7 @@ def prepare_run(task: Task, args: argparse.Namespace, device: torch.device) -> C
     if args.checkpoint and starts_fresh(args):
         report = task.load(model, args.checkpoint)
         if rank() == 0:
-            print(f"{args.checkpoint}\n{report}")
+            say(f"{args.checkpoint}\n{report}")
     model.to(device)
     run = Run(
         task=task,
@@ -1933,8 +2011,10 @@ def prepare_evaluation(task: Task, args: argparse.Namespace, device: torch.devic
 
     def work() -> None:
         record = evaluate_castling(task, model.to(device), loader, args, device, dropped)
+        if not math.isfinite(record.get("test_loss", 0.0)):
+            raise DataError(f"{args.checkpoint}: the loss is {record['test_loss']}")
         if rank() == 0:
-            print(json.dumps(record))
+            say(json.dumps(record))
 
     return work
 
@@ -1983,7 +2063,7 @@ def read_each(paths: Iterable[Path]) -> Iterator[tuple[Path, Image.Image]]:
         try:
             image = read_image(path, upright=True)
         except DataError as error:
-            sys.stderr.write(f"{error}\n")
+            say(str(error), sys.stderr)
             unread += 1
             continue
         yield path, image
@@ -2024,14 +2104,14 @@ def prepare_drawings(
         printed = []
         with contextlib.ExitStack() as stack:
             if args.json and rank() == 0:  # also where an image cannot be read
-                stack.callback(lambda: print(json.dumps(printed, indent=1)))
+                stack.callback(lambda: say(json.dumps(printed, indent=1)))
             for path, image in read_each(targets):
                 record, drawing, text = predict(model, classes, image, args, device)
                 printed.append(dict(image=str(path), **record))
                 if drawn:
                     write_image(drawing, targets[path])
                 if not args.json:
-                    print(f"{path}: {text}, drawn to {targets[path]}")
+                    say(f"{path}: {text}, drawn to {targets[path]}")
 
     return work
 
@@ -2059,7 +2139,7 @@ def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callab
             images = to_model_input(transform(image)[None], device, args.channels_last)
             top = model(images)[0].softmax(0).topk(min(5, len(classes)))
             found = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-            print(f"{path}: " + ", ".join(f"{classes[i]} {probability:.1%}" for i, probability in found))
+            say(f"{path}: " + ", ".join(f"{classes[i]} {probability:.1%}" for i, probability in found))
 
     return work
 
@@ -2074,7 +2154,7 @@ def prepare_export(task: Task, args: argparse.Namespace, device: torch.device) -
             return
         shapes, difference = export(task.graph(model), args.export, args.image_size)
         shapes = ", ".join("x".join(map(str, shape)) for shape in shapes)
-        print(f"{args.export}: run on {shapes}; largest difference {difference:.1e}")
+        say(f"{args.export}: run on {shapes}; largest difference {difference:.1e}")
         if not difference < 1e-4:
             raise DataError(f"{args.export} is not the model that it was made from")
 
@@ -2116,7 +2196,7 @@ def train(run: Run) -> None:
     except Stopped:
         if rank() == 0:
             again = same_command(run.args)
-            print(f"stopped at step {run.step} of {run.total_steps}; continue with: {again}", flush=True)
+            say(f"stopped at step {run.step} of {run.total_steps}; continue with: {again}")
         raise
 
 
@@ -2213,23 +2293,24 @@ def run_script(task: Task, args: argparse.Namespace) -> None:
     A process that fails leaves its group without ceremony: the others may be waiting in it, and torchrun ends them.
     """
     args.script = task.script  # for its checkpoints
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes need not be text
     try:
         device = start_processes()
         refuse_differing_ranks(args)
         work = prepare(task, args, device)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"{task.script}: error: {error}\n")
+        say(f"{task.script}: error: {error}", sys.stderr)
         sys.exit(2)
     try:
         work()
     except (DataError, NonFiniteLoss, SaveError) as error:
-        # From a loader process the message is a whole traceback, whose last line is what was raised.
-        sys.stderr.write(f"{task.script}: {str(error).strip().splitlines()[-1]}\n")
+        # From a loader process the message is a whole traceback, which ends in what was raised.
+        say(f"{task.script}: {str(error).strip().rpartition('DataError: ')[2]}", sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
         if (message := explained(error, args)) is None:
             raise
-        sys.stderr.write(f"{task.script}: {message}\n")
+        say(f"{task.script}: {message}", sys.stderr)
         sys.exit(1)
     except Stopped as stopped:
         if dist.is_initialized() and not stopped.together:
@@ -2295,7 +2376,7 @@ def setup(run: Run) -> None:
 
 def describe_recipe(run: Run) -> str:
     """Optimiser, learning rate and augmentation."""
-    a, batch = run.args, LR_BATCH[run.args.optimizer]
+    a, batch = run.args, lr_batch(run.args)
     return f"""recipe: {a.optimizer}, {a.schedule}, {a.warmup_epochs:.2g} epochs of warm-up to a learning rate of \
 {a.lr * a.global_batch / batch:.4g} ({a.lr} per {batch} images), weight decay {a.weight_decay}, EMA {a.ema_decay:.5f}
 augmentation: mixup {a.mixup}, cutmix {a.cutmix}, randaugment {a.randaugment}, erasing {a.erasing}, \
