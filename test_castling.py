@@ -2392,6 +2392,26 @@ def test_every_option_trains(tmp_path, capsys, options):
     assert ("mask: threshold" in capsys.readouterr().out) == branch
 
 
+def test_patches_of_any_size_train(tmp_path, capsys):
+    """--patch-size P makes a DeiT of ceil(S / P)^2 tokens and the class token. The checkpoint answers for it where
+    weights are evaluated or taught from; another size is another run; other models refuse it by name."""
+    for patch, tokens in ((2, 257), (8, 17)):
+        folder, small = tmp_path / str(patch), ("--max-steps=1", "--model=deit_mini", f"--patch-size={patch}")
+        epoch, _ = run_train(folder, *small)
+        kept = models.read_checkpoint(folder / "best.pt")
+        assert kept["ema"]["pos_embed"].shape == (1, tokens, 96) and kept["args"]["patch_size"] == patch
+        capsys.readouterr()
+        train.main(train.parser().parse_args(["--eval", f"--checkpoint={folder}/best.pt", "--workers=0"]))
+        assert json.loads(capsys.readouterr().out)["test_loss"] == pytest.approx(epoch["test_loss"], rel=1e-5)
+    source = ("--distillation=hard", "--teacher=deit_mini", f"--teacher-checkpoint={folder}/best.pt")
+    assert train.load_teacher(flags(*SMALL, *source), list(train.SHAPES)).patch_size == 8
+    said = refused(capsys, 2, run_train, folder, "--max-steps=1", "--model=deit_mini", "--patch-size=4")
+    assert "patch_size 8 -> 4" in said
+    for model in ("levit128", "timm:vit_tiny_patch16_224"):
+        said = refused(capsys, 2, run_train, tmp_path / "x", f"--model={model}", "--patch-size=4")
+        assert "--patch-size is for deit_mini, deit_tiny, deit_small, deit_base, not " + model in said
+
+
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_distillation_trains(tmp_path, kind):
     """From a torchvision model, and from a run of this script, each loaded from a local file."""

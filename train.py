@@ -60,6 +60,7 @@ from torchvision.transforms import v2
 from attention import SCHEDULES, castle, cores, look_up, mask_statistics, record_masks, set_threshold
 from models import (
     ATTENTIONS,
+    DEIT,
     ESNET,
     HEADS,
     LCNET,
@@ -1387,6 +1388,7 @@ def parser() -> argparse.ArgumentParser:
     add("--channels-last", action=on_off, default=False, help="memory format of images and convolutions")
     add("--castle-downsample", action=on_off, help="castle down-sampling blocks too (D5); default on")
     add("--dwconv", action=on_off, help="DWConv on V and in the MLPs; default as the model has it")
+    add("--patch-size", type=at_least(1), help="pixels per side of DeiT's patches; default 4 for deit_mini, else 16")
     add("--distilled", action=on_off, help="a second, distillation head; default as the model was published")
     add("--distillation", default="none", choices=("none", "hard", "soft"), help="DeiT's; the paper names no kind")
     add("--teacher", help="model to distil from: one of this project or of torchvision.models")
@@ -1403,8 +1405,8 @@ FREE_ON_RESUME = {"output", "resume", "overwrite", "save_minutes", "workers", "e
                   "teacher_checkpoint", "eval_every", "split", "backbone", "log_wandb",
                   *INEXACT_ON_RESUME}  # fmt: skip
 # Flags that a checkpoint answers for when they are not given.
-TRAINED_FLAGS = ("model", "attention", "image_size", "castle_downsample", "dwconv", "distilled", "epsilon",
-                 "mask_schedule", "data", "shapes_length", "seed")  # fmt: skip
+TRAINED_FLAGS = ("model", "attention", "image_size", "castle_downsample", "dwconv", "distilled",
+                 "patch_size", "epsilon", "mask_schedule", "data", "shapes_length", "seed")  # fmt: skip
 
 
 def take_over(args: argparse.Namespace, trained: Mapping, flags: tuple[str, ...]) -> None:
@@ -1470,12 +1472,15 @@ def timm_model(args: argparse.Namespace, num_classes: int, image_size: int) -> n
 
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> nn.Module:
     """The model that resolved flags describe. Raises ValueError as `build_model` does, and for one without classes."""
+    if args.patch_size is not None and args.model not in DEIT:
+        raise ValueError(f"--patch-size is for {', '.join(DEIT)}, not {args.model}")
     if args.model.startswith("timm:"):
         return timm_model(args, num_classes, image_size)
     if args.model in VIT_DENSE:
         raise ValueError(f"{args.model} gives feature maps, not classes: it is a backbone of segment.py")
     options = dict(epsilon=args.epsilon, schedule=args.mask_schedule)
-    options |= {key: getattr(args, key) for key in ("drop_path", "distilled") if getattr(args, key) is not None}
+    given = ("drop_path", "distilled", "patch_size")
+    options |= {key: getattr(args, key) for key in given if getattr(args, key) is not None}
     if args.dwconv is False:
         options |= {"conv_kernel": 0, "mlp_dw" if args.model in {*LCNET, *ESNET} else "mlp_conv": 0}
     model = build_model(args.model, args.attention, num_classes, image_size, args.castle_downsample, **options)
