@@ -2296,6 +2296,44 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_small_folders_are_read_once(photos, monkeypatch, workers):
+    """Images of the first one's size are read once, by any process; their pixels are those of the file, whatever was
+    done to an image that was given out. Bad images and others are read each time, and nothing is kept of a set too
+    large for memory or of one whose first image is bad."""
+    def kept(folder):
+        return [] if folder.kept is None else [Path(folder.samples[i][0]).name for i in folder.kept[:, 0].nonzero()[0]]
+
+    def pixels(folder, index):
+        return np.asarray(folder[index][0]).tolist()
+
+    small = photos / "train" / "dark"
+    files = [path for path, _ in train.open_folder(photos, "train").samples]
+    for i, path in enumerate(files):
+        if i % 6 in (0, 2, 5):
+            Image.open(path).resize((30, 40)).save(path)
+    (small / "5.png").write_bytes(b"none")
+    whole, folder = [train.read_image(path) for path in files[:11]], train.open_folder(photos, "train")
+    loader = train.make_loader(folder, range(11), 1, workers, collate=lambda batch: batch)
+    for _, label in (item for batch in loader for item in batch):
+        assert label in (0, 1)
+    assert kept(folder) == ["0.jpg", "2.png", "5.png", "0.jpg", "2.png"]
+    for index in (0, 2, 5, 6, 8):
+        Path(files[index]).write_bytes(b"no longer needed")
+    for turn in range(2):
+        for data in (folder, pickle.loads(pickle.dumps(folder))):
+            assert [pixels(data, i) for i in range(11)] == [np.asarray(image).tolist() for image in whole], turn
+        folder[0][0].paste((1, 2, 3), (0, 0, 30, 40))
+        with pytest.raises(train.DataError, match="dark/5.png"):
+            folder[11]
+    assert train.open_folder(photos, "train").kept is None  # its first image is bad by now
+    rows = 6 * (1 + 3 * 30 * 40)
+    for most in (rows, rows - 1):
+        monkeypatch.setattr(train, "KEPT_BYTES", most)
+        data = train.open_folder(photos, "val")
+        assert data[0][1] == 0 and kept(data) == (["0.jpg"] if most == rows else [])
+
+
 def test_losses():
     """Cross entropy on one or two heads; hard and soft distillation, DeiT's Eq. (2) and (3), from their definitions."""
     a, b, teacher = randn(3, 4, 5)

@@ -24,6 +24,7 @@ import gc
 import hashlib
 import json
 import math
+import mmap
 import multiprocessing.util
 import os
 import platform
@@ -458,6 +459,39 @@ def refuse_loops(root: Path) -> None:
                 raise ValueError(f"{link} is a link back to {os.path.realpath(link)}, which it lies in")
 
 
+KEPT_BYTES = 2**30  # of a split's decoded images, at most, that a process and its loader processes keep
+
+
+class Folder(torchvision.datasets.ImageFolder):
+    """ImageNet-style folders: (RGB image, class). Small sets are read once: pixels are kept where all images, were they
+    of the first one's size, fit in KEPT_BYTES. Then images of that size are kept; others are read every time.
+
+    kept: (images, 1 + H W 3) uint8, in memory shared with forked loader processes: 1 where an image is there, and its
+    pixels. None for a large set.
+    """
+
+    def __init__(self, root: str):
+        super().__init__(root, loader=read_image)
+        self.kept = self.shape = None
+        with contextlib.suppress(Exception), Image.open(self.samples[0][0]) as first:  # `read_image` says what is wrong
+            self.shape = (first.height, first.width, 3)
+        if self.shape and len(self) * (row := 1 + math.prod(self.shape)) <= KEPT_BYTES:
+            # Not torch's shared memory, of which containers may have 64 MB. No page is taken before it is written to.
+            self.kept = np.frombuffer(mmap.mmap(-1, len(self) * row), np.uint8).reshape(-1, row)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if self.kept is None:
+            return super().__getitem__(index)
+        row, pixels = self.kept[index], self.kept[index, 1:].reshape(self.shape)
+        if row[0]:
+            return Image.fromarray(pixels), self.targets[index]
+        image, label = super().__getitem__(index)
+        if image.size == self.shape[1::-1]:
+            pixels[...] = image
+            row[0] = 1  # last: other processes may be looking
+        return image, label
+
+
 def open_folder(root: Path, split: str) -> Dataset:
     """One split of ImageNet-style folders train/<class>/ and val/<class>/ (or test/<class>/)."""
     folder = root / split
@@ -467,7 +501,7 @@ def open_folder(root: Path, split: str) -> Dataset:
         raise ValueError(f"no folder {folder}: expected {root}/train/<class>/ and {root}/val/<class>/ (or test/)")
     refuse_loops(folder)
     try:
-        return torchvision.datasets.ImageFolder(str(folder), loader=read_image)
+        return Folder(str(folder))
     except FileNotFoundError as error:
         raise ValueError(f"no images in {folder}: {error}") from None
 
