@@ -23,6 +23,7 @@ A function of its name draws each figure. Needs matplotlib.
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import re
@@ -587,10 +588,24 @@ def row_of(run: dict) -> str:
     return config["attention"] + schedule + (", no DWConv" if config.get("dwconv") is False else "")
 
 
+@functools.cache
+def token_counts(model: str, pixels: int, **options) -> tuple[int, ...]:
+    """Query tokens N of a model's attention layers for a square image, each number once, in the order of layers."""
+    network, image = flops.meta_model(model, image_size=pixels, **options)
+    with captured(network) as seen, torch.no_grad():
+        network(image)
+    return tuple(dict.fromkeys(q.shape[2] for q, _, _ in seen.values()))
+
+
 def column_of(run: dict) -> tuple[str, str]:
-    """(model and pixels, metric)."""
-    config = run["config"]
-    return f"{config['model']}, {config['image_size']} px", METRICS[config["script"]][1]
+    """(model, pixels and tokens of its attention layers, metric). timm's models are not built to count tokens."""
+    config, tokens = run["config"], ""
+    if not config["model"].startswith("timm:"):
+        name = config["model"] + ("_dense" if config["script"] == "segment.py" else "")
+        options = {key: config[key] for key in ("patch_size", "distilled") if config.get(key) is not None}
+        counts = token_counts(name, config["image_size"], **options)
+        tokens = f", {' / '.join(map(str, counts))} tokens" if counts else ""
+    return f"{config['model']}, {config['image_size']} px{tokens}", METRICS[config["script"]][1]
 
 
 def outcome(run: dict) -> dict[str, float | None]:
@@ -605,11 +620,19 @@ def outcome(run: dict) -> dict[str, float | None]:
     )
 
 
-def results_table(runs: list[dict]) -> str:
-    """A Markdown table: attentions down, models across. Scores are means and standard deviations over seeds; times of a
-    training step are of the first seed, over softmax's where that is there.
+def mean_and_spread(values: Sequence[float], form: str) -> str:
+    """Their mean in `form` and, of more than one, the standard deviation."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
 
-    Raises: ValueError if runs of one model differ in what matters beside attention and seed, or in nothing.
+
+def results_table(runs: list[dict], against: str = "softmax") -> str:
+    """A Markdown table: attentions down, models across. Scores are means and standard deviations over seeds. Row
+    `against` is the reference: the next column has mean and standard deviation of a seed's score minus the reference's
+    of the same seed, and in brackets the number of such pairs; times of a training step are the first seed's over its.
+
+    Raises: ValueError if runs of one model differ in what matters beside attention and seed, or in nothing, and for a
+        reference that is not there. Where softmax is not, its columns are empty.
     """
     columns: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for run in sorted(runs, key=lambda run: run["config"]["seed"]):
@@ -624,21 +647,24 @@ def results_table(runs: list[dict]) -> str:
                 raise ValueError(f"runs of {model} are not comparable: they differ in {', '.join(sorted(differing))}")
     names = {row for rows in columns.values() for row in rows}
     names = sorted(names, key=lambda name: (name != "softmax", not name.startswith("castling"), name))
+    if against != "softmax":
+        look_up(dict.fromkeys(names), against, "row")
     heads, lines = ["attention"], {name: [name] for name in names}
     for (model, metric), rows in columns.items():
-        results = {row: [outcome(run) for run in runs] for row, runs in rows.items()}
-        steps = {row: seeds[0]["step"] for row, seeds in results.items()}
-        heads += [f"{model}: {metric}", "gap", "step", "M MACs"]
+        results = {row: {run["config"]["seed"]: outcome(run) for run in runs} for row, runs in rows.items()}
+        reference = results.get(against, {})
+        heads += [f"{model}: {metric}", f"against {against}", "gap", "step", "M MACs"]
         for row, line in lines.items():
             if row not in results:
-                line += ["–"] * 4
+                line += ["–"] * 5
                 continue
             seeds = results[row]
-            scores = [seed["score"] for seed in seeds]
-            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-            gap = "–" if seeds[0]["gap"] is None else f"{statistics.mean(seed['gap'] for seed in seeds):.2f}"
-            step = f"{steps[row] / steps['softmax']:.2f}" if "softmax" in steps else "–"
-            line += [f"{statistics.mean(scores):.1f}{spread}", gap, step, f"{seeds[0]['macs']:.1f}"]
+            pairs = [seeds[seed]["score"] - reference[seed]["score"] for seed in seeds.keys() & reference.keys()]
+            paired = f"{mean_and_spread(pairs, '+.1f')} ({len(pairs)})" if pairs and row != against else "–"
+            scores, (first, *_) = [seed["score"] for seed in seeds.values()], seeds.values()
+            gap = "–" if first["gap"] is None else f"{statistics.mean(s['gap'] for s in seeds.values()):.2f}"
+            step = f"{first['step'] / next(iter(reference.values()))['step']:.2f}" if reference else "–"
+            line += [mean_and_spread(scores, ".1f"), paired, gap, step, f"{first['macs']:.1f}"]
     rows = [heads, ["---"] * len(heads), *lines.values()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -648,7 +674,7 @@ def tables(args: argparse.Namespace) -> None:
     every = [read_runs(path) for path in args.runs]
     if args.collect:
         collect([run for runs in every for run in runs], args.collect)
-    print(*map(results_table, every), sep="\n\n")
+    print(*(results_table(runs, args.against) for runs in every), sep="\n\n")
 
 
 FIGURES: dict[str, Callable[[Path], None]] = {
@@ -680,6 +706,8 @@ def parser() -> argparse.ArgumentParser:
     add("--progress", type=train.share, help="attention: show the mask as at this share of training; default the "
         "checkpoint's own")  # fmt: skip
     add("--runs", type=Path, nargs="+", default=RUNS, help="table: folders of runs' folders, or files of --collect")
+    add("--against", default="softmax", metavar="ROW", help="table: the row that others are compared with, seed by "
+        "seed, such as 'castling, ramp'; default softmax")  # fmt: skip
     add("--collect", type=Path, help="table: a file to write configs and logs of --runs to, a run a line")
     return p
 

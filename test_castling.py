@@ -41,6 +41,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 import bench
@@ -1375,6 +1376,28 @@ def test_mlp_in_training_takes_the_batch_whole():
     with torch.no_grad():
         traced = torch.jit.trace(lambda x: mlp(x, (3, 4)), x)
         assert_close(traced(x[:1]), mlp(x[:1], (3, 4)))
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_small_maps_need_fewer_taps(kernel, stride):
+    """On maps of 1 x 1 to 6 x 6 tokens the convolution and its gradients are those of all taps, of which no more are
+    computed than can touch the map: 1 x 1 takes a multiplication."""
+    ours = models.TokenConv(3, kernel, stride, bias=True).double()
+    for y, x in itertools.product(range(1, 7), repeat=2):
+        tokens = randn(2, 3, y, x, seed=6 * y + x).requires_grad_()
+        leaves = (tokens, ours.weight, ours.bias)
+        whole = F.conv2d(tokens, ours.weight, ours.bias, stride, kernel // 2, groups=3)
+        with FlopCounterMode(display=False) as counter:
+            found = ours(tokens)
+        assert_close(found, whole, atol=1e-13, rtol=0)
+        weights = randn(*whole.shape, seed=1)
+        for own, expected in zip(*(torch.autograd.grad(out, leaves, weights) for out in (found, whole)), strict=True):
+            assert_close(own, expected, atol=1e-12, rtol=0)
+        taps = counter.get_total_flops() / 2 / whole.numel()
+        reach = kernel // 2
+        expected = kernel**2 if min(y, x) > reach else math.prod(2 * min(reach, side - 1) + 1 for side in (y, x))
+        assert taps == expected
 
 
 def test_head_pool_shares_weights_over_heads():
@@ -4857,22 +4880,34 @@ def run_of(score, attention="castling", seed=0, model="deit_mini", **config):
 
 
 def test_table_of_runs(tmp_path, capsys):
-    """The castled model's score over seeds, what castling lost, and the first seed's step over that of softmax,
-    however the runs are ordered; runs of different flags are not put into one column, nor one seed twice into a cell; a
-    folder of runs and its collected file agree."""
+    """The castled model's score over seeds, the differences from the reference of the same seeds, what castling lost,
+    and the first seed's step over the reference's, however the runs are ordered; runs of different flags are not put
+    into one column, nor one seed twice into a cell; a folder of runs and its collected file agree."""
     runs = [run_of(50, seed=0), run_of(53, seed=1), run_of(56, seed=2), run_of(40, "softmax", seed=1), run_of(9, "mc"),
             run_of(7, dwconv=False), run_of(60, model="levit_mini")]  # fmt: skip
-    assert figures.results_table(runs).splitlines()[2:] == [
-        "| softmax | 40.0 | – | 1.00 | 3.0 | – | – | – | – |",
-        "| castling, ramp | 53.0 ± 3.0 | 0.50 | 0.50 | 2.0 | 60.0 | 0.50 | – | 2.0 |",
-        "| castling, ramp, no DWConv | 7.0 | 0.50 | 0.50 | 2.0 | – | – | – | – |",
-        "| mc | 9.0 | – | 0.50 | 3.0 | – | – | – | – |",
+    heads = "| attention | deit_mini, 32 px, 65 tokens: top-1, % | against softmax | gap | step | M MACs |"
+    heads += " levit_mini, 32 px, 4 / 1 tokens: top-1, % | against softmax | gap | step | M MACs |"
+    table = figures.results_table(runs).splitlines()
+    assert table[:1] + table[2:] == [
+        heads,
+        "| softmax | 40.0 | – | – | 1.00 | 3.0 | – | – | – | – | – |",
+        "| castling, ramp | 53.0 ± 3.0 | +13.0 (1) | 0.50 | 0.50 | 2.0 | 60.0 | – | 0.50 | – | 2.0 |",
+        "| castling, ramp, no DWConv | 7.0 | – | 0.50 | 0.50 | 2.0 | – | – | – | – | – |",
+        "| mc | 9.0 | – | – | 0.50 | 3.0 | – | – | – | – | – |",
     ]
+    several = [*runs, run_of(41.5, "softmax", seed=0), run_of(48, "mc", seed=2), run_of(20, patch_size=8)]
+    table = figures.results_table(several, "castling, ramp").splitlines()
+    assert "deit_mini, 32 px, 17 tokens: top-1, % | against castling, ramp |" in table[0]
+    # softmax: 40 - 53 and 41.5 - 50, mean -10.75, deviation 3.18; mc: 9 - 50 and 48 - 56, mean -24.5, deviation 23.33
+    assert "| 40.8 ± 1.1 | -10.8 ± 3.2 (2) | – | 1.00 |" in table[2]
+    assert "| 28.5 ± 27.6 | -24.5 ± 23.3 (2) | – | 1.00 |" in table[5]
+    with pytest.raises(ValueError, match="unknown row 'ramp'"):
+        figures.results_table(several, "ramp")
     again = [*runs[5:3:-1], *runs[3::-1], runs[6]]
     assert figures.results_table(again) == figures.results_table(runs)
-    with pytest.raises(ValueError, match="deit_mini, 32 px are not comparable: they differ in lr"):
+    with pytest.raises(ValueError, match="deit_mini, 32 px, 65 tokens are not comparable: they differ in lr"):
         figures.results_table([*runs, run_of(50, seed=3, workers=2, lr=1)])
-    with pytest.raises(ValueError, match="deit_mini, 32 px, castling, ramp: more than one run of seed 1"):
+    with pytest.raises(ValueError, match="deit_mini, 32 px, 65 tokens, castling, ramp: more than one run of seed 1"):
         figures.results_table([*runs, run_of(51, seed=1)])
 
     def printed(*options):
@@ -4898,6 +4933,18 @@ def test_table_of_runs(tmp_path, capsys):
         with pytest.raises(SystemExit):
             printed(wrong)
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("config", "tokens"), [
+    (dict(model="deit_mini", patch_size=2), "257 tokens"), (dict(model="deit_mini", distilled=True), "66 tokens"),
+    (dict(model="levit_mini", image_size=64), "16 / 4 / 1 tokens"), (dict(model="lcnet_s"), "32 px"),
+    (dict(model="levit128", image_size=224), "196 / 49 / 16 tokens"), (dict(model="timm:test_vit"), "32 px"),
+    (dict(model="vit_mini", patch_size=8, script="segment.py"), "16 tokens"),
+])  # fmt: skip
+def test_columns_name_their_tokens(config, tokens):
+    """The head of a column has the tokens of the model's attention layers at the run's image size, with what its flags
+    make of it; nothing where there is no attention, or a model that is not this project's."""
+    assert figures.column_of(run_of(1, **config))[0].endswith(tokens)
 
 
 def test_attention_figure(tmp_path, capsys, monkeypatch):
