@@ -629,10 +629,9 @@ def mean_and_spread(values: Sequence[float], form: str) -> str:
 def results_table(runs: list[dict], against: str = "softmax") -> str:
     """A Markdown table: attentions down, models across. Scores are means and standard deviations over seeds. Row
     `against` is the reference: the next column has mean and standard deviation of a seed's score minus the reference's
-    of the same seed, and in brackets the number of such pairs; times of a training step are the first seed's over its.
+    of the same seed, and in brackets the number of such pairs; times of a training step are the first seed's over its. Where it is not, both are empty.
 
-    Raises: ValueError if runs of one model differ in what matters beside attention and seed, or in nothing, and for a
-        reference that is not there. Where softmax is not, its columns are empty.
+    Raises: ValueError if runs of one model differ in what matters beside attention and seed, or in nothing.
     """
     columns: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for run in sorted(runs, key=lambda run: run["config"]["seed"]):
@@ -647,8 +646,6 @@ def results_table(runs: list[dict], against: str = "softmax") -> str:
                 raise ValueError(f"runs of {model} are not comparable: they differ in {', '.join(sorted(differing))}")
     names = {row for rows in columns.values() for row in rows}
     names = sorted(names, key=lambda name: (name != "softmax", not name.startswith("castling"), name))
-    if against != "softmax":
-        look_up(dict.fromkeys(names), against, "row")
     heads, lines = ["attention"], {name: [name] for name in names}
     for (model, metric), rows in columns.items():
         results = {row: {run["config"]["seed"]: outcome(run) for run in runs} for row, runs in rows.items()}
@@ -670,8 +667,11 @@ def results_table(runs: list[dict], against: str = "softmax") -> str:
 
 
 def tables(args: argparse.Namespace) -> None:
-    """Print a table for each of --runs, and write all of them to --collect."""
+    """Print a table for each of --runs, and write all of them to --collect. Raises ValueError for a row to compare with
+    that none of them has."""
     every = [read_runs(path) for path in args.runs]
+    if args.against != "softmax":
+        look_up(dict.fromkeys(row_of(run) for runs in every for run in runs), args.against, "row")
     if args.collect:
         collect([run for runs in every for run in runs], args.collect)
     print(*(results_table(runs, args.against) for runs in every), sep="\n\n")

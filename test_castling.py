@@ -4901,8 +4901,6 @@ def test_table_of_runs(tmp_path, capsys):
     # softmax: 40 - 53 and 41.5 - 50, mean -10.75, deviation 3.18; mc: 9 - 50 and 48 - 56, mean -24.5, deviation 23.33
     assert "| 40.8 ± 1.1 | -10.8 ± 3.2 (2) | – | 1.00 |" in table[2]
     assert "| 28.5 ± 27.6 | -24.5 ± 23.3 (2) | – | 1.00 |" in table[5]
-    with pytest.raises(ValueError, match="unknown row 'ramp'"):
-        figures.results_table(several, "ramp")
     again = [*runs[5:3:-1], *runs[3::-1], runs[6]]
     assert figures.results_table(again) == figures.results_table(runs)
     with pytest.raises(ValueError, match="deit_mini, 32 px, 65 tokens are not comparable: they differ in lr"):
@@ -4923,6 +4921,12 @@ def test_table_of_runs(tmp_path, capsys):
     kept = tmp_path / "kept.jsonl"
     assert printed(tmp_path / "runs", f"--collect={kept}") == printed(kept) and len(kept.read_text().splitlines()) == 7
     assert printed(kept, kept) == "\n\n".join(2 * [printed(kept)])
+    (tmp_path / "other.jsonl").write_text(json.dumps(run_of(1)) + "\n")
+    both = printed(kept, tmp_path / "other.jsonl", "--against=mc").split("\n\n")
+    assert "| +41.0 (1) |" in both[0] and "| 1.0 | – | 0.50 | – | 2.0 |" in both[1]  # 50 - 9; a table without the row
+    with pytest.raises(SystemExit):
+        printed(kept, "--against=ramp")
+    assert "unknown row 'ramp'" in capsys.readouterr().err
     (folder / "log.jsonl").write_text('{"epoch": 0, "step": 1}\n')
     (tmp_path / "a.png").write_bytes(b"\x89PNG")
     (tmp_path / "log.jsonl").write_text('{"epoch": 0}\n')
