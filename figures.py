@@ -627,9 +627,11 @@ def mean_and_spread(values: Sequence[float], form: str) -> str:
 
 
 def results_table(runs: list[dict], against: str = "softmax") -> str:
-    """A Markdown table: attentions down, models across. Scores are means and standard deviations over seeds. Row
-    `against` is the reference: the next column has mean and standard deviation of a seed's score minus the reference's
-    of the same seed, and in brackets the number of such pairs; times of a training step are the first seed's over its. Where it is not, both are empty.
+    """A Markdown table: attentions down, models across. Scores are means and standard deviations over seeds.
+
+    Row `against` is the reference. The next column has mean and standard deviation of a seed's score minus the
+    reference's of the same seed, and in brackets the number of such pairs. Times of a training step are the first
+    seed's over the reference's. Where there is no such row, both are empty.
 
     Raises: ValueError if runs of one model differ in what matters beside attention and seed, or in nothing.
     """
