@@ -590,7 +590,7 @@ def row_of(run: dict) -> str:
 
 @functools.cache
 def token_counts(model: str, pixels: int, **options) -> tuple[int, ...]:
-    """Query tokens N of a model's attention layers for a square image, each number once, in the order of layers."""
+    """Query tokens N of a model's attention layers for a square image, each number once, in order."""
     network, image = flops.meta_model(model, image_size=pixels, **options)
     with captured(network) as seen, torch.no_grad():
         network(image)
@@ -598,11 +598,12 @@ def token_counts(model: str, pixels: int, **options) -> tuple[int, ...]:
 
 
 def column_of(run: dict) -> tuple[str, str]:
-    """(model, pixels and tokens of its attention layers, metric). timm's models are not built to count tokens."""
+    """(model, pixels and tokens of its attention layers, metric). timm's models are not built for it."""
     config, tokens = run["config"], ""
     if not config["model"].startswith("timm:"):
         name = config["model"] + ("_dense" if config["script"] == "segment.py" else "")
-        options = {key: config[key] for key in ("patch_size", "distilled") if config.get(key) is not None}
+        flags = ("patch_size", "distilled")
+        options = {key: config[key] for key in flags if config.get(key) is not None}
         counts = token_counts(name, config["image_size"], **options)
         tokens = f", {' / '.join(map(str, counts))} tokens" if counts else ""
     return f"{config['model']}, {config['image_size']} px{tokens}", METRICS[config["script"]][1]
@@ -627,11 +628,11 @@ def mean_and_spread(values: Sequence[float], form: str) -> str:
 
 
 def results_table(runs: list[dict], against: str = "softmax") -> str:
-    """A Markdown table: attentions down, models across. Scores are means and standard deviations over seeds.
+    """A Markdown table: attentions down, models across. Scores are means and deviations over seeds.
 
-    Row `against` is the reference. The next column has mean and standard deviation of a seed's score minus the
-    reference's of the same seed, and in brackets the number of such pairs. Times of a training step are the first
-    seed's over the reference's. Where there is no such row, both are empty.
+    Row `against` is the reference. The next column has mean and standard deviation of a seed's score
+    minus the reference's of the same seed, and in brackets the number of such pairs. Times of a
+    training step are the first seed's over the reference's. Without such a row both are empty.
 
     Raises: ValueError if runs of one model differ in what matters beside attention and seed, or in nothing.
     """
@@ -650,7 +651,9 @@ def results_table(runs: list[dict], against: str = "softmax") -> str:
     names = sorted(names, key=lambda name: (name != "softmax", not name.startswith("castling"), name))
     heads, lines = ["attention"], {name: [name] for name in names}
     for (model, metric), rows in columns.items():
-        results = {row: {run["config"]["seed"]: outcome(run) for run in runs} for row, runs in rows.items()}
+        results = {
+            row: {run["config"]["seed"]: outcome(run) for run in runs} for row, runs in rows.items()
+        }
         reference = results.get(against, {})
         heads += [f"{model}: {metric}", f"against {against}", "gap", "step", "M MACs"]
         for row, line in lines.items():
@@ -658,19 +661,22 @@ def results_table(runs: list[dict], against: str = "softmax") -> str:
                 line += ["–"] * 5
                 continue
             seeds = results[row]
-            pairs = [seeds[seed]["score"] - reference[seed]["score"] for seed in seeds.keys() & reference.keys()]
-            paired = f"{mean_and_spread(pairs, '+.1f')} ({len(pairs)})" if pairs and row != against else "–"
+            both = seeds.keys() & reference.keys() if row != against else ()
+            pairs = [seeds[seed]["score"] - reference[seed]["score"] for seed in both]
+            paired = f"{mean_and_spread(pairs, '+.1f')} ({len(pairs)})" if pairs else "–"
             scores, (first, *_) = [seed["score"] for seed in seeds.values()], seeds.values()
-            gap = "–" if first["gap"] is None else f"{statistics.mean(s['gap'] for s in seeds.values()):.2f}"
-            step = f"{first['step'] / next(iter(reference.values()))['step']:.2f}" if reference else "–"
+            gaps = [seed["gap"] for seed in seeds.values()]
+            gap = "–" if first["gap"] is None else f"{statistics.mean(gaps):.2f}"
+            of = next(iter(reference.values()), None)
+            step = f"{first['step'] / of['step']:.2f}" if of else "–"
             line += [mean_and_spread(scores, ".1f"), paired, gap, step, f"{first['macs']:.1f}"]
     rows = [heads, ["---"] * len(heads), *lines.values()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def tables(args: argparse.Namespace) -> None:
-    """Print a table for each of --runs, and write all of them to --collect. Raises ValueError for a row to compare with
-    that none of them has."""
+    """Print a table for each of --runs, and write all of them to --collect. Raises ValueError for an
+    --against that none of them has."""
     every = [read_runs(path) for path in args.runs]
     if args.against != "softmax":
         look_up(dict.fromkeys(row_of(run) for runs in every for run in runs), args.against, "row")
@@ -708,8 +714,8 @@ def parser() -> argparse.ArgumentParser:
     add("--progress", type=train.share, help="attention: show the mask as at this share of training; default the "
         "checkpoint's own")  # fmt: skip
     add("--runs", type=Path, nargs="+", default=RUNS, help="table: folders of runs' folders, or files of --collect")
-    add("--against", default="softmax", metavar="ROW", help="table: the row that others are compared with, seed by "
-        "seed, such as 'castling, ramp'; default softmax")  # fmt: skip
+    add("--against", default="softmax", metavar="ROW", help="table: the row that others are compared "
+        "with, seed by seed, such as 'castling, ramp'; default softmax")  # fmt: skip
     add("--collect", type=Path, help="table: a file to write configs and logs of --runs to, a run a line")
     return p
 

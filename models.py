@@ -164,21 +164,21 @@ def mlp_conv_of(given: int | None, core: Mapping, castling: int = 5) -> int:
 
 
 class TokenConv(nn.Conv2d):
-    """Depthwise convolution on token maps, (B, C, y, x) -> (B, C, y', x'), of odd `kernel` size, padded to keep it.
+    """Depthwise convolution on token maps, (B, C, y, x) -> (B, C, y', x'), padded by kernel // 2.
 
-    On a map so small that the outer taps meet padding only, they are left out: the same function, up to 4 times as fast
-    in training on a CPU where the map is a single token. Their gradient is 0, as it was.
+    On a map so small that the outer taps meet padding only, they are left out: the same function, up
+    to 4 times as fast in training on a CPU where the map is a single token. Their gradient is 0.
     """
 
     def __init__(self, channels: int, kernel: int, stride: int = 1, bias: bool = False):
-        super().__init__(channels, channels, kernel, stride, padding=kernel // 2, groups=channels, bias=bias)
+        super().__init__(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         sides, reach = x.shape[2:], self.kernel_size[0] // 2
         if symbolic(sides) or min(sides) > reach:
             return super().forward(x)
         down, right = (min(reach, side - 1) for side in sides)  # from one token to the farthest
-        weight = self.weight[..., reach - down : reach + down + 1, reach - right : reach + right + 1]
+        weight = self.weight[:, :, reach - down : reach + down + 1, reach - right : reach + right + 1]
         return F.conv2d(x, weight, self.bias, self.stride, (down, right), groups=self.groups)
 
 

@@ -1381,8 +1381,8 @@ def test_mlp_in_training_takes_the_batch_whole():
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_small_maps_need_fewer_taps(kernel, stride):
-    """On maps of 1 x 1 to 6 x 6 tokens the convolution and its gradients are those of all taps, of which no more are
-    computed than can touch the map: 1 x 1 takes a multiplication."""
+    """On maps of 1 x 1 to 6 x 6 tokens the convolution and its gradients are those of all taps, of which
+    no more are computed than can touch the map: 1 x 1 takes a multiplication."""
     ours = models.TokenConv(3, kernel, stride, bias=True).double()
     for y, x in itertools.product(range(1, 7), repeat=2):
         tokens = randn(2, 3, y, x, seed=6 * y + x).requires_grad_()
@@ -1392,12 +1392,13 @@ def test_small_maps_need_fewer_taps(kernel, stride):
             found = ours(tokens)
         assert_close(found, whole, atol=1e-13, rtol=0)
         weights = randn(*whole.shape, seed=1)
-        for own, expected in zip(*(torch.autograd.grad(out, leaves, weights) for out in (found, whole)), strict=True):
+        grads = (torch.autograd.grad(out, leaves, weights) for out in (found, whole))
+        for own, expected in zip(*grads, strict=True):
             assert_close(own, expected, atol=1e-12, rtol=0)
         taps = counter.get_total_flops() / 2 / whole.numel()
         reach = kernel // 2
-        expected = kernel**2 if min(y, x) > reach else math.prod(2 * min(reach, side - 1) + 1 for side in (y, x))
-        assert taps == expected
+        cropped = math.prod(2 * min(reach, side - 1) + 1 for side in (y, x))
+        assert taps == (kernel**2 if min(y, x) > reach else cropped)
 
 
 def test_head_pool_shares_weights_over_heads():
@@ -2321,11 +2322,12 @@ def photos(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_small_folders_are_read_once(photos, monkeypatch, workers):
-    """Images of the first one's size are read once, by any process; their pixels are those of the file, whatever was
-    done to an image that was given out. Bad images and others are read each time, and nothing is kept of a set too
-    large for memory or of one whose first image is bad."""
+    """Images of the first one's size are read once, by any process; their pixels are those of the file,
+    whatever was done to an image that was given out. Bad images and others are read each time, and
+    nothing is kept of a set too large for memory or of one whose first image is bad."""
     def kept(folder):
-        return [] if folder.kept is None else [Path(folder.samples[i][0]).name for i in folder.kept[:, 0].nonzero()[0]]
+        there = [] if folder.kept is None else folder.kept[:, 0].nonzero()[0]
+        return [Path(folder.samples[i][0]).name for i in there]
 
     def pixels(folder, index):
         return np.asarray(folder[index][0]).tolist()
@@ -2336,7 +2338,8 @@ def test_small_folders_are_read_once(photos, monkeypatch, workers):
         if i % 6 in (0, 2, 5):
             Image.open(path).resize((30, 40)).save(path)
     (small / "5.png").write_bytes(b"none")
-    whole, folder = [train.read_image(path) for path in files[:11]], train.open_folder(photos, "train")
+    whole = [np.asarray(train.read_image(path)).tolist() for path in files[:11]]
+    folder = train.open_folder(photos, "train")
     loader = train.make_loader(folder, range(11), 1, workers, collate=lambda batch: batch)
     for _, label in (item for batch in loader for item in batch):
         assert label in (0, 1)
@@ -2345,7 +2348,7 @@ def test_small_folders_are_read_once(photos, monkeypatch, workers):
         Path(files[index]).write_bytes(b"no longer needed")
     for turn in range(2):
         for data in (folder, pickle.loads(pickle.dumps(folder))):
-            assert [pixels(data, i) for i in range(11)] == [np.asarray(image).tolist() for image in whole], turn
+            assert [pixels(data, i) for i in range(11)] == whole, turn
         folder[0][0].paste((1, 2, 3), (0, 0, 30, 40))
         with pytest.raises(train.DataError, match="dark/5.png"):
             folder[11]

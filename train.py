@@ -459,24 +459,26 @@ def refuse_loops(root: Path) -> None:
                 raise ValueError(f"{link} is a link back to {os.path.realpath(link)}, which it lies in")
 
 
-KEPT_BYTES = 2**30  # of a split's decoded images, at most, that a process and its loader processes keep
+KEPT_BYTES = 2**30  # of a split's decoded images, at most, that a process keeps with its loaders
 
 
 class Folder(torchvision.datasets.ImageFolder):
-    """ImageNet-style folders: (RGB image, class). Small sets are read once: pixels are kept where all images, were they
-    of the first one's size, fit in KEPT_BYTES. Then images of that size are kept; others are read every time.
+    """ImageNet-style folders: (RGB image, class). Images of a small set are read once.
 
-    kept: (images, 1 + H W 3) uint8, in memory shared with forked loader processes: 1 where an image is there, and its
-    pixels. None for a large set.
+    A set is small if its images fit in KEPT_BYTES, were all of the first one's size. Pixels of images
+    of that size are then kept; others are read every time.
+
+    kept: (images, 1 + H W 3) uint8, in memory shared with forked loader processes: 1 where an image is
+    there, and its pixels. None for a large set, or where the first image cannot be read.
     """
 
     def __init__(self, root: str):
         super().__init__(root, loader=read_image)
         self.kept = self.shape = None
-        with contextlib.suppress(Exception), Image.open(self.samples[0][0]) as first:  # `read_image` says what is wrong
-            self.shape = (first.height, first.width, 3)
+        with contextlib.suppress(Exception), Image.open(self.samples[0][0]) as first:
+            self.shape = (first.height, first.width, 3)  # if it is bad, `read_image` will say so
         if self.shape and len(self) * (row := 1 + math.prod(self.shape)) <= KEPT_BYTES:
-            # Not torch's shared memory, of which containers may have 64 MB. No page is taken before it is written to.
+            # Not torch's shared memory, of which containers may have 64 MB. Pages are taken when written.
             self.kept = np.frombuffer(mmap.mmap(-1, len(self) * row), np.uint8).reshape(-1, row)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
