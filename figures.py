@@ -23,6 +23,7 @@ A function of its name draws each figure. Needs matplotlib.
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import re
@@ -665,7 +666,7 @@ def attention(path: Path, args: argparse.Namespace) -> None:
 
 RUNS = [RESULTS / "cifar10.jsonl", RESULTS / "scenes.jsonl"]
 METRICS = {"train.py": ("acc1", "top-1, %"), "detect.py": ("AP", "AP"), "segment.py": ("mIoU", "mIoU")}
-VARIED = {"attention", "mask_schedule", "dwconv", "seed", "output", "environment", "workers", "save_minutes",
+VARIED = {"attention", "mask_schedule", "dconv", "mlp_dwconv", "zero_dconv", "checkpoint", "epochs", "seed", "output", "environment", "workers", "save_minutes",
           "eval_every", "log_wandb", "resume", "overwrite"}  # may differ within a column  # fmt: skip
 
 
@@ -687,6 +688,7 @@ def read_runs(path: Path) -> list[dict]:
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{path} is no file of runs: expected a line of run, config and log for each") from None
     for run in runs:
+        run["config"] = train.renamed(run["config"])
         if not any("castling_report" in record for record in run["log"]):
             raise ValueError(f"{path}: run {run['run']} is not complete")
     if not runs:
@@ -701,15 +703,40 @@ def collect(runs: list[dict], path: Path) -> None:
 
 def row_of(run: dict) -> str:
     """What of a run is not common to its column."""
-    config = run["config"]
-    schedule = f", {config['mask_schedule']}" if config["attention"] == "castling" else ""
-    return config["attention"] + schedule + (", no DWConv" if config.get("dwconv") is False else "")
+    config, mlp = run["config"], run["config"].get("mlp_dwconv")
+    name = config["attention"]
+    if name == "castling":
+        name += f", {config['mask_schedule']}"
+    if config.get("dconv") == 0:
+        name += ", no DWConv" if mlp == 0 else ", no DWConv on V"
+    elif mlp == 0:
+        name += ", no DWConv in MLPs"
+    elif mlp and config["attention"] == "softmax":
+        name += ", DWConv in MLPs"
+    if config.get("checkpoint"):
+        name += ", converted"
+    return name + (", DWConv from 0" if config.get("zero_dconv") else "")
+
+
+@functools.cache
+def token_counts(model: str, pixels: int, **options) -> tuple[int, ...]:
+    """Query tokens N of a model's attention layers for a square image, each number once, in order."""
+    network, image = flops.meta_model(model, image_size=pixels, **options)
+    with captured(network) as seen, torch.no_grad():
+        network(image)
+    return tuple(dict.fromkeys(q.shape[2] for q, _, _ in seen.values()))
 
 
 def column_of(run: dict) -> tuple[str, str]:
-    """(model and pixels, metric)."""
-    config = run["config"]
-    return f"{config['model']}, {config['image_size']} px", METRICS[config["script"]][1]
+    """(model, pixels and tokens of its attention layers, metric). timm's models are not built for it."""
+    config, tokens = run["config"], ""
+    if not config["model"].startswith("timm:"):
+        name = config["model"] + ("_dense" if config["script"] == "segment.py" else "")
+        flags = ("patch_size", "distilled")
+        options = {key: config[key] for key in flags if config.get(key) is not None}
+        counts = token_counts(name, config["image_size"], **options)
+        tokens = f", {' / '.join(map(str, counts))} tokens" if counts else ""
+    return f"{config['model']}, {config['image_size']} px{tokens}", METRICS[config["script"]][1]
 
 
 def outcome(run: dict) -> dict[str, float | None]:
@@ -724,9 +751,18 @@ def outcome(run: dict) -> dict[str, float | None]:
     )
 
 
-def results_table(runs: list[dict]) -> str:
-    """A Markdown table: attentions down, models across. Scores are means and standard deviations over seeds; times of a
-    training step are of the first seed, over softmax's where that is there.
+def mean_and_spread(values: Sequence[float], form: str) -> str:
+    """Their mean in `form` and, of more than one, the standard deviation."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
+
+
+def results_table(runs: list[dict], against: str = "softmax") -> str:
+    """A Markdown table: attentions down, models across. Scores are means and deviations over seeds.
+
+    Row `against` is the reference. The next column has mean and standard deviation of a seed's score
+    minus the reference's of the same seed, and in brackets the number of such pairs. Times of a
+    training step are the first seed's over the reference's. Without such a row both are empty.
 
     Raises: ValueError if runs of one model differ in what matters beside attention and seed, or in nothing.
     """
@@ -745,29 +781,38 @@ def results_table(runs: list[dict]) -> str:
     names = sorted(names, key=lambda name: (name != "softmax", not name.startswith("castling"), name))
     heads, lines = ["attention"], {name: [name] for name in names}
     for (model, metric), rows in columns.items():
-        results = {row: [outcome(run) for run in runs] for row, runs in rows.items()}
-        steps = {row: seeds[0]["step"] for row, seeds in results.items()}
-        heads += [f"{model}: {metric}", "gap", "step", "M MACs"]
+        results = {
+            row: {run["config"]["seed"]: outcome(run) for run in runs} for row, runs in rows.items()
+        }
+        reference = results.get(against, {})
+        heads += [f"{model}: {metric}", f"against {against}", "gap", "step", "M MACs"]
         for row, line in lines.items():
             if row not in results:
-                line += ["–"] * 4
+                line += ["–"] * 5
                 continue
             seeds = results[row]
-            scores = [seed["score"] for seed in seeds]
-            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-            gap = "–" if seeds[0]["gap"] is None else f"{statistics.mean(seed['gap'] for seed in seeds):.2f}"
-            step = f"{steps[row] / steps['softmax']:.2f}" if "softmax" in steps else "–"
-            line += [f"{statistics.mean(scores):.1f}{spread}", gap, step, f"{seeds[0]['macs']:.1f}"]
+            both = seeds.keys() & reference.keys() if row != against else ()
+            pairs = [seeds[seed]["score"] - reference[seed]["score"] for seed in both]
+            paired = f"{mean_and_spread(pairs, '+.1f')} ({len(pairs)})" if pairs else "–"
+            scores, (first, *_) = [seed["score"] for seed in seeds.values()], seeds.values()
+            gaps = [seed["gap"] for seed in seeds.values()]
+            gap = "–" if first["gap"] is None else f"{statistics.mean(gaps):.2f}"
+            of = next(iter(reference.values()), None)
+            step = f"{first['step'] / of['step']:.2f}" if of else "–"
+            line += [mean_and_spread(scores, ".1f"), paired, gap, step, f"{first['macs']:.1f}"]
     rows = [heads, ["---"] * len(heads), *lines.values()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def tables(args: argparse.Namespace) -> None:
-    """Print a table for each of --runs, and write all of them to --collect."""
+    """Print a table for each of --runs, and write all of them to --collect. Raises ValueError for an
+    --against that none of them has."""
     every = [read_runs(path) for path in args.runs]
+    if args.against != "softmax":
+        look_up(dict.fromkeys(row_of(run) for runs in every for run in runs), args.against, "row")
     if args.collect:
         collect([run for runs in every for run in runs], args.collect)
-    print(*map(results_table, every), sep="\n\n")
+    print(*(results_table(runs, args.against) for runs in every), sep="\n\n")
 
 
 FIGURES: dict[str, Callable[[Path], None]] = {
@@ -799,6 +844,8 @@ def parser() -> argparse.ArgumentParser:
     add("--progress", type=train.share, help="attention: show the mask as at this share of training; default the "
         "checkpoint's own")  # fmt: skip
     add("--runs", type=Path, nargs="+", default=RUNS, help="table: folders of runs' folders, or files of --collect")
+    add("--against", default="softmax", metavar="ROW", help="table: the row that others are compared "
+        "with, seed by seed, such as 'castling, ramp'; default softmax")  # fmt: skip
     add("--collect", type=Path, help="table: a file to write configs and logs of --runs to, a run a line")
     return p
 

@@ -41,6 +41,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 import bench
@@ -1409,6 +1410,29 @@ def test_mlp_in_training_takes_the_batch_whole():
         assert_close(traced(x[:1]), mlp(x[:1], (3, 4)))
 
 
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_small_maps_need_fewer_taps(kernel, stride):
+    """On maps of 1 x 1 to 6 x 6 tokens the convolution and its gradients are those of all taps, of which
+    no more are computed than can touch the map: 1 x 1 takes a multiplication."""
+    ours = models.TokenConv(3, kernel, stride, bias=True).double()
+    for y, x in itertools.product(range(1, 7), repeat=2):
+        tokens = randn(2, 3, y, x, seed=6 * y + x).requires_grad_()
+        leaves = (tokens, ours.weight, ours.bias)
+        whole = F.conv2d(tokens, ours.weight, ours.bias, stride, kernel // 2, groups=3)
+        with FlopCounterMode(display=False) as counter:
+            found = ours(tokens)
+        assert_close(found, whole, atol=1e-13, rtol=0)
+        weights = randn(*whole.shape, seed=1)
+        grads = (torch.autograd.grad(out, leaves, weights) for out in (found, whole))
+        for own, expected in zip(*grads, strict=True):
+            assert_close(own, expected, atol=1e-12, rtol=0)
+        taps = counter.get_total_flops() / 2 / whole.numel()
+        reach = kernel // 2
+        cropped = math.prod(2 * min(reach, side - 1) + 1 for side in (y, x))
+        assert taps == (kernel**2 if min(y, x) > reach else cropped)
+
+
 def test_head_pool_shares_weights_over_heads():
     """Pooling all heads at once equals pooling each alone; stride 2 takes 5 x 4 to 3 x 2."""
     conv, norm = nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=4, bias=False), shaken(nn.LayerNorm(4))
@@ -2363,6 +2387,46 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_small_folders_are_read_once(photos, monkeypatch, workers):
+    """Images of the first one's size are read once, by any process; their pixels are those of the file,
+    whatever was done to an image that was given out. Bad images and others are read each time, and
+    nothing is kept of a set too large for memory or of one whose first image is bad."""
+    def kept(folder):
+        there = [] if folder.kept is None else folder.kept[:, 0].nonzero()[0]
+        return [Path(folder.samples[i][0]).name for i in there]
+
+    def pixels(folder, index):
+        return np.asarray(folder[index][0]).tolist()
+
+    small = photos / "train" / "dark"
+    files = [path for path, _ in train.open_folder(photos, "train").samples]
+    for i, path in enumerate(files):
+        if i % 6 in (0, 2, 5):
+            Image.open(path).resize((30, 40)).save(path)
+    (small / "5.png").write_bytes(b"none")
+    whole = [np.asarray(train.read_image(path)).tolist() for path in files[:11]]
+    folder = train.open_folder(photos, "train")
+    loader = train.make_loader(folder, range(11), 1, workers, collate=lambda batch: batch)
+    for _, label in (item for batch in loader for item in batch):
+        assert label in (0, 1)
+    assert kept(folder) == ["0.jpg", "2.png", "5.png", "0.jpg", "2.png"]
+    for index in (0, 2, 5, 6, 8):
+        Path(files[index]).write_bytes(b"no longer needed")
+    for turn in range(2):
+        for data in (folder, pickle.loads(pickle.dumps(folder))):
+            assert [pixels(data, i) for i in range(11)] == whole, turn
+        folder[0][0].paste((1, 2, 3), (0, 0, 30, 40))
+        with pytest.raises(train.DataError, match="dark/5.png"):
+            folder[11]
+    assert train.open_folder(photos, "train").kept is None  # its first image is bad by now
+    rows = 6 * (1 + 3 * 30 * 40)
+    for most in (rows, rows - 1):
+        monkeypatch.setattr(train, "KEPT_BYTES", most)
+        data = train.open_folder(photos, "val")
+        assert data[0][1] == 0 and kept(data) == (["0.jpg"] if most == rows else [])
+
+
 def test_losses():
     """Cross entropy on one or two heads; hard and soft distillation, DeiT's Eq. (2) and (3), from their definitions."""
     a, b, teacher = randn(3, 4, 5)
@@ -2512,6 +2576,26 @@ def test_every_option_trains(tmp_path, capsys, options):
     branch = all("attention=" not in o for o in options)
     assert ("castling_gap" in report["castling_report"]) == branch
     assert ("mask: threshold" in capsys.readouterr().out) == branch
+
+
+def test_patches_of_any_size_train(tmp_path, capsys):
+    """--patch-size P makes a DeiT of ceil(S / P)^2 tokens and the class token. The checkpoint answers for it where
+    weights are evaluated or taught from; another size is another run; other models refuse it by name."""
+    for patch, tokens in ((2, 257), (8, 17)):
+        folder, small = tmp_path / str(patch), ("--max-steps=1", "--model=deit_mini", f"--patch-size={patch}")
+        epoch, _ = run_train(folder, *small)
+        kept = models.read_checkpoint(folder / "best.pt")
+        assert kept["ema"]["pos_embed"].shape == (1, tokens, 96) and kept["args"]["patch_size"] == patch
+        capsys.readouterr()
+        train.main(train.parser().parse_args(["--eval", f"--checkpoint={folder}/best.pt", "--workers=0"]))
+        assert json.loads(capsys.readouterr().out)["test_loss"] == pytest.approx(epoch["test_loss"], rel=1e-5)
+    source = ("--distillation=hard", "--teacher=deit_mini", f"--teacher-checkpoint={folder}/best.pt")
+    assert train.load_teacher(flags(*SMALL, *source), list(train.SHAPES)).patch_size == 8
+    said = refused(capsys, 2, run_train, folder, "--max-steps=1", "--model=deit_mini", "--patch-size=4")
+    assert "patch_size 8 -> 4" in said
+    for model in ("levit128", "timm:vit_tiny_patch16_224"):
+        said = refused(capsys, 2, run_train, tmp_path / "x", f"--model={model}", "--patch-size=4")
+        assert "--patch-size is for deit_mini, deit_tiny, deit_small, deit_base, not " + model in said
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
@@ -5053,22 +5137,32 @@ def run_of(score, attention="castling", seed=0, model="deit_mini", **config):
 
 
 def test_table_of_runs(tmp_path, capsys):
-    """The castled model's score over seeds, what castling lost, and the first seed's step over that of softmax,
-    however the runs are ordered; runs of different flags are not put into one column, nor one seed twice into a cell; a
-    folder of runs and its collected file agree."""
+    """The castled model's score over seeds, the differences from the reference of the same seeds, what castling lost,
+    and the first seed's step over the reference's, however the runs are ordered; runs of different flags are not put
+    into one column, nor one seed twice into a cell; a folder of runs and its collected file agree."""
     runs = [run_of(50, seed=0), run_of(53, seed=1), run_of(56, seed=2), run_of(40, "softmax", seed=1), run_of(9, "mc"),
             run_of(7, dwconv=False), run_of(60, model="levit_mini")]  # fmt: skip
-    assert figures.results_table(runs).splitlines()[2:] == [
-        "| softmax | 40.0 | – | 1.00 | 3.0 | – | – | – | – |",
-        "| castling, ramp | 53.0 ± 3.0 | 0.50 | 0.50 | 2.0 | 60.0 | 0.50 | – | 2.0 |",
-        "| castling, ramp, no DWConv | 7.0 | 0.50 | 0.50 | 2.0 | – | – | – | – |",
-        "| mc | 9.0 | – | 0.50 | 3.0 | – | – | – | – |",
+    heads = "| attention | deit_mini, 32 px, 65 tokens: top-1, % | against softmax | gap | step | M MACs |"
+    heads += " levit_mini, 32 px, 4 / 1 tokens: top-1, % | against softmax | gap | step | M MACs |"
+    table = figures.results_table(runs).splitlines()
+    assert table[:1] + table[2:] == [
+        heads,
+        "| softmax | 40.0 | – | – | 1.00 | 3.0 | – | – | – | – | – |",
+        "| castling, ramp | 53.0 ± 3.0 | +13.0 (1) | 0.50 | 0.50 | 2.0 | 60.0 | – | 0.50 | – | 2.0 |",
+        "| castling, ramp, no DWConv | 7.0 | – | 0.50 | 0.50 | 2.0 | – | – | – | – | – |",
+        "| mc | 9.0 | – | – | 0.50 | 3.0 | – | – | – | – | – |",
     ]
+    several = [*runs, run_of(41.5, "softmax", seed=0), run_of(48, "mc", seed=2), run_of(20, patch_size=8)]
+    table = figures.results_table(several, "castling, ramp").splitlines()
+    assert "deit_mini, 32 px, 17 tokens: top-1, % | against castling, ramp |" in table[0]
+    # softmax: 40 - 53 and 41.5 - 50, mean -10.75, deviation 3.18; mc: 9 - 50 and 48 - 56, mean -24.5, deviation 23.33
+    assert "| 40.8 ± 1.1 | -10.8 ± 3.2 (2) | – | 1.00 |" in table[2]
+    assert "| 28.5 ± 27.6 | -24.5 ± 23.3 (2) | – | 1.00 |" in table[5]
     again = [*runs[5:3:-1], *runs[3::-1], runs[6]]
     assert figures.results_table(again) == figures.results_table(runs)
-    with pytest.raises(ValueError, match="deit_mini, 32 px are not comparable: they differ in lr"):
+    with pytest.raises(ValueError, match="deit_mini, 32 px, 65 tokens are not comparable: they differ in lr"):
         figures.results_table([*runs, run_of(50, seed=3, workers=2, lr=1)])
-    with pytest.raises(ValueError, match="deit_mini, 32 px, castling, ramp: more than one run of seed 1"):
+    with pytest.raises(ValueError, match="deit_mini, 32 px, 65 tokens, castling, ramp: more than one run of seed 1"):
         figures.results_table([*runs, run_of(51, seed=1)])
 
     def printed(*options):
@@ -5084,6 +5178,12 @@ def test_table_of_runs(tmp_path, capsys):
     kept = tmp_path / "kept.jsonl"
     assert printed(tmp_path / "runs", f"--collect={kept}") == printed(kept) and len(kept.read_text().splitlines()) == 7
     assert printed(kept, kept) == "\n\n".join(2 * [printed(kept)])
+    (tmp_path / "other.jsonl").write_text(json.dumps(run_of(1)) + "\n")
+    both = printed(kept, tmp_path / "other.jsonl", "--against=mc").split("\n\n")
+    assert "| +41.0 (1) |" in both[0] and "| 1.0 | – | 0.50 | – | 2.0 |" in both[1]  # 50 - 9; a table without the row
+    with pytest.raises(SystemExit):
+        printed(kept, "--against=ramp")
+    assert "unknown row 'ramp'" in capsys.readouterr().err
     (folder / "log.jsonl").write_text('{"epoch": 0, "step": 1}\n')
     (tmp_path / "a.png").write_bytes(b"\x89PNG")
     (tmp_path / "log.jsonl").write_text('{"epoch": 0}\n')
@@ -5094,6 +5194,18 @@ def test_table_of_runs(tmp_path, capsys):
         with pytest.raises(SystemExit):
             printed(wrong)
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("config", "tokens"), [
+    (dict(model="deit_mini", patch_size=2), "257 tokens"), (dict(model="deit_mini", distilled=True), "66 tokens"),
+    (dict(model="levit_mini", image_size=64), "16 / 4 / 1 tokens"), (dict(model="lcnet_s"), "32 px"),
+    (dict(model="levit128", image_size=224), "196 / 49 / 16 tokens"), (dict(model="timm:test_vit"), "32 px"),
+    (dict(model="vit_mini", patch_size=8, script="segment.py"), "16 tokens"),
+])  # fmt: skip
+def test_columns_name_their_tokens(config, tokens):
+    """The head of a column has the tokens of the model's attention layers at the run's image size, with what its flags
+    make of it; nothing where there is no attention, or a model that is not this project's."""
+    assert figures.column_of(run_of(1, **config))[0].endswith(tokens)
 
 
 def test_attention_figure(tmp_path, capsys, monkeypatch):

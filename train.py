@@ -24,6 +24,7 @@ import gc
 import hashlib
 import json
 import math
+import mmap
 import multiprocessing.util
 import os
 import platform
@@ -69,6 +70,7 @@ from attention import (
 )
 from models import (
     ATTENTIONS,
+    DEIT,
     ESNET,
     HEADS,
     LCNET,
@@ -478,6 +480,41 @@ def refuse_loops(root: Path) -> None:
                 raise ValueError(f"{link} is a link back to {os.path.realpath(link)}, which it lies in")
 
 
+KEPT_BYTES = 2**30  # of a split's decoded images, at most, that a process keeps with its loaders
+
+
+class Folder(torchvision.datasets.ImageFolder):
+    """ImageNet-style folders: (RGB image, class). Images of a small set are read once.
+
+    A set is small if its images fit in KEPT_BYTES, were all of the first one's size. Pixels of images
+    of that size are then kept; others are read every time.
+
+    kept: (images, 1 + H W 3) uint8, in memory shared with forked loader processes: 1 where an image is
+    there, and its pixels. None for a large set, or where the first image cannot be read.
+    """
+
+    def __init__(self, root: str):
+        super().__init__(root, loader=read_image)
+        self.kept = self.shape = None
+        with contextlib.suppress(Exception), Image.open(self.samples[0][0]) as first:
+            self.shape = (first.height, first.width, 3)  # if it is bad, `read_image` will say so
+        if self.shape and len(self) * (row := 1 + math.prod(self.shape)) <= KEPT_BYTES:
+            # Not torch's shared memory, of which containers may have 64 MB. Pages are taken when written.
+            self.kept = np.frombuffer(mmap.mmap(-1, len(self) * row), np.uint8).reshape(-1, row)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if self.kept is None:
+            return super().__getitem__(index)
+        row, pixels = self.kept[index], self.kept[index, 1:].reshape(self.shape)
+        if row[0]:
+            return Image.fromarray(pixels), self.targets[index]
+        image, label = super().__getitem__(index)
+        if image.size == self.shape[1::-1]:
+            pixels[...] = image
+            row[0] = 1  # last: other processes may be looking
+        return image, label
+
+
 def open_folder(root: Path, split: str) -> Dataset:
     """One split of ImageNet-style folders train/<class>/ and val/<class>/ (or test/<class>/)."""
     folder = root / split
@@ -487,7 +524,7 @@ def open_folder(root: Path, split: str) -> Dataset:
         raise ValueError(f"no folder {folder}: expected {root}/train/<class>/ and {root}/val/<class>/ (or test/)")
     refuse_loops(folder)
     try:
-        return torchvision.datasets.ImageFolder(str(folder), loader=read_image)
+        return Folder(str(folder))
     except FileNotFoundError as error:
         raise ValueError(f"no images in {folder}: {error}") from None
 
@@ -1494,6 +1531,7 @@ def parser() -> argparse.ArgumentParser:
     add("--ema-decay", type=share, help="of the averaged weights; default: a horizon of 4%% of the run")
     add("--channels-last", action=on_off, default=False, help="memory format of images and convolutions")
     add("--castle-downsample", action=on_off, help="castle down-sampling blocks too (D5); default on")
+    add("--patch-size", type=at_least(1), help="pixels per side of DeiT's patches; default 4 for deit_mini, else 16")
     add("--distilled", action=on_off, help="a second, distillation head; default as the model was published")
     add("--distillation", default="none", choices=("none", "hard", "soft"), help="DeiT's; the paper names no kind")
     add("--teacher", help="model to distil from: one of this project or of torchvision.models")
@@ -1510,8 +1548,8 @@ FREE_ON_RESUME = {"output", "resume", "overwrite", "save_minutes", "workers", "e
                   "teacher_checkpoint", "eval_every", "split", "backbone", "log_wandb",
                   *INEXACT_ON_RESUME}  # fmt: skip
 # Flags that a checkpoint answers for when they are not given.
-TRAINED_FLAGS = ("model", "attention", "image_size", "castle_downsample", "dconv", "mlp_dwconv", "distilled", "epsilon",
-                 "mask_schedule", "data", "shapes_length", "seed")  # fmt: skip
+TRAINED_FLAGS = ("model", "attention", "image_size", "castle_downsample", "dconv", "mlp_dwconv", "distilled",
+                 "patch_size", "epsilon", "mask_schedule", "data", "shapes_length", "seed")  # fmt: skip
 
 
 def take_over(args: argparse.Namespace, trained: Mapping, flags: tuple[str, ...]) -> None:
@@ -1585,12 +1623,14 @@ def timm_model(args: argparse.Namespace, num_classes: int, image_size: int) -> n
 
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> nn.Module:
     """The model that resolved flags describe. Raises ValueError as `build_model` does, and for one without classes."""
+    if args.patch_size is not None and args.model not in DEIT:
+        raise ValueError(f"--patch-size is for {', '.join(DEIT)}, not {args.model}")
     if args.model.startswith("timm:"):
         return timm_model(args, num_classes, image_size)
     if args.model in VIT_DENSE:
         raise ValueError(f"{args.model} gives feature maps, not classes: it is a backbone of segment.py")
-    options = core_options(args)
-    options |= {key: getattr(args, key) for key in ("drop_path", "distilled") if getattr(args, key) is not None}
+    given = ("drop_path", "distilled", "patch_size")
+    options = core_options(args) | {key: getattr(args, key) for key in given if getattr(args, key) is not None}
     model = build_model(args.model, args.attention, num_classes, image_size, args.castle_downsample, **options)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
