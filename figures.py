@@ -666,8 +666,10 @@ def attention(path: Path, args: argparse.Namespace) -> None:
 
 RUNS = [RESULTS / "cifar10.jsonl", RESULTS / "scenes.jsonl"]
 METRICS = {"train.py": ("acc1", "top-1, %"), "detect.py": ("AP", "AP"), "segment.py": ("mIoU", "mIoU")}
-VARIED = {"attention", "mask_schedule", "dconv", "mlp_dwconv", "zero_dconv", "checkpoint", "seed", "output",
-          "environment", "workers", "save_minutes", "eval_every", "log_wandb", "resume", "overwrite"}  # may differ within a column  # fmt: skip
+VARIED = {  # may differ within a column
+    "attention", "mask_schedule", "dconv", "mlp_dwconv", "zero_dconv", "checkpoint", "seed", "output", "environment",
+    "workers", "save_minutes", "eval_every", "log_wandb", "resume", "overwrite",
+}  # fmt: skip
 
 
 def read_runs(path: Path) -> list[dict]:
