@@ -389,7 +389,7 @@ def branch_rows(
         sparse = masked_softmax(q, k, threshold[:, None, None], pairs)
         out = (F.dropout(sparse, dropout) if dropout else sparse) @ v
     sparse = sparse.detach()
-    return out, torch.stack([sparse.count_nonzero().to(sparse.dtype), sparse.sum()])
+    return out, torch.stack([(sparse != 0).sum().to(sparse.dtype), sparse.sum()])
 
 
 class RecomputedRows(torch.autograd.Function):

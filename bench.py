@@ -120,7 +120,7 @@ def check(name: str, actual: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 # ---- the released formula --------------------------------------------------------------------------------------------
 
 
-def released_attention(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def released_attention(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, *unused, **unused_too) -> Tensor:
     """Eq. (9) and (10) in the order of operations of the authors' block, for AttentionCore.attend.
 
     Source: GATECH-EIC/Castling-ViT @ c7b75c1, attention.py: normalise, (q k^T) softmax masked by a product, Conv2d.

@@ -667,8 +667,8 @@ def attention(path: Path, args: argparse.Namespace) -> None:
 RUNS = [RESULTS / "cifar10.jsonl", RESULTS / "scenes.jsonl"]
 METRICS = {"train.py": ("acc1", "top-1, %"), "detect.py": ("AP", "AP"), "segment.py": ("mIoU", "mIoU")}
 VARIED = {  # may differ within a column
-    "attention", "mask_schedule", "dconv", "mlp_dwconv", "zero_dconv", "checkpoint", "seed", "output", "environment",
-    "workers", "save_minutes", "eval_every", "log_wandb", "resume", "overwrite",
+    "attention", "mask_schedule", "dwconv", "dconv", "mlp_dwconv", "zero_dconv", "checkpoint", "seed", "output",
+    "environment", "workers", "save_minutes", "eval_every", "log_wandb", "resume", "overwrite",
 }  # fmt: skip
 
 
@@ -690,7 +690,6 @@ def read_runs(path: Path) -> list[dict]:
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{path} is no file of runs: expected a line of run, config and log for each") from None
     for run in runs:
-        run["config"] = train.renamed(run["config"])
         if not any("castling_report" in record for record in run["log"]):
             raise ValueError(f"{path}: run {run['run']} is not complete")
     if not runs:
@@ -705,7 +704,8 @@ def collect(runs: list[dict], path: Path) -> None:
 
 def row_of(run: dict) -> str:
     """What of a run is not common to its column."""
-    config, mlp = run["config"], run["config"].get("mlp_dwconv")
+    config = train.renamed(run["config"])
+    mlp = config.get("mlp_dwconv")
     name = config["attention"]
     if name == "castling":
         name += f", {config['mask_schedule']}"

@@ -111,8 +111,8 @@ FREE = NORMS | {
     "upsample_bilinear2d", "upsample_linear1d", "upsample_nearest2d",
     # copies, indexing, creation
     "_to_copy", "_unsafe_index", "_unsafe_view", "arange", "cat", "clone", "constant_pad_nd", "contiguous", "copy_",
-    "detach", "embedding", "empty", "empty_like", "eye", "fill_", "full", "full_like", "gather", "index", "lift_fresh",
-    "masked_fill_", "new_empty", "new_full", "new_ones", "new_zeros", "one_hot", "ones", "ones_like", "rand",
+    "detach", "embedding", "empty", "empty_like", "eye", "fill_", "full", "full_like", "gather", "index", "index_copy",
+    "lift_fresh", "masked_fill_", "new_empty", "nonzero", "new_full", "new_ones", "new_zeros", "one_hot", "ones", "ones_like", "rand",
     "rand_like", "randn", "repeat", "roll", "scalar_tensor", "scatter", "stack", "tril", "triu", "zero_", "zeros",
     "zeros_like", "_fused_sdp_choice", "_local_scalar_dense",
 }  # fmt: skip
@@ -208,7 +208,9 @@ def count(model: nn.Module, *inputs: Tensor, convention: str = "macs", strict: b
     terms = attention.look_up(CONVENTIONS, convention, "convention")
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     auditor = Auditor(terms, strict)
-    with evaluating(model), auditor, counter:
+    # No mask passes for empty: a count does not depend on values.
+    full = patch.object(attention, "certainly_empty", lambda q, k, threshold: threshold < 0)
+    with evaluating(model), full, auditor, counter:
         model(*inputs)
     root = type(model).__name__
     flops = counter.get_flop_counts()
