@@ -112,8 +112,9 @@ FREE = NORMS | {
     # copies, indexing, creation
     "_to_copy", "_unsafe_index", "_unsafe_view", "arange", "cat", "clone", "constant_pad_nd", "contiguous", "copy_",
     "detach", "embedding", "empty", "empty_like", "eye", "fill_", "full", "full_like", "gather", "index", "index_copy",
-    "lift_fresh", "masked_fill_", "new_empty", "nonzero", "new_full", "new_ones", "new_zeros", "one_hot", "ones", "ones_like", "rand",
-    "rand_like", "randn", "repeat", "roll", "scalar_tensor", "scatter", "stack", "tril", "triu", "zero_", "zeros",
+    "lift_fresh", "masked_fill_", "new_empty", "nonzero", "new_full", "new_ones", "new_zeros", "one_hot", "ones",
+    "ones_like", "rand", "rand_like",
+    "randn", "repeat", "roll", "scalar_tensor", "scatter", "stack", "tril", "triu", "zero_", "zeros",
     "zeros_like", "_fused_sdp_choice", "_local_scalar_dense",
 }  # fmt: skip
 
