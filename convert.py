@@ -33,7 +33,6 @@ from attention import AttentionCore, castle, cores
 from models import (
     CastlingLeViTAttention,
     ConvNorm,
-    DeiT,
     DenseViT,
     DepthSeparable,
     LCNet,
@@ -42,6 +41,7 @@ from models import (
     MlpDWConv,
     MViTv2,
     NormLinear,
+    ViT,
     pair,
     resize_offsets,
     resize_positions,
@@ -638,7 +638,7 @@ def resized_table(name: str, value: Tensor, own: Tensor, model: nn.Module, file_
     owner = model.get_submodule(layer)
     if value.ndim != own.ndim:
         return None
-    if kind == "pos_embed" and value.shape[::2] == own.shape[::2] and isinstance(owner, DeiT | DenseViT):
+    if kind == "pos_embed" and value.shape[::2] == own.shape[::2] and isinstance(owner, ViT):
         prefix = 2 if file_has_dist else 1
         side = square_side(value.shape[1] - prefix)
         if side is None:
@@ -660,13 +660,12 @@ def value_rows(name: str, weights: dict[str, Tensor], own: Tensor, model: nn.Mod
     if not isinstance(core, CastlingLeViTAttention) or own.ndim == 0:
         return None
     source = weights.get(name, weights.get(f"{match[1]}.kv.{match[2]}"))
-    dim = core.split[-1]
     if source is None or len(source) % core.heads or source.shape[1:] != own.shape[1:]:
         return None
     source, result = source.unflatten(0, (core.heads, -1)), own.clone().unflatten(0, (core.heads, -1))
-    if source.shape[1] < dim:
+    if source.shape[1] < core.head_dim:
         return None
-    result[:, -dim:] = source[:, -dim:]  # head by head, values last
+    result[:, -core.head_dim :] = source[:, -core.head_dim :]  # head by head, values last
     return result.flatten(0, 1)
 
 

@@ -59,17 +59,6 @@ LEVIT = {  # arXiv:2104.01136, Table 1 and released specification, the first our
     "levit384": dict(dims=(384, 512, 768), heads=(6, 9, 12), key_dim=32, drop_path=0.1),
 }
 
-# Table 1 by row: stages whose keys and values are pooled by 2; D < E in stage blocks; queries subsampled after their
-# projection, and added to what has as many channels.
-DESIGNS = {
-    1: dict(token_pooled=(0, 1), bottleneck=False, post_q=False),
-    2: dict(token_pooled=(), bottleneck=True, post_q=False),
-    3: dict(token_pooled=(), bottleneck=False, post_q=False),
-    4: dict(token_pooled=(0, 1, 2), bottleneck=False, post_q=True),
-    5: dict(token_pooled=(), bottleneck=True, post_q=True),
-    6: dict(token_pooled=(), bottleneck=False, post_q=True),
-}
-
 MVITV2 = {  # arXiv:2112.01526, Table 1 and released configurations
     "mvitv2_tiny": dict(depths=(1, 2, 5, 2)),
     "mvitv2_small": dict(depths=(1, 2, 11, 2)),
@@ -196,9 +185,9 @@ class MlpDWConv(TokenConv):
         return rearrange(x, "b c y x -> b (y x) c")
 
 
-def subsample(x: Tensor, grid: Grid, stride: int = 2) -> tuple[Tensor, Grid]:
-    """Every `stride`-th token of every `stride`-th row, (..., N, C) -> (..., N', C). No averaging."""
-    x = x.unflatten(-2, grid)[..., ::stride, ::stride, :]
+def subsample(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+    """Every second token of every second row, (..., N, C) -> (..., N', C). No averaging."""
+    x = x.unflatten(-2, grid)[..., ::2, ::2, :]
     return x.flatten(-3, -2), (x.shape[-3], x.shape[-2])
 
 
@@ -217,14 +206,13 @@ def pool_heads(x: Tensor, grid: Grid, conv: nn.Conv2d, norm: nn.LayerNorm) -> tu
 class PooledAttention(AttentionCore):
     """Self-attention on pooled q, k, v: 3x3 depthwise convolutions and norms shared over heads.
 
-    (B, N, C), grid -> (B, N', C'), grid'. The pooled query is added to the attention's output if `residual`.
+    (B, N, C), grid -> (B, N', C'), grid'. The pooled query is added to the attention's output.
 
     Args:
-        qkv: the layer C -> H (2 D + E); its output is laid out (q|k|v, H, D) or, `head_major`, (H, q|k|v).
-        proj: the layer H E -> C'.
-        key_dim, value_dim: D and E per head.
+        qkv: the layer C -> 3 H D; its output is (q|k|v, H, D) or, if `head_major`, (H, q|k|v, D).
+        proj: the layer H D -> C'.
+        head_dim: D.
         stride_q, stride_kv: of the convolutions.
-        pool_q: False takes every stride_q-th query of every stride_q-th row instead of a convolution's.
         core: options of AttentionCore.
     Source: MViTv2, arXiv:2112.01526, section 4.1 (residual pooling connection); timm's and the official names.
     """
@@ -234,44 +222,31 @@ class PooledAttention(AttentionCore):
         qkv: nn.Module,
         proj: nn.Module,
         heads: int,
-        key_dim: int,
-        value_dim: int,
+        head_dim: int,
         *,
         stride_q: int = 1,
         stride_kv: int = 1,
         head_major: bool = False,
-        residual: bool = True,
-        pool_q: bool = True,
         core: Mapping,
     ):
         super().__init__(heads, **core)
-        self.split, self.head_major, self.residual = [key_dim, key_dim, value_dim], head_major, residual
-        self.stride_q = stride_q
+        self.head_dim, self.stride_q = head_dim, stride_q
+        self.layout = "(h s d)" if head_major else "(s h d)"
         self.qkv, self.proj = qkv, proj
-        for name, dim, stride in zip("qkv", self.split, (stride_q, stride_kv, stride_kv), strict=True):
-            if name != "q" or pool_q:
-                self.add_module(f"pool_{name}", TokenConv(dim, 3, stride))
-                self.add_module(f"norm_{name}", nn.LayerNorm(dim, eps=1e-6))
-            else:
-                self.pool_q = None
+        for name, stride in zip("qkv", (stride_q, stride_kv, stride_kv), strict=True):
+            self.add_module(f"pool_{name}", TokenConv(head_dim, 3, stride))
+            self.add_module(f"norm_{name}", nn.LayerNorm(head_dim, eps=1e-6))
 
     def logit_bias(self, q: Tensor, q_grid: Grid, k_grid: Grid) -> Tensor | None:
         """Added to the softmax baseline's logits, (H, N', M) or (B, H, N', M)."""
         return None
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-        if self.head_major:
-            q, k, v = rearrange(self.qkv(x), "b n (h c) -> b h n c", h=self.heads).split(self.split, dim=-1)
-        else:
-            q, k, v = rearrange(self.qkv(x), "b n (s h d) -> s b h n d", s=3, h=self.heads)
-        if self.pool_q is None:
-            q, q_grid = subsample(q, grid, self.stride_q)
-        else:
-            q, q_grid = pool_heads(q, grid, self.pool_q, self.norm_q)
+        q, k, v = rearrange(self.qkv(x), f"b n {self.layout} -> s b h n d", s=3, h=self.heads)
+        q, q_grid = pool_heads(q, grid, self.pool_q, self.norm_q)
         k, k_grid = pool_heads(k, grid, self.pool_k, self.norm_k)
         v, _ = pool_heads(v, grid, self.pool_v, self.norm_v)
-        y = self.attend(q, k, v, self.logit_bias(q, q_grid, k_grid))
-        y = y + q if self.residual else y
+        y = q + self.attend(q, k, v, self.logit_bias(q, q_grid, k_grid))
         return self.proj(rearrange(y, "b h n d -> b n (h d)")), q_grid
 
 
@@ -357,19 +332,74 @@ class ViTBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x), grid))
 
 
-class DeiT(nn.Module):
-    """(B, 3, H, W) pixels -> (B, num_classes) logits; any H x W, the position embeddings are resampled to its grid.
+class ViT(nn.Module):
+    """What DeiT and DenseViT share: an image's patches as tokens, position embeddings, blocks.
+
+    Any H x W: images are padded to whole patches, position embeddings resampled to their grid.
 
     Args:
-        dim, heads, depth: C, H and the number of blocks; mlp_ratio: hidden channels of the MLPs over C.
+        tokens: names of the learned tokens before the patches'.
+        dim, heads, depth: C, H and the number of blocks.
+        mlp_ratio: hidden channels of the MLPs over C.
         patch_size: pixels.
-        image_size: what the position embeddings are made for, pixels; images are padded to whole patches.
-        distilled: second class token and head; in training the logits are a pair (class, distillation), in eval their
-            mean.
+        image_size: what the position embeddings are made for, pixels.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
-        mlp_dwconv: kernel of the MLPs' DWConv, 0 for none; None means 5 for every kernel but the softmax baseline (D7).
+        mlp_dwconv: kernel of the MLPs' DWConv, 0 for none; conv_bias: whether it has a bias.
         core: options of AttentionCore.
     Raises: ValueError if dim is not divisible by heads.
+    """
+
+    def __init__(self, tokens: tuple[str, ...], dim: int, heads: int, depth: int, mlp_ratio: int,
+                 patch_size: int, image_size: int | tuple[int, int], drop_path: float,
+                 mlp_dwconv: int, conv_bias: bool, core: Mapping):  # fmt: skip
+        super().__init__()
+        self.tokens, self.dim, self.patch_size = tokens, dim, patch_size
+        self.grid = tuple(-(-side // patch_size) for side in pair(image_size))
+        # Rows of pos_embed before the patches'. Files of ViT and MAE have the class token's row, so
+        # a model without that token has it too; nothing reads it.
+        self.prefix = max(1, len(tokens))
+        for name in tokens:
+            self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, dim)))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid[0] * self.grid[1], dim))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            ViTBlock(dim, heads, mlp_ratio, mlp_dwconv, rate, core, conv_bias) for rate in rates
+        )
+
+    def initialise(self) -> None:
+        """DeiT's initialisation, called when all layers are there."""
+        self.apply(init_linear)
+        for parameter in self.parameters(recurse=False):
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the published recipe exempts, beyond biases and norms."""
+        return {*self.tokens, "pos_embed"}
+
+    def features(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """(B, 3, H, W) pixels -> the last block's output, (B, P + N, C), P = len(tokens); grid."""
+        x = F.pad(x, (0, -x.shape[-1] % self.patch_size, 0, -x.shape[-2] % self.patch_size))
+        x = self.patch_embed(x)                                                      # (B, C, y, x)
+        grid = (x.shape[2], x.shape[3])
+        prefix_pos, patch_pos = self.pos_embed.split([self.prefix, self.grid[0] * self.grid[1]], dim=1)
+        x = rearrange(x, "b c y x -> b (y x) c") + resize_positions(patch_pos, self.grid, grid)
+        if self.tokens:
+            tokens = torch.cat([self.get_parameter(name) for name in self.tokens], dim=1)
+            x = torch.cat([(tokens + prefix_pos).expand(x.shape[0], -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x, grid)
+        return x, grid
+
+
+class DeiT(ViT):
+    """(B, 3, H, W) pixels -> (B, num_classes) logits; any H x W.
+
+    Args:
+        distilled: second class token and head; in training the logits are a pair
+            (class, distillation), in eval their mean.
+        mlp_dwconv: None means 5 for every kernel but the softmax baseline (D7).
+        Others as in `ViT`.
     """
 
     def __init__(
@@ -386,40 +416,17 @@ class DeiT(nn.Module):
         mlp_dwconv: int | None = None,
         core: Mapping = ATTENTIONS["castling"],
     ):
-        super().__init__()
+        tokens = ("cls_token", "dist_token") if distilled else ("cls_token",)
         mlp_dwconv = mlp_kernel(mlp_dwconv, core)
-        self.patch_size = patch_size
-        self.grid = tuple(-(-side // patch_size) for side in pair(image_size))
-        self.prefix = 2 if distilled else 1
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if distilled else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid[0] * self.grid[1], dim))
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(ViTBlock(dim, heads, mlp_ratio, mlp_dwconv, rate, core) for rate in rates)
+        super().__init__(tokens, dim, heads, depth, mlp_ratio, patch_size, image_size, drop_path,
+                         mlp_dwconv, conv_bias=False, core=core)  # fmt: skip
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
         self.head_dist = nn.Linear(dim, num_classes) if distilled else None
-        self.apply(init_linear)
-        for token in (self.cls_token, self.dist_token, self.pos_embed):
-            if token is not None:
-                nn.init.trunc_normal_(token, std=0.02)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that the published recipe exempts, beyond biases and norms."""
-        return {"cls_token", "dist_token", "pos_embed"}
+        self.initialise()
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        x = F.pad(x, (0, -x.shape[-1] % self.patch_size, 0, -x.shape[-2] % self.patch_size))
-        x = self.patch_embed(x)                                                      # (B, C, y, x)
-        grid = (x.shape[2], x.shape[3])
-        prefix_pos, patch_pos = self.pos_embed.split([self.prefix, self.grid[0] * self.grid[1]], dim=1)
-        x = rearrange(x, "b c y x -> b (y x) c") + resize_positions(patch_pos, self.grid, grid)
-        tokens = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
-        prefix = (torch.cat(tokens, dim=1) + prefix_pos).expand(x.shape[0], -1, -1)
-        x = torch.cat([prefix, x], dim=1)                                            # (B, P + N, C)
-        for block in self.blocks:
-            x = block(x, grid)
+        x, _ = self.features(x)
         x = self.norm(x)
         if self.head_dist is None:
             return self.head(x[:, 0])
@@ -430,17 +437,15 @@ class DeiT(nn.Module):
 # ---- dense ViT -------------------------------------------------------------------------------------------------------
 
 
-class DenseViT(nn.Module):
+class DenseViT(ViT):
     """(B, 3, H, W) pixels -> (B, C, h, w), the last block's features, h = ceil(H / patch_size): a plain ViT for dense
-    prediction, without class token, final norm or head. Any H x W: images are padded to whole patches, position
-    embeddings resampled to their grid.
+    prediction, without class token, final norm or head. Any H x W.
 
-    Args: dim, heads, depth, image_size, drop_path, core: as in `DeiT`.
-        mlp_dwconv: kernel of the MLPs' DWConv, here with a bias, 0 for none; None: 3, for the softmax baseline 0. The
-            paper's 118 M and 147 G for Castling-ViT-B leave no room for a 5x5 (D8).
+    Args:
+        mlp_dwconv: here with a bias; None: 3, for the softmax baseline 0. The paper's 118 M and
+            147 G for Castling-ViT-B leave no room for a 5x5 (D8).
+        Others as in `ViT`.
     """
-
-    prefix = 1  # rows of pos_embed before the patches': the class token's. As in ViT and MAE files; nothing reads it.
 
     def __init__(
         self,
@@ -454,28 +459,13 @@ class DenseViT(nn.Module):
         mlp_dwconv: int | None = None,
         core: Mapping = ATTENTIONS["castling"],
     ):
-        super().__init__()
         mlp_dwconv = mlp_kernel(mlp_dwconv, core, castling=3)                           # D8
-        self.dim, self.patch_size = dim, patch_size
-        self.grid = tuple(-(-side // patch_size) for side in pair(image_size))
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid[0] * self.grid[1], dim))
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(ViTBlock(dim, heads, mlp_ratio, mlp_dwconv, rate, core, True) for rate in rates)
-        self.apply(init_linear)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that the published recipe exempts, beyond biases and norms."""
-        return {"pos_embed"}
+        super().__init__((), dim, heads, depth, mlp_ratio, patch_size, image_size, drop_path,
+                         mlp_dwconv, conv_bias=True, core=core)  # fmt: skip
+        self.initialise()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, -x.shape[-1] % self.patch_size, 0, -x.shape[-2] % self.patch_size))
-        x = self.patch_embed(x)                                                      # (B, C, y, x)
-        grid = (x.shape[2], x.shape[3])
-        x = rearrange(x, "b c y x -> b (y x) c") + resize_positions(self.pos_embed[:, self.prefix :], self.grid, grid)
-        for block in self.blocks:
-            x = block(x, grid)
+        x, grid = self.features(x)
         return rearrange(x, "b (y x) c -> b c y x", y=grid[0])
 
 
@@ -554,18 +544,23 @@ class LeViTAttention(AttentionCore):
     (B, N, C), grid -> (B, N', C'), grid'. Values have twice (stride 2: four times) the channels D of queries and keys.
     Stride 2 takes queries from every second token of every second row; its output has no residual.
 
-    Args:
-        key_dim: D; heads: H; value_ratio: channels of a value over D.
-        grid: key grid that the bias table is made for.
+    Args: key_dim: D; heads: H; grid: key grid that the bias table is made for.
     """
 
     def __init__(
-        self, dim: int, out_dim: int, heads: int, key_dim: int, value_ratio: int, grid: Grid, stride: int, core: Mapping
+        self,
+        dim: int,
+        out_dim: int,
+        heads: int,
+        key_dim: int,
+        grid: Grid,
+        stride: int,
+        core: Mapping,
     ):
         super().__init__(heads, **core)
         self.stride, self.grid = stride, grid
         self.attention_biases = nn.Parameter(torch.zeros(heads, grid[0] * grid[1]))
-        self.split = [key_dim, value_ratio * key_dim]
+        self.split = [key_dim, 2 * stride * key_dim]
         if stride == 1:
             self.split = [key_dim] + self.split
             self.qkv = LinearNorm(dim, heads * sum(self.split))
@@ -593,17 +588,28 @@ class LeViTAttention(AttentionCore):
 class CastlingLeViTAttention(PooledAttention):
     """LeViT's attention in the castling architecture: no bottleneck, pooled q, k, v, residual query, any kernel.
 
-    (B, N, C), grid -> (B, N', C'), grid'. With `stride` 2 the queries are pooled, and so are the keys and values unless
-    the kernel is softmax, which then keeps LeViT's bias (D5).
+    (B, N, C), grid -> (B, N', C'), grid'. Queries and keys have as many channels as LeViT's
+    values. With `stride` 2 the queries are pooled, and so are the keys and values unless the
+    kernel is softmax, which then keeps LeViT's bias (D5).
+
+    Args: key_dim, heads, grid: as in `LeViTAttention`.
     """
 
-    def __init__(self, dim: int, out_dim: int, heads: int, head_dim: int, grid: Grid, stride: int, core: Mapping):
-        softmax = core["kernel"] == "softmax"
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        heads: int,
+        key_dim: int,
+        grid: Grid,
+        stride: int,
+        core: Mapping,
+    ):
+        softmax, head_dim = core["kernel"] == "softmax", 2 * stride * key_dim
         super().__init__(
             LinearNorm(dim, 3 * heads * head_dim),
             activated_projection(heads * head_dim, out_dim, bn_weight=0.0 if stride == 1 else 1.0),
             heads,
-            head_dim,
             head_dim,
             stride_q=stride,
             stride_kv=1 if softmax else stride,
@@ -617,40 +623,6 @@ class CastlingLeViTAttention(PooledAttention):
         if self.attention_biases is None:
             return None
         return offset_bias(self.attention_biases, self.grid, k_grid, self.stride_q)
-
-
-class DesignAttention(PooledAttention):
-    """LeViT's attention in the designs that Table 1 compares: softmax, q, k, v through 3x3 convolutions, no bias.
-
-    Stride 2 is "post-Q" pooling: all q, k, v are projected at full resolution, then queries are subsampled. `residual`
-    adds the queries to an output of as many channels.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        out_dim: int,
-        heads: int,
-        key_dim: int,
-        value_dim: int,
-        stride: int,
-        stride_kv: int,
-        residual: bool,
-        core: Mapping,
-    ):
-        super().__init__(
-            LinearNorm(dim, heads * (2 * key_dim + value_dim)),
-            activated_projection(heads * value_dim, out_dim, bn_weight=0.0 if stride == 1 else 1.0),
-            heads,
-            key_dim,
-            value_dim,
-            stride_q=stride,
-            stride_kv=stride_kv,
-            head_major=True,
-            residual=residual and key_dim == value_dim,
-            pool_q=stride == 1,
-            core=core,
-        )
 
 
 class LeViTMlp(nn.Module):
@@ -731,10 +703,10 @@ class LeViT(nn.Module):
             pooled onto the queries' grid (D5, "C2"); False keeps softmax there ("C1").
         mlp_dwconv: kernel of the DWConv in the stage blocks' MLPs, 0 for none; None: 5 in the castling architecture
             (D7).
-        design: a row of Table 1 (1..6, see DESIGNS) instead of the published softmax model.
         core: options of AttentionCore.
-    Raises: ValueError if dims, heads and depths differ in length, or for a design that is unknown or not of softmax.
-    Source: arXiv:2104.01136; facebookresearch/LeViT @ 3772b8e, levit.py; arXiv:2211.10526v4, Tables 1 and 2.
+    Raises: ValueError if dims, heads and depths differ in length.
+    Source: arXiv:2104.01136; facebookresearch/LeViT @ 3772b8e, levit.py; arXiv:2211.10526v4,
+        Table 2.
     """
 
     def __init__(
@@ -750,17 +722,13 @@ class LeViT(nn.Module):
         drop_path: float = 0.0,
         castle_downsample: bool = True,
         mlp_dwconv: int | None = None,
-        design: int | None = None,
         core: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
         if not len(dims) == len(heads) == len(depths):
             raise ValueError(f"dims, heads and depths must have one entry per stage: {dims}, {heads}, {depths}")
         published = core["kernel"] == "softmax"
-        row = {} if design is None else look_up(DESIGNS, design, "design")
         mlp_dwconv = mlp_kernel(mlp_dwconv, core)
-        if row and not published:
-            raise ValueError("the designs of Table 1 have softmax attention: design= needs attention='softmax'")
         widths = [3, dims[0] // 8, dims[0] // 4, dims[0] // 2, dims[0]]
         grid = pair(image_size)
         self.stem = nn.Sequential()
@@ -770,40 +738,23 @@ class LeViT(nn.Module):
                 self.stem.add_module(f"act{i + 1}", nn.Hardswish())
             grid = halved(grid)
 
-        def down(dim: int, out_dim: int, grid: Grid) -> LeViTDownsample:
-            """The block before a stage, from a key grid to half of it: published, a design of Table 1, or castling."""
-            mlp, heads, skip = LeViTMlp(out_dim, mlp_ratio * out_dim), dim // key_dim, None
-            if published and not row.get("post_q"):
-                attn = LeViTAttention(dim, out_dim, heads, key_dim, 4, grid, 2, core)
-            else:
-                skip = LinearNorm(dim, out_dim)
-                if published:
-                    stride_kv = 2 if row["token_pooled"] else 1
-                    attn = DesignAttention(dim, out_dim, heads, 4 * key_dim, 4 * key_dim, 2, stride_kv, True, core)
-                else:
-                    chosen = core if castle_downsample else {**core, **BASELINE}             # D5
-                    attn = CastlingLeViTAttention(dim, out_dim, heads, 4 * key_dim, grid, 2, chosen)
-            return LeViTDownsample(attn, mlp, skip, drop_path)
-
-        def block(stage: int, dim: int, grid: Grid) -> LeViTBlock:
-            """A block of a stage, likewise."""
-            if row:
-                width = key_dim if row["bottleneck"] else 2 * key_dim
-                stride_kv = 2 if stage in row["token_pooled"] else 1
-                residual = row["post_q"]
-                attn = DesignAttention(dim, dim, heads[stage], width, 2 * key_dim, 1, stride_kv, residual, core)
-            elif published:
-                attn = LeViTAttention(dim, dim, heads[stage], key_dim, 2, grid, 1, core)
-            else:
-                attn = CastlingLeViTAttention(dim, dim, heads[stage], 2 * key_dim, grid, 1, core)
-            return LeViTBlock(attn, LeViTMlp(dim, mlp_ratio * dim, mlp_dwconv), drop_path)
-
+        attention = LeViTAttention if published else CastlingLeViTAttention
+        down_core = core if castle_downsample else {**core, **BASELINE}                  # D5
         stages = []
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
             downsample = None
             if i > 0:
-                downsample, grid = down(dims[i - 1], dim, grid), halved(grid)
-            stages.append(LeViTStage(downsample, [block(i, dim, grid) for _ in range(depth)]))
+                before = dims[i - 1]
+                mlp = LeViTMlp(dim, mlp_ratio * dim)
+                skip = None if published else LinearNorm(before, dim)
+                attn = attention(before, dim, before // key_dim, key_dim, grid, 2, down_core)
+                downsample, grid = LeViTDownsample(attn, mlp, skip, drop_path), halved(grid)
+            blocks = []
+            for _ in range(depth):
+                attn = attention(dim, dim, heads[i], key_dim, grid, 1, core)
+                mlp = LeViTMlp(dim, mlp_ratio * dim, mlp_dwconv)
+                blocks.append(LeViTBlock(attn, mlp, drop_path))
+            stages.append(LeViTStage(downsample, blocks))
         self.stages = nn.ModuleList(stages)
         self.head = NormLinear(dims[-1], num_classes)
         distilled = published if distilled is None else distilled
@@ -860,7 +811,6 @@ class MViTAttention(PooledAttention):
             nn.Linear(dim, 3 * out_dim),
             nn.Linear(out_dim, out_dim),
             heads,
-            head_dim,
             head_dim,
             stride_q=stride_q,
             stride_kv=stride_kv,
@@ -1035,7 +985,7 @@ class MapBlock(MViTBlock):
 
     def __init__(self, dim: int, heads: int, mlp_dwconv: int, drop_path: float, core: Mapping):
         qkv, proj, head_dim = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), channels_per_head(dim, heads)
-        attn = PooledAttention(qkv, proj, heads, head_dim, head_dim, core=core)
+        attn = PooledAttention(qkv, proj, heads, head_dim, core=core)
         super().__init__(dim, attn, dim, Mlp(dim, 2 * dim, mlp_dwconv, conv_norm=True), stride=1, drop_path=drop_path)
         self.apply(init_linear)
 
