@@ -360,8 +360,10 @@ class ViT(nn.Module):
         self.prefix = max(1, len(tokens))
         for name in tokens:
             self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, dim)))
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid[0] * self.grid[1], dim))
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
+        rows = self.prefix + self.grid[0] * self.grid[1]
+        self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
+        proj = nn.Conv2d(3, dim, patch_size, patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             ViTBlock(dim, heads, mlp_ratio, mlp_dwconv, rate, core, conv_bias) for rate in rates
@@ -382,10 +384,10 @@ class ViT(nn.Module):
         x = F.pad(x, (0, -x.shape[-1] % self.patch_size, 0, -x.shape[-2] % self.patch_size))
         x = self.patch_embed(x)                                                      # (B, C, y, x)
         grid = (x.shape[2], x.shape[3])
-        prefix_pos, patch_pos = self.pos_embed.split([self.prefix, self.grid[0] * self.grid[1]], dim=1)
+        prefix_pos, patch_pos = self.pos_embed.tensor_split([self.prefix], dim=1)
         x = rearrange(x, "b c y x -> b (y x) c") + resize_positions(patch_pos, self.grid, grid)
         if self.tokens:
-            tokens = torch.cat([self.get_parameter(name) for name in self.tokens], dim=1)
+            tokens = torch.cat([getattr(self, name) for name in self.tokens], dim=1)
             x = torch.cat([(tokens + prefix_pos).expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x, grid)
@@ -1218,7 +1220,7 @@ def build_model(
 
 
 def __getattr__(name: str):
-    """Functions that live in convert.py and can be imported from here as well, which loads that file."""
+    """Functions of convert.py that can be imported from here too; asking for one loads that file."""
     if name not in ("load_pretrained", "convert", "fuse", "export"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import convert
