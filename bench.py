@@ -33,7 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import AttentionCore, castle, cores, record_masks, set_threshold
-from models import build_model, fuse
+from convert import fuse
+from models import build_model
 from train import at_least, environment
 
 CORE_SHAPES = [  # B, H, N, D

@@ -41,18 +41,8 @@ from torchvision.utils import draw_bounding_boxes
 
 import train
 from attention import cores, look_up
-from models import (
-    ESNET,
-    LCNET,
-    ConvBackbone,
-    DepthSeparable,
-    LoadReport,
-    build_model,
-    conv_norm,
-    load_pretrained,
-    read_checkpoint,
-    weights_in,
-)
+from convert import LoadReport, load_pretrained, read_checkpoint, weights_in
+from models import ESNET, LCNET, ConvBackbone, DepthSeparable, build_model, conv_norm
 from train import SHAPES, Augmented, DataError, EpochSampler, Run, Scenes, Task, at_least, share
 
 STRIDES = (8, 16, 32, 64)  # of the levels, pixels

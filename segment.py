@@ -37,7 +37,8 @@ from torchvision.transforms import v2
 
 import train
 from attention import look_up, without_autocast
-from models import DenseViT, LoadReport, build_model, load_pretrained, read_checkpoint, weights_in
+from convert import LoadReport, load_pretrained, read_checkpoint, weights_in
+from models import DenseViT, build_model
 from train import Augmented, DataError, EpochSampler, Run, Task, all_sum, at_least, rank, world_size
 
 SEGMENTERS = {  # name: its backbone

@@ -45,6 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 import bench
+import convert
 import detect
 import figures
 import flops
@@ -68,7 +69,8 @@ from attention import (
     record_masks,
     set_threshold,
 )
-from models import build_model, list_models, load_pretrained
+from convert import load_pretrained
+from models import build_model, list_models
 
 ROOT = Path(__file__).parent
 torch.set_num_threads(1)  # what is tested is small: more threads wait for each other
@@ -1279,7 +1281,8 @@ def test_designs_of_table_1(design, macs):
     """The six attention designs of Table 1 cost the MACs that the paper prints (685, 661, 736, 771, 763, 838 M), to the
     recovered digit; LeViT-192 itself its official count less the softmax (0.55 M) which that one adds. Queries are
     added in the last three rows only, those of "Residual Q"."""
-    model = build_model("levit192", "softmax", design=design, distilled=design is None).eval()
+    model = flops.levit_of_design(design) if design else build_model("levit192", "softmax")
+    model.eval()
     assert any(getattr(core, "residual", False) for core in attention.cores(model).values()) == (design in (4, 5, 6))
     assert train.count_macs(model, torch.zeros(1, 3, 224, 224)) / 1e6 == pytest.approx(macs, rel=1e-3)
 
@@ -1488,8 +1491,6 @@ def test_names_and_options_are_checked():
         (dict(name="deit_tiny", mlp_dwconv=4), "mlp_dwconv"),
         (dict(name="deit_tiny", core={}), "core"),
         (dict(name="levit128", heads=(4, 8)), "heads"),
-        (dict(name="levit128", design=2), "design"),
-        (dict(name="levit128", attention="softmax", design=7), "design"),
         (dict(name="deit_tiny", attention="softmax", auxiliary=True), "auxiliary"),
         (dict(name="deit_tiny", dim=10), "heads"),
         (dict(name="vit_base_dense", heads=0), "heads"),
@@ -1505,7 +1506,18 @@ def test_names_and_options_are_checked():
     }  # fmt: skip
 
 
-# ---- models.py: checkpoints ------------------------------------------------------------------------------------------
+def test_convert_is_loaded_by_models_only_when_asked():
+    """models.py needs nothing of convert.py, and still has its four functions for those who look for them there."""
+    names = ("load_pretrained", "convert", "fuse", "export")
+    code = f"""import sys, models
+assert "convert" not in sys.modules and not hasattr(models, "no_such_name") and "convert" not in sys.modules
+from models import {", ".join(names)}
+assert {names[0]} is sys.modules["convert"].load_pretrained"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert all(getattr(models, name) is getattr(convert, name) for name in names)
+
+
+# ---- convert.py: checkpoints -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrap", [
@@ -1826,7 +1838,7 @@ def test_backbone_starts_from_its_classifier(tmp_path):
         load_pretrained(build_model("lcnet_m"), tmp_path / "c.pt")
 
 
-# ---- models.py: folding norms, converting other models ---------------------------------------------------------------
+# ---- convert.py: folding norms, converting other models --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("build", [*FAMILIES, "detector"])
@@ -1837,15 +1849,15 @@ def test_fusing_changes_nothing_but_the_number_of_layers(build):
     else:
         model = castle(tiny(build))
     x = randn(2, 3, 64, 96, dtype=torch.float32)
-    fused = models.fuse(copy.deepcopy(model))
-    assert not any(isinstance(module, models.BatchNorm) for module in fused.modules())
-    assert models.fuse(fused) is fused
+    fused = convert.fuse(copy.deepcopy(model))
+    assert not any(isinstance(module, convert.BatchNorm) for module in fused.modules())
+    assert convert.fuse(fused) is fused
     with torch.no_grad():
         for ours, expected in zip(*(y if isinstance(y, tuple) else (y,) for y in (fused(x), model(x))), strict=True):
             assert_close(ours, expected, atol=1e-5 * max(1, expected.abs().max().item()), rtol=0)
     if build not in ("deit", "mvit"):  # they have no BatchNorm
         with pytest.raises(ValueError, match="eval"):
-            models.fuse(model.train())
+            convert.fuse(model.train())
 
 
 def test_norms_that_cannot_be_folded_stay():
@@ -1874,8 +1886,8 @@ def test_norms_that_cannot_be_folded_stay():
         shaken(model).eval()
         x, before = randn(2, 3, 4, 4, dtype=torch.float32), [type(m) for m in model.modules()]
         y = model(x)
-        assert torch.equal(models.fuse(model)(x), y) and [type(m) for m in model.modules()] == before
-    folded = models.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False)).eval())
+        assert torch.equal(convert.fuse(model)(x), y) and [type(m) for m in model.modules()] == before
+    folded = convert.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False)).eval())
     assert type(folded[1]) is nn.Identity
 
 
@@ -1947,7 +1959,7 @@ def test_converted_models_are_wired_like_the_original(name, monkeypatch):
     model, x = foreign(name)
     model = shaken(model).eval()
     converted = copy.deepcopy(model)
-    report = models.convert(converted, epsilon=0.0, schedule="fixed")
+    report = convert.convert(converted, epsilon=0.0, schedule="fixed")
     before, after = model.state_dict(), converted.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     added = {f"{layer}.{name}" for layer in report.layers for name in ("dconv.weight", "progress")}
@@ -1980,7 +1992,7 @@ def test_converted_models_are_wired_like_the_original(name, monkeypatch):
 def test_converted_encoder_leaves_padding_out():
     """src_key_padding_mask: real tokens come out as if the padded ones were not there, in eval mode too."""
     model, x = foreign("torch fast path")
-    models.convert(shaken(model).eval())
+    convert.convert(shaken(model).eval())
     padding = torch.arange(9).expand(2, 9) >= torch.tensor([[9], [6]])
     with torch.no_grad():
         assert_close(model(x, src_key_padding_mask=padding)[1, :6], model(x[1:, :6])[0], atol=1e-5, rtol=1e-5)
@@ -1989,10 +2001,10 @@ def test_converted_encoder_leaves_padding_out():
 def test_converted_layers_refuse_what_they_cannot_honour():
     """Masks of pairs, cross-attention, weights on keys and feature maps are ValueErrors that name them."""
     encoder, x = foreign("torch fast path")
-    models.convert(encoder)
+    convert.convert(encoder)
     layer = encoder.layers[0].self_attn
     older, _ = foreign("older transformers")
-    models.convert(older)
+    convert.convert(older)
     assert older[0](x, output_hidden_states=True, return_dict=True)[1] is None  # asked of the model, passed to all
     for call, message in [
         (lambda: layer(x, x, x, attn_mask=torch.zeros(9, 9)), "attn_mask"),
@@ -2084,11 +2096,11 @@ def test_models_that_cannot_be_converted_are_named_and_unchanged(model, message)
     model = model()
     layers = [*map(type, model.modules())]
     with pytest.raises(ValueError, match=message):
-        models.convert(model)
+        convert.convert(model)
     assert [*map(type, model.modules())] == layers
 
 
-# ---- models.py: export -----------------------------------------------------------------------------------------------
+# ---- convert.py: export ----------------------------------------------------------------------------------------------
 
 
 def deployed(name):
@@ -2098,7 +2110,7 @@ def deployed(name):
         return detect.Boxes(detect.build_detector("lcnet_vit_s", num_classes=5, channels=16, convs=1, **TINY_LCNET))
     if name == "converted":
         model, _ = foreign("timm norms")
-        models.convert(model)
+        convert.convert(model)
         return shaken(model)
     if name in FAMILIES:
         return tiny(name, image_size=96)
@@ -2118,7 +2130,7 @@ def test_exported_graphs_take_any_size_and_hold_no_softmax(name):
     a castled classifier's graph is a softmax or has two axes of N tokens. timm's models have one size, the segmenter
     one image at a time, of whole patches, and softmax in its decoder."""
     model = deployed(name).eval()
-    program = models.traced(model, 32 if name == "converted" else 96)
+    program = convert.traced(model, 32 if name == "converted" else 96)
     castle(model)
     example = program.example_inputs[0][0]
     counts = token_counts(model, example)
@@ -2137,7 +2149,7 @@ def test_exported_graphs_take_any_size_and_hold_no_softmax(name):
     for size in sizes:
         x = randn(images, 3, *size, dtype=torch.float32)
         with torch.no_grad():
-            for ours, expected in zip(models.flattened(run(x)), models.flattened(model(x)), strict=True):
+            for ours, expected in zip(convert.flattened(run(x)), convert.flattened(model(x)), strict=True):
                 assert_close(ours, expected, atol=1e-4, rtol=1e-5)
 
 
@@ -2147,7 +2159,7 @@ def test_onnx_files_equal_the_model(tmp_path, name):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     model = deployed(name).eval()
-    shapes, difference = models.export(model, tmp_path / "model.onnx", 96)
+    shapes, difference = convert.export(model, tmp_path / "model.onnx", 96)
     assert shapes == [(1, 3, 96, 96), (2, 3, 128, 160), (3, 3, 192, 128)] and difference < 1e-5
     assert (tmp_path / "model.onnx").stat().st_size > 10_000
     assert all(core.auxiliary for core in attention.cores(model).values())
@@ -2156,25 +2168,25 @@ def test_onnx_files_equal_the_model(tmp_path, name):
 def test_outputs_of_any_structure_are_compared():
     """Other libraries' models return dictionaries, with None in them: the tensors in order, as the file has them."""
     x, y, z = randn(3, 1)
-    assert models.flattened({"logits": x, "states": (y, None, [z])}) == [x, y, z] and models.flattened(x) == [x]
+    assert convert.flattened({"logits": x, "states": (y, None, [z])}) == [x, y, z] and convert.flattened(x) == [x]
 
 
 def test_a_file_that_gives_no_numbers_is_not_exact(tmp_path):
     """One NaN among the outputs is the difference, whatever the other outputs and sizes say."""
     model = nn.Conv2d(3, 2, 1).eval()
-    assert models.export(model, tmp_path / "model.pt2", 96)[1] < 1e-6
+    assert convert.export(model, tmp_path / "model.pt2", 96)[1] < 1e-6
     model.bias.data[1] = math.nan
-    assert math.isnan(models.export(model, tmp_path / "model.pt2", 96)[1])
+    assert math.isnan(convert.export(model, tmp_path / "model.pt2", 96)[1])
 
 
 def test_export_files_are_checked(tmp_path, monkeypatch):
     """Kind, folder and missing packages are ValueErrors before work starts."""
     for path, message in [(tmp_path / "x.pt", ".onnx or .pt2"), (tmp_path / "no" / "x.pt2", "existing folder")]:
         with pytest.raises(ValueError, match=message):
-            models.check_export(path)
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+            convert.check_export(path)
+    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install onnx onnxruntime onnxscript"):
-        models.check_export(tmp_path / "x.onnx")
+        convert.check_export(tmp_path / "x.onnx")
 
 
 # ---- train.py: schedules, data, losses -------------------------------------------------------------------------------
@@ -2585,7 +2597,7 @@ def test_patches_of_any_size_train(tmp_path, capsys):
     for patch, tokens in ((2, 257), (8, 17)):
         folder, small = tmp_path / str(patch), ("--max-steps=1", "--model=deit_mini", f"--patch-size={patch}")
         epoch, _ = run_train(folder, *small)
-        kept = models.read_checkpoint(folder / "best.pt")
+        kept = convert.read_checkpoint(folder / "best.pt")
         assert kept["ema"]["pos_embed"].shape == (1, tokens, 96) and kept["args"]["patch_size"] == patch
         capsys.readouterr()
         train.main(train.parser().parse_args(["--eval", f"--checkpoint={folder}/best.pt", "--workers=0"]))
@@ -2844,7 +2856,7 @@ train.main(train.parser().parse_args())
     assert (tmp_path / "killed").exists() and re.search("resumed from .* at step [23] of 5", printed)
     run_alone = train.parser().parse_args([*common, "--batch-size=8", f"--output={tmp_path}/one"])
     train.main(run_alone)
-    one, two = (models.read_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
+    one, two = (convert.read_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
     for key in ("model", "ema"):
         assert max((one[key][name] - two[key][name]).abs().max().item() for name in one[key]) < 1e-5
     one, two = (json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0]) for name in ("one", "two"))
@@ -3549,7 +3561,7 @@ def run_detect(folder, *options):
 
 def confident(checkpoint, path):
     """A detector's checkpoint, trained to be sure of anything: with few steps nothing else would be found at all."""
-    state = models.read_checkpoint(checkpoint)
+    state = convert.read_checkpoint(checkpoint)
     for level in range(4):
         state["ema"][f"head.predict.{level}.bias"] += 3
     train.save(path, state)
@@ -3684,7 +3696,7 @@ def test_detection_on_coco_files(coco, tmp_path, capsys):
     run_detect(tmp_path / "shapes", f"--checkpoint={tmp_path}/run/best.pt", "--max-steps=1")  # other classes
     assert "new: head.predict.*.bias x 4, head.predict.*.weight x 4" in capsys.readouterr().out
     classes = [dict(id=3, name="owl"), dict(id=7, name="kite")]
-    assert models.read_checkpoint(tmp_path / "run" / "best.pt")["classes"] == classes
+    assert convert.read_checkpoint(tmp_path / "run" / "best.pt")["classes"] == classes
     common = [f"--checkpoint={tmp_path}/run/best.pt", "--eval", f"--output={tmp_path}/e"]
     with pytest.raises(SystemExit):
         detect.main(detect.parser().parse_args([*common, "--data=shapes"]))
@@ -4756,9 +4768,9 @@ def test_segmentation_script_trains_castles_and_evaluates(tmp_path, capsys, monk
     assert epochs[-1]["test_iou_background"] == epochs[-1]["test_iou"]["background"]
     assert "test_mIoU_foreground_castled" in epochs[-1]
     assert report["castling_report"]["test_mIoU"] == epochs[-1]["test_mIoU"] == epochs[-1]["test_mIoU_castled"]
-    before = models.read_checkpoint(tmp_path / "run" / "best.pt")["ema"]
+    before = convert.read_checkpoint(tmp_path / "run" / "best.pt")["ema"]
     run_segment(tmp_path / "lr0", "--lr=0", "--weight-decay=0", "--ema-decay=0", f"--checkpoint={tmp_path}/run/best.pt")
-    still = models.read_checkpoint(tmp_path / "lr0" / "last.pt")["model"]
+    still = convert.read_checkpoint(tmp_path / "lr0" / "last.pt")["model"]
     assert all(torch.equal(before[name], still[name]) for name in before)  # --checkpoint starts from all of it
     capsys.readouterr()
     for name in ("last.pt", "best.pt", "castled.pt"):
@@ -5292,7 +5304,7 @@ def without_clock(record):
 
 def outcome(folder):
     """What has to be the same however a run came to its end: SHA-256 of weights and average, and the log."""
-    state = models.read_checkpoint(folder / "last.pt")
+    state = convert.read_checkpoint(folder / "last.pt")
     digest = hashlib.sha256()
     for part in ("model", "ema"):
         for name, tensor in state[part].items():
@@ -5371,7 +5383,7 @@ def test_signals_stop_after_the_step(script, number, undisturbed, tmp_path, caps
     monkeypatch.setattr(sys, "argv", ["train.py", "--output", "a folder", "--resume=never"])
     with after(5, lambda: os.kill(os.getpid(), number)):
         run_tiny(script, tmp_path, "--resume=never")
-    stopped = models.read_checkpoint(tmp_path / "last.pt")["step"]
+    stopped = convert.read_checkpoint(tmp_path / "last.pt")["step"]
     printed = capsys.readouterr().out
     assert stopped == 3 and "stopped at step 3 of 8; continue with: python" in printed
     assert "train.py --output 'a folder' --resume=never --resume=auto\n" in printed
@@ -5381,7 +5393,7 @@ def test_signals_stop_after_the_step(script, number, undisturbed, tmp_path, caps
         run_tiny(script, tmp_path)
     printed = capsys.readouterr().out
     assert f"last.pt at step {stopped} of 8" in printed and "stopped at step 4 of 8; continue with: " in printed
-    assert models.read_checkpoint(tmp_path / "last.pt")["trained"] is not None
+    assert convert.read_checkpoint(tmp_path / "last.pt")["trained"] is not None
     run_tiny(script, tmp_path)
     assert outcome(tmp_path) == undisturbed(script)
 
@@ -5498,7 +5510,7 @@ def test_full_disk_leaves_the_old_checkpoint(undisturbed, tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert f"cannot save the checkpoint {tmp_path}/last.pt" in said and "the one before it is still there" in said
-    assert not list(tmp_path.glob("*.tmp")) and 0 < models.read_checkpoint(tmp_path / "last.pt")["step"] < 8
+    assert not list(tmp_path.glob("*.tmp")) and 0 < convert.read_checkpoint(tmp_path / "last.pt")["step"] < 8
     run_tiny("train", tmp_path)
     assert outcome(tmp_path) == undisturbed("train")
     with pytest.raises(train.SaveError, match="there is none yet"):
@@ -5513,7 +5525,7 @@ def test_a_rename_that_fails_says_where_the_old_checkpoint_is(tmp_path, monkeypa
     monkeypatch.setattr(train.os, "replace", lambda a, b: rename(a, b if Path(a) == last else tmp_path / "no" / "x"))
     with pytest.raises(train.SaveError, match=f"still there: {previous}"):
         train.save(last, {"step": 2}, previous)
-    assert models.read_checkpoint(previous) == {"step": 1}
+    assert convert.read_checkpoint(previous) == {"step": 1}
 
 
 def test_memory_and_dead_loaders_are_explained(undisturbed, tmp_path, capsys, monkeypatch):
@@ -5615,7 +5627,7 @@ def test_each_process_bears_its_own_bad_images(tmp_path, monkeypatch):
             run_tiny("train", tmp_path, *flags)
 
     assert in_group(2, stopped) == [0, 0]
-    state = models.read_checkpoint(tmp_path / "last.pt")
+    state = convert.read_checkpoint(tmp_path / "last.pt")
     assert state["step"] == 4 and state["bad_images"] == sorted(bad[:3])
     assert in_group(2, lambda rank: run_tiny("train", tmp_path, *flags)) == [0, 0]
     assert [r["bad_images"] for r in outcome(tmp_path)[1] if "epoch" in r] == [4]
@@ -5642,7 +5654,7 @@ def test_half_precision_stays_finite(script, dtype, tmp_path):
     on a CPU is random memory (torch 2.6 to 2.15)."""
     size = "--image-size=64"
     run_tiny(script, tmp_path, "--amp", f"--amp-dtype={dtype}", "--clip-grad=1", "--save-minutes=0", size)
-    state = models.read_checkpoint(tmp_path / "last.pt")
+    state = convert.read_checkpoint(tmp_path / "last.pt")
     assert bool(state["scaler"]) == (dtype == "float16") and all(map(math.isfinite, state["losses"]))
     assert all(value.isfinite().all() for value in state["model"].values())
 
@@ -5664,7 +5676,7 @@ def test_gradients_that_always_overflow_stop_the_run(tmp_path, capsys, monkeypat
     assert "gradients overflow at every loss scale of float16 at step 41, learning rate" in said
     overflowing = {3}
     run_tiny("train", tmp_path / "b", *options, "--max-steps=6")
-    state = models.read_checkpoint(tmp_path / "b" / "last.pt")
+    state = convert.read_checkpoint(tmp_path / "b" / "last.pt")
     assert 0 < state["scaler"]["scale"] < 2.0**16 and all(value.isfinite().all() for value in state["model"].values())
 
 
@@ -5679,7 +5691,7 @@ def test_processes_stop_and_go_on_together(tmp_path, capfd):
             run_tiny("train", tmp_path / "two", *half)
 
     assert in_group(2, stopped) == [0, 0]
-    assert models.read_checkpoint(tmp_path / "two" / "last.pt")["step"] == 4
+    assert convert.read_checkpoint(tmp_path / "two" / "last.pt")["step"] == 4
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     assert in_group(2, lambda rank: run_tiny("train", tmp_path / "two", *half)) == [0, 0]
     assert outcome(tmp_path / "two") == outcome(tmp_path / "whole")
@@ -5709,7 +5721,7 @@ def test_processes_that_differ_stop(tmp_path, capfd, monkeypatch):
     assert in_group(2, lambda rank: run_tiny("train", tmp_path / "b", "--batch-size=2")) == [1, 1]
     said = capfd.readouterr().err
     assert "loss is nan at step 2" in said and "loss is nan or inf on another process at step 2" in said
-    state = models.read_checkpoint(tmp_path / "b" / "last.pt")
+    state = convert.read_checkpoint(tmp_path / "b" / "last.pt")
     assert state["step"] == 2 and all(value.isfinite().all() for value in state["model"].values())
 
 
@@ -5727,7 +5739,7 @@ def test_checkpoints_that_do_not_fit_the_run_are_refused(tmp_path, capsys):
     run; --resume says that a file is not there, also where --output holds a run; lost weights are
     not called a good checkpoint."""
     run_tiny("train", tmp_path / "a")
-    state = models.read_checkpoint(tmp_path / "a" / "last.pt")
+    state = convert.read_checkpoint(tmp_path / "a" / "last.pt")
     for part in ("model", "ema"):
         for x in state[part].values():
             x.fill_(math.nan) if x.is_floating_point() else None
@@ -5735,7 +5747,7 @@ def test_checkpoints_that_do_not_fit_the_run_are_refused(tmp_path, capsys):
     asked = ("--eval", f"--checkpoint={tmp_path}/nan.pt")
     said = refused(capsys, 2, run_tiny, "train", tmp_path / "b", *asked)
     assert "nan.pt" in said and "holds nan or inf" in said and "{" not in capsys.readouterr().out
-    state = models.read_checkpoint(tmp_path / "a" / "last.pt")
+    state = convert.read_checkpoint(tmp_path / "a" / "last.pt")
     torch.save(state | {"step": 9}, tmp_path / "beyond.pt")
     said = refused(capsys, 2, run_tiny, "train", tmp_path / "b", f"--resume={tmp_path}/beyond.pt")
     assert "beyond.pt is at step 9, expected one of 0..8" in said
@@ -5749,7 +5761,7 @@ def test_evaluation_without_a_finite_loss_fails(tmp_path, capsys):
     """Finite weights may still overflow: --eval then names the checkpoint, a line break in its name
     or not, and prints no JSON, which has no NaN."""
     run_tiny("train", tmp_path)
-    state = models.read_checkpoint(tmp_path / "best.pt")
+    state = convert.read_checkpoint(tmp_path / "best.pt")
     for x in state["ema"].values():
         x.mul_(1e30) if x.is_floating_point() else None
     torch.save(state, tmp_path / "hu\nge.pt")

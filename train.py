@@ -68,16 +68,8 @@ from attention import (
     record_masks,
     set_threshold,
 )
-from models import (
-    ATTENTIONS,
-    DEIT,
-    ESNET,
+from convert import (
     HEADS,
-    LCNET,
-    LEVIT,
-    MODELS,
-    VIT_DENSE,
-    build_model,
     check_export,
     convert,
     damage,
@@ -86,6 +78,7 @@ from models import (
     read_checkpoint,
     weights_in,
 )
+from models import ATTENTIONS, DEIT, ESNET, LCNET, LEVIT, MODELS, VIT_DENSE, build_model
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1; used for all data
 
@@ -670,7 +663,8 @@ def refuse_differing_ranks(args: argparse.Namespace) -> None:
     """Raise ValueError on every rank unless all have the same flags, code and torch."""
     if not dist.is_initialized():
         return
-    files = [Path(__file__).with_name(name) for name in ("attention.py", "models.py", "train.py", args.script)]
+    names = ("attention.py", "models.py", "convert.py", "train.py", args.script)
+    files = [Path(__file__).with_name(name) for name in names]
     mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()} | {"torch": torch.__version__}
     mine |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files}
     everyone = [None] * world_size()

@@ -1,0 +1,765 @@
+"""Models from and to elsewhere: checkpoints, other libraries' models, folded norms, export.
+
+    load_pretrained(model, "levit128.pth")    this project's, timm's or the official weights; says what became of each
+    convert(model)                            castling attention in another library's vision transformer, in place
+    fuse(model)                               every BatchNorm folded into the layer before it, in place
+    export(model, "model.onnx", 224)          the castled model as a file (or .pt2), run beside the model
+
+`fuse` and `export` take converted models too.
+Shapes: B images, N tokens, C channels, H heads, D channels per head; `grid` is the token grid (y, x), row-major.
+"""
+
+import copy
+import importlib.util
+import inspect
+import math
+import pickle
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path
+
+from attention import AttentionCore, castle, cores
+from models import (
+    CastlingLeViTAttention,
+    ConvNorm,
+    DenseViT,
+    DepthSeparable,
+    LCNet,
+    LeViT,
+    LinearNorm,
+    MlpDWConv,
+    MViTv2,
+    NormLinear,
+    ViT,
+    pair,
+    resize_offsets,
+    resize_positions,
+    resize_relative,
+    symbolic,
+)
+
+# ---- BatchNorm folded ------------------------------------------------------------------------------------------------
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+
+
+def normed_layers(module: nn.Module) -> list[tuple[nn.Conv2d | nn.Linear, str]]:
+    """(layer, name of a norm) where the module's forward is known to apply the norm right after the layer."""
+    if isinstance(module, MlpDWConv):
+        return [(module, "norm")]
+    if isinstance(module, ConvNorm | LinearNorm):
+        return [(module.linear, "bn")]
+    if isinstance(module, DepthSeparable):
+        return [(module.conv_dw, "bn1"), (module.conv_pw, "bn2")]
+    if isinstance(module, LCNet):
+        return [(module.conv_stem, "bn1")]
+    if type(module).forward is not nn.Sequential.forward:
+        return []
+    children = list(module.named_children())
+    pairs = zip(children, children[1:], strict=False)
+    return [(layer, name) for (_, layer), (name, norm) in pairs if type(layer) is nn.Conv2d]
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Fold every BatchNorm that follows a convolution or linear layer into it, in place; return the model. Idempotent.
+
+    With running mean m and variance u, scale g and shift b:  g (W x + c - m) / s + b  is  W' x + c'  with
+    W' = (g / s) W,  c' = (g / s) (c - m) + b,  s = sqrt(u + eps). Before a linear layer, as in LeViT's heads:
+    W' = W diag(g / s),  c' = c + W (b - (g / s) m). The same function up to rounding, and for inference only: there are
+    no statistics left for training to follow.
+
+    Of other people's models, a Conv2d and the norm after it in an nn.Sequential are folded; any other BatchNorm, and
+    shared layers, stay.
+    Raises: ValueError for a model in training mode, whose norms are no constants.
+    """
+    if any(isinstance(module, BatchNorm) and module.training for module in model.modules()):
+        raise ValueError("fuse needs a model in eval mode: call model.eval() first")
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for module in list(model.modules()):
+        if isinstance(module, NormLinear) and isinstance(module.bn, BatchNorm):
+            bn, linear = module.bn, module.linear
+            scale = bn.weight / (bn.running_var + bn.eps).sqrt()
+            linear.bias = nn.Parameter(linear(bn.bias - scale * bn.running_mean).detach(), linear.bias.requires_grad)
+            linear.weight = nn.Parameter((linear.weight * scale).detach(), linear.weight.requires_grad)
+            module.bn = nn.Identity()
+        for layer, name in normed_layers(module):
+            norm = getattr(module, name)
+            plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d) and norm.track_running_stats  # subclasses do more
+            if plain and uses[id(layer)] == uses[id(norm)] == 1:
+                statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+                fold = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+                layer.weight, layer.bias = fold(layer.weight, layer.bias, *statistics)
+                setattr(module, name, nn.Identity())
+    return model
+
+
+# ---- other people's models -------------------------------------------------------------------------------------------
+
+
+class ConvertedAttention(AttentionCore):
+    """Another library's self-attention: its own layers under their own names, the castling core between them.
+
+    A subclass knows one layout. `parts` are the children and parameters it carries over, `inputs` the arguments of the
+    original's forward that it knows; `heads_of` gives (H, D). Arguments that change what attends to what are a
+    ValueError when given.
+    """
+
+    parts: tuple[str, ...]
+    inputs: tuple[str, ...]
+
+    def __init__(self, original: nn.Module, **core):
+        rates = (getattr(original, name, 0.0) for name in ("attn_drop", "attention_dropout", "dropout"))
+        dropout = max(getattr(rate, "p", rate) for rate in rates)
+        super().__init__(self.heads_of(original)[0], auxiliary=True, dropout=dropout, **core)
+        like = next(original.parameters())
+        self.to(like.device, like.dtype)
+        for name in self.parts:
+            if name in original._modules:
+                self.add_module(name, original._modules[name])
+            elif name in original._parameters:
+                self.register_parameter(name, original._parameters[name])
+        self.train(original.training)
+
+    @classmethod
+    def problems(cls, module: nn.Module) -> list[str]:
+        """Why a module of this layout cannot be converted; [] if it can."""
+        state = {name.split(".")[0] for name in [*dict(module.named_parameters()), *dict(module.named_buffers())]}
+        inputs = inspect.signature(module.forward).parameters
+        scale, dim = getattr(module, "scale", getattr(module, "scaling", None)), cls.heads_of(module)[1]
+        found = []
+        if extra := sorted(state - set(cls.parts)):
+            found.append(f"linear-angular attention has no place for {', '.join(extra)}")
+        if unknown := [name for name in inputs if name not in (*cls.inputs, "kwargs")]:
+            found.append(f"it is called with {', '.join(unknown)}, unknown here")
+        if isinstance(scale, float) and not math.isclose(scale, dim**-0.5):
+            found.append(f"its logits are scaled by {scale:.4g}, not 1 / sqrt({dim})")
+        if getattr(module, "is_causal", False):
+            found.append("it is causal")
+        return found or cls.strange(module)
+
+    @classmethod
+    def strange(cls, module: nn.Module) -> list[str]:
+        """Where a module does something else with a few tokens than its layers with plain softmax attention between."""
+        weight = next(module.parameters())
+        if weight.is_meta:
+            return []
+        original = copy.deepcopy(module).eval().cpu().float()
+        ours = cls(copy.deepcopy(original))
+        ours.kernel, ours.auxiliary = "softmax", False
+        x = torch.randn(2, 5, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        args = (x, x, x) if isinstance(module, nn.MultiheadAttention) else (x,)
+        try:
+            with torch.no_grad():
+                theirs, ours = original(*args), ours(*args)
+        except Exception as error:  # whatever its own checks raise
+            return [f"it does not take tokens (B, N, C) alone: {str(error).splitlines()[0]}"]
+        if isinstance(theirs, tuple) != isinstance(ours, tuple):
+            return [f"it returns a {type(theirs).__name__}, its like a {type(ours).__name__}"]
+        theirs, ours = (y[0] if isinstance(y, tuple) else y for y in (theirs, ours))
+        if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-4, rtol=1e-4):
+            return ["it computes something else than softmax attention over tokens"]
+        return []
+
+    def refuse(self, **given) -> None:
+        """ValueError for arguments that are given and mean something to softmax attention only."""
+        for name, value in given.items():
+            if value is not None and value is not False:
+                raise ValueError(f"a converted {type(self).__name__} cannot honour {name}")
+
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k, (B, H, N, D), as the original compares them."""
+        return q, k
+
+    def split_and_attend(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Tensor:
+        """The core on (B, N, H D), heads side by side."""
+        if q.ndim != 3:
+            raise ValueError(f"expected tokens (B, N, C), got {q.ndim} axes: {tuple(q.shape)}")
+        q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=self.heads) for x in (q, k, v))
+        return rearrange(self.attend(*self.normed(q, k), v, padding=padding), "b h n d -> b n (h d)")
+
+
+class FusedAttention(ConvertedAttention):
+    """timm's `Attention`: one layer to q, k, v, laid out (3, H, D); norms of q and k over D, of the output over H D."""
+
+    parts = ("qkv", "q_norm", "k_norm", "norm", "proj", "proj_drop")
+    inputs = ("x", "attn_mask", "is_causal")
+
+    def __init__(self, original: nn.Module, **core):
+        super().__init__(original, **core)
+        for name in self.parts:
+            if not hasattr(self, name):  # older versions have fewer
+                self.add_module(name, nn.Identity())
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return all(isinstance(getattr(module, name, None), nn.Linear) for name in ("qkv", "proj"))
+
+    @staticmethod
+    def heads_of(module: nn.Module) -> tuple[int, int]:
+        return module.num_heads, module.qkv.out_features // 3 // module.num_heads
+
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.q_norm(q), self.k_norm(k)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        self.refuse(attn_mask=attn_mask, is_causal=is_causal)
+        y = self.split_and_attend(*self.qkv(x).chunk(3, dim=-1))
+        return self.proj_drop(self.proj(self.norm(y)))
+
+
+class SeparateAttention(ConvertedAttention):
+    """Hugging Face's: three layers to q, k, v; the output layer inside, or, in older versions, in the parent."""
+
+    triples = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
+    outputs = ("o_proj", "out_proj")
+    parts = (*triples[0], *triples[1], *outputs)
+    inputs = ("hidden_states", "attention_mask", "head_mask", "output_attentions")
+
+    def __init__(self, original: nn.Module, **core):
+        super().__init__(original, **core)
+        self.inputs = tuple(inspect.signature(original.forward).parameters)  # their order differs between versions
+
+    @classmethod
+    def layers(cls, module: nn.Module) -> tuple[nn.Module, ...]:
+        """Those to q, k and v; () if there are no such."""
+        for triple in cls.triples:
+            if all(isinstance(getattr(module, name, None), nn.Linear) for name in triple):
+                return tuple(getattr(module, name) for name in triple)
+        return ()
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return bool(cls.layers(module))
+
+    @classmethod
+    def heads_of(cls, module: nn.Module) -> tuple[int, int]:
+        heads = getattr(module, "num_attention_heads", None) or module.num_heads
+        return heads, cls.layers(module)[0].out_features // heads
+
+    @classmethod
+    def problems(cls, module: nn.Module) -> list[str]:
+        widths = [layer.out_features for layer in cls.layers(module)]
+        unequal = [] if len(set(widths)) == 1 else [f"q, k and v have {widths} channels: not one head each"]
+        return unequal + super().problems(module)
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
+        given = dict(zip(self.inputs[1:], args, strict=False)) | kwargs
+        self.refuse(**{name: given[name] for name in given if name not in ("output_hidden_states", "return_dict")})
+        y = self.split_and_attend(*(layer(hidden_states) for layer in self.layers(self)))
+        for name in self.outputs:
+            y = getattr(self, name)(y) if hasattr(self, name) else y
+        return y, None
+
+
+class PackedAttention(ConvertedAttention):
+    """torch.nn.MultiheadAttention as self-attention, in torchvision's models and nn.TransformerEncoder.
+
+    Called like it, with one tensor for query, key and value; returns (output, None) whatever `need_weights` says.
+    """
+
+    parts = ("in_proj_weight", "in_proj_bias", "out_proj")
+    inputs = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights",
+              "is_causal")  # fmt: skip
+    # nn.TransformerEncoderLayer asks for this: True would let it compute softmax from our weights, past `forward`.
+    _qkv_same_embed_dim = False
+
+    def __init__(self, original: nn.MultiheadAttention, **core):
+        super().__init__(original, **core)
+        self.batch_first = original.batch_first
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return isinstance(module, nn.MultiheadAttention)
+
+    @staticmethod
+    def heads_of(module: nn.Module) -> tuple[int, int]:
+        return module.num_heads, module.head_dim
+
+    @classmethod
+    def problems(cls, module: nn.MultiheadAttention) -> list[str]:
+        zero = ["add_zero_attn has no place in linear-angular attention"] if module.add_zero_attn else []
+        return zero + super().problems(module)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        self.refuse(attn_mask=attn_mask, is_causal=is_causal)
+        if key is not query or value is not query:
+            raise ValueError("a converted attention is self-attention: query, key and value must be one tensor")
+        padding = key_padding_mask
+        if padding is not None and padding.dtype != torch.bool:  # nn.TransformerEncoderLayer makes it 0 and -inf
+            padding = padding == -math.inf
+            if (key_padding_mask.masked_fill(padding, 0) != 0).any():
+                raise ValueError("a converted attention can leave tokens out, not weigh them: key_padding_mask")
+        x = query if self.batch_first else query.transpose(0, 1)
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        y = self.out_proj(self.split_and_attend(q, k, v, padding))
+        return y if self.batch_first else y.transpose(0, 1), None
+
+
+LAYOUTS = (PackedAttention, FusedAttention, SeparateAttention)
+
+
+@dataclass
+class Conversion:
+    """What became of one attention layer: parameters kept and new, by name; what went."""
+
+    kept: list[str]
+    dropped: list[str]
+    new: list[str]
+
+
+@dataclass
+class ConversionReport:
+    """What `convert` did, by layer; printing it lists equal layers once."""
+
+    layers: dict[str, Conversion]
+
+    def __str__(self) -> str:
+        groups = {}
+        for name, layer in self.layers.items():
+            groups.setdefault((re.sub(r"\d+", "*", name), str(layer)), []).append(layer)
+        lines = []
+        for (kind, _), (layer, *others) in groups.items():
+            lines.append(f"{kind} x {len(others) + 1}")
+            lines += [f"  {group.name}: {', '.join(getattr(layer, group.name))}" for group in fields(layer)]
+        advice = "The converted model is another function with the same weights: fine-tune it before you use it."
+        return "\n".join([*lines, advice])
+
+
+def convert(
+    model: nn.Module, *, epsilon: float = 0.02, schedule: str = "ramp", dconv: int = 9
+) -> ConversionReport:
+    """Swap the softmax self-attention of another library's vision transformer for the castling core, in place.
+
+    Known: timm's `Attention`; Hugging Face's with query, key and value layers (ViT, DINOv2, ...);
+    torch.nn.MultiheadAttention (torchvision's ViT, nn.TransformerEncoder). Every weight stays, under its name, in the
+    model and in its state dict, which gains a `dconv.weight` per layer. Norms of q and k, prefix tokens and attention
+    dropout (on the branch) go on as they were. Fine-tune the result with `set_threshold`, then `castle` it. Every layer
+    is tried on a few tokens first; a mask or another sequence that a model gives to its layers is a ValueError in its
+    first forward.
+
+    Args: epsilon, schedule, dconv: of every AttentionCore.
+    Raises: ValueError that names every attention layer which cannot be carried over, and why, and for a model without
+        any; the model is then unchanged.
+    """
+    if cores(model):
+        raise ValueError("the model has attention cores already: there is nothing to convert")
+    found, wrong = {}, {}
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") or outer == "" for outer in found):
+            continue  # a part of one
+        layout = next((layout for layout in LAYOUTS if layout.matches(module)), None)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if layout is None:
+            called = name.rpartition(".")[2] in ("attn", "attention", "self_attn", "self_attention")
+            called = called or "attention" in type(module).__name__.lower()
+            known = any(layout.matches(part) for part in module.modules() for layout in LAYOUTS)
+            if called and not known and any(True for _ in module.parameters()):
+                wrong[name] = ["its layout is none of those known here"]
+            continue
+        found[name] = layout
+        try:
+            problems = layout.problems(module)
+        except AttributeError as error:
+            problems = [f"it lacks what its like have: {error}"]
+        if isinstance(parent, nn.TransformerDecoderLayer):
+            problems.append("a decoder's attention is causal or to another sequence")
+        if name == "":
+            problems.append("the model itself is one attention layer: put it into a module")
+        if problems:
+            wrong[name] = problems
+    if wrong:
+        alike = {}
+        for name, problems in wrong.items():
+            kind = type(model.get_submodule(name)).__name__
+            alike.setdefault((kind, "; ".join(problems)), []).append(name or "model")
+        reasons = [f"{', '.join(names)} ({kind}): {problems}" for (kind, problems), names in alike.items()]
+        raise ValueError(f"cannot convert {type(model).__name__}\n" + "\n".join(reasons))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no self-attention that is known here: looked for nn.MultiheadAttention, and "
+            f"for modules with linear layers named qkv and proj, q_proj, k_proj and v_proj, or query, key and value"
+        )
+    new, report = {}, ConversionReport({})
+    for name, layout in found.items():
+        original = model.get_submodule(name)
+        core = layout(original, epsilon=epsilon, schedule=schedule, dconv=dconv)
+        new[original] = core
+        kept = [key for key, _ in original.named_parameters()]
+        report.layers[name] = Conversion(
+            kept=kept,
+            dropped=["softmax over all pairs of tokens: what is above the threshold stays until castle()"],
+            new=[key for key, _ in core.named_parameters() if key not in kept],
+        )
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child in new:
+                setattr(module, name, new[child])
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # which only its own attention can take
+    return report
+
+
+# ---- export ----------------------------------------------------------------------------------------------------------
+
+
+def traced(model: nn.Module, image_size: int | tuple[int, int]) -> torch.export.ExportedProgram:
+    """The castled model, its norms folded, as one graph for images (B, 3, H, W) of any number and size.
+
+    A model that itself takes one size only (as timm's do) gives a graph for `image_size`; one with an attribute
+    `images` a graph for that many. A grid is more than one token wide and high in the graph: LeViT's sides are 65
+    pixels or more. torch.export makes sure of that, ONNX does not ask.
+    """
+    model = fuse(castle(copy.deepcopy(model)).eval()).cpu().float()
+    (height, width), images = pair(image_size), getattr(model, "images", 2)
+    example = torch.zeros(images, 3, max(height, 128), max(width, 128) + 64)  # no two sides equal, no grid of 1
+    sides = torch.export.Dim.AUTO
+    with torch.no_grad():
+        try:
+            model(example)
+        except Exception:  # whatever its own check raises
+            example, sides = torch.zeros(images, 3, height, width), torch.export.Dim.STATIC
+        free = {0: torch.export.Dim.AUTO if images > 1 else torch.export.Dim.STATIC, 2: sides, 3: sides}
+        return torch.export.export(model, (example,), dynamic_shapes=(free,), strict=False)
+
+
+def check_export(path: str | Path) -> None:
+    """Raise ValueError for a file that `export` cannot write here: its kind, its folder, missing packages."""
+    path = Path(path)
+    if path.suffix not in (".onnx", ".pt2") or not path.parent.is_dir():
+        raise ValueError(f"a model is exported to a .onnx or .pt2 file in an existing folder, not to {path}")
+    if path.suffix == ".onnx":
+        missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not importlib.util.find_spec(name)]
+        if missing:
+            raise ValueError(f"{path} needs {', '.join(missing)}: pip install onnx onnxruntime onnxscript")
+
+
+def flattened(outputs: Any) -> list[Tensor]:
+    """The tensors of nested tuples, lists and dictionaries, in order."""
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def export(model: nn.Module, path: str | Path, image_size: int | tuple[int, int]) -> tuple[list[tuple], float]:
+    """Write `traced` to a .onnx or .pt2 file, read the file back and run it beside the model itself, castled.
+
+    Returns: the shapes that it was run on, and the largest difference, relative to outputs that are greater than 1.
+    Raises: ValueError, see `check_export`.
+    """
+    check_export(path)
+    path, program = Path(path), traced(model, image_size)
+    if path.suffix == ".pt2":
+        torch.export.save(program, path)
+        run = torch.export.load(path).module()
+    else:
+        import onnxruntime
+
+        torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"]).save(path)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+        def run(x: Tensor) -> list[Tensor]:
+            return [torch.from_numpy(y) for y in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
+
+    example = next(node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+    height, width = pair(image_size)
+    sizes = [(height, width)]
+    if symbolic(example.shape[2:]):
+        least = 96 if path.suffix == ".pt2" else 32  # see `traced`
+        height, width = max(height, least), max(width, least)
+        sizes = [(height, width), (height + 32, width + 64), (2 * height, width + 32)]
+    castled, shapes, differences = castle(copy.deepcopy(model)).eval().cpu().float(), [], []
+    for seed, size in enumerate(sizes, 1):
+        batch = seed if symbolic(example.shape[:1]) else example.shape[0]
+        x = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            for ours, expected in zip(flattened(run(x)), flattened(castled(x)), strict=True):
+                scale = max(1.0, expected.abs().max().item())
+                differences.append((ours - expected).abs().max() / scale)
+        shapes.append(tuple(x.shape))
+    return shapes, torch.stack(differences).max().item()  # NaN if one is
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, by the checksums that torch.save puts into it; None if it is whole."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            record = file.testzip()
+    except Exception as error:  # a damaged file can raise nearly anything
+        return f"{path} is damaged: {error}"
+    return record and f"{path} is damaged: the checksum of {record} is wrong"
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The dictionary in a checkpoint file, on the CPU. Only tensors and plain data are ever unpickled.
+
+    Raises: ValueError that names the file if it is missing, damaged, needs arbitrary code to load,
+        is no dictionary, or has tensors that are not plain ones.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no checkpoint file {path}")
+    if zipfile.is_zipfile(path) and (reason := damage(path)):
+        raise ValueError(reason)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise ValueError(f"{path} holds more than tensors and plain data, or is damaged; refused: {reason}") from None
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise ValueError(f"{path} is damaged or is no PyTorch checkpoint: {error!r}") from error
+    if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dictionary by name")
+    for place, leaf in tree_leaves_with_path(checkpoint):
+        if isinstance(leaf, Tensor) and (
+            leaf.layout != torch.strided or leaf.is_meta or leaf.is_quantized or leaf.is_nested
+        ):
+            kinds = "sparse, meta, quantised or nested"
+            raise ValueError(f"{path} holds a {kinds} tensor, {keystr(place)}")
+    return checkpoint
+
+
+# Names of the class head's weights, (classes, C): LCNet and ESNet, DeiT, LeViT, MViTv2; the last two are official.
+HEADS = ("classifier.weight", "head.weight", "head.linear.weight", "head.fc.weight",
+         "head.l.weight", "head.projection.weight")  # fmt: skip
+
+
+def weights_in(checkpoint: dict) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint: the averaged weights where there are any, or the dictionary itself.
+
+    Prefixes that DistributedDataParallel and torch.compile put before names are removed.
+    """
+    for key in ("ema", "model_ema", "state_dict_ema", "model", "model_state", "state_dict"):
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+            break
+    weights = {}
+    for name, value in checkpoint.items():
+        if name == "n_averaged":  # of torch's AveragedModel
+            continue
+        while isinstance(name, str) and name.startswith(("module.", "_orig_mod.")):
+            name = name.split(".", 1)[1]
+        weights[name] = value
+    return weights
+
+
+@dataclass
+class LoadReport:
+    """What became of each parameter and buffer when a checkpoint was loaded, by name."""
+
+    loaded: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)  # tables made for another image size
+    partly: list[str] = field(default_factory=list)  # only the rows of values carry over
+    new: list[str] = field(default_factory=list)  # in the model only
+    ignored: list[str] = field(default_factory=list)  # in the file only
+
+    def __str__(self) -> str:
+        lines = []
+        for group in fields(self):
+            # blocks.3.attn.dconv.weight of every block as one entry, blocks.*.attn.dconv.weight
+            kinds = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in getattr(self, group.name))
+            names = [f"{kind} x {count}" if count > 1 else kind for kind, count in sorted(kinds.items())]
+            if group.name == "loaded":
+                names = [f"{sum(kinds.values())} parameters and buffers"]
+            if kinds:
+                lines.append(f"{group.name}: {', '.join(names)}")
+        return "\n".join(lines)
+
+
+def official_levit_names(weights: dict[str, Tensor], depths: list[int]) -> dict[str, Tensor]:
+    """LeViT's released names to this project's (timm's).
+
+    Released: one flat list, attention and MLP of a block in turn, a down-sampling attention and its MLP between stages;
+    `m` is a residual, `c`/`l` the linear part, `bn` its norm. Source: facebookresearch/LeViT @ 3772b8e, levit.py.
+    """
+    places = []
+    for stage, depth in enumerate(depths):
+        if stage > 0:
+            places += [f"stages.{stage}.downsample.attn_downsample", f"stages.{stage}.downsample.mlp"]
+        for block in range(depth):
+            places += [f"stages.{stage}.blocks.{block}.attn", f"stages.{stage}.blocks.{block}.mlp"]
+    renamed = {}
+    for name, value in weights.items():
+        parts = name.split(".")
+        if parts[0] == "patch_embed":
+            parts[:2] = ["stem", f"conv{int(parts[1]) // 2 + 1}"]
+        elif parts[0] == "blocks" and int(parts[1]) < len(places):
+            place, rest = places[int(parts[1])], [part for part in parts[2:] if part != "m"]
+            inner = {"0": "ln1", "2": "ln2"} if place.endswith(".mlp") else {"1": "ln"}
+            parts = [place, *(inner.get(part, part) for part in rest)]
+        renamed[".".join("linear" if part in ("c", "l") else part for part in parts)] = value
+    return renamed
+
+
+def official_mvit_names(weights: dict[str, Tensor], depths: list[int]) -> dict[str, Tensor]:
+    """MViTv2's released names, blocks in one flat list, to this project's (timm's)."""
+    places = [f"stages.{stage}.blocks.{block}" for stage, depth in enumerate(depths) for block in range(depth)]
+    renamed = {}
+    for name, value in weights.items():
+        parts = name.split(".")
+        if parts[0] == "blocks" and int(parts[1]) < len(places):
+            parts[:2] = [places[int(parts[1])]]
+            if parts[1] == "proj":
+                parts[1] = "shortcut_proj_attn"
+        renamed[".".join(parts).replace("head.projection.", "head.fc.")] = value
+    return renamed
+
+
+def square_side(entries: int) -> int | None:
+    """Side of the square grid of so many entries, or None if there is no such grid."""
+    side = math.isqrt(max(0, entries))
+    return side if side > 0 and side**2 == entries else None
+
+
+def resized_table(name: str, value: Tensor, own: Tensor, model: nn.Module, file_has_dist: bool) -> Tensor | None:
+    """A position table of a file in the shape of the model's own, or None if it is no such table or does not fit."""
+    layer, _, kind = name.rpartition(".")
+    owner = model.get_submodule(layer)
+    if value.ndim != own.ndim:
+        return None
+    if kind == "pos_embed" and value.shape[::2] == own.shape[::2] and isinstance(owner, ViT):
+        prefix = 2 if file_has_dist else 1
+        side = square_side(value.shape[1] - prefix)
+        if side is None:
+            return None
+        patches = resize_positions(value[:, prefix:], (side, side), owner.grid)
+        kept = value[:, : min(prefix, owner.prefix)]
+        return torch.cat([kept, own[:, kept.shape[1] : owner.prefix], patches], dim=1)
+    if kind == "attention_biases" and len(value) == len(own) and (side := square_side(value.shape[1])):
+        return resize_offsets(value.unflatten(1, (side, side)), owner.grid).flatten(1)
+    if kind in ("rel_pos_h", "rel_pos_w") and value.shape[1] == own.shape[1] and len(value) > 0:
+        return resize_relative(value, len(own))
+    return None
+
+
+def value_rows(name: str, weights: dict[str, Tensor], own: Tensor, model: nn.Module) -> Tensor | None:
+    """A castling LeViT's qkv with V's rows from a published LeViT's qkv or kv, where Q and K are narrower."""
+    match = re.fullmatch(r"(.*)\.qkv\.((?:linear|bn)\.\w+)", name)
+    core = model.get_submodule(match[1]) if match else None
+    if not isinstance(core, CastlingLeViTAttention) or own.ndim == 0:
+        return None
+    source = weights.get(name, weights.get(f"{match[1]}.kv.{match[2]}"))
+    if source is None or len(source) % core.heads or source.shape[1:] != own.shape[1:]:
+        return None
+    source, result = source.unflatten(0, (core.heads, -1)), own.clone().unflatten(0, (core.heads, -1))
+    if source.shape[1] < core.head_dim:
+        return None
+    result[:, -core.head_dim :] = source[:, -core.head_dim :]  # head by head, values last
+    return result.flatten(0, 1)
+
+
+def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None) -> LoadReport:
+    """Load a checkpoint: this project's, timm's names, or the official files of DeiT, LeViT, MViTv2 and MAE.
+
+    A castling model takes over all that carries over from a published softmax one; what it has beyond that keeps its
+    initialisation, in which the MLP's DWConv is the identity. A dense model has no use for class token, final norm and
+    head. Tables for another image size are resized; files do not say their grid, so it is taken as square, or, if the
+    length is the model's, as the model's.
+
+    Args: fresh: what parameters' names start with that keep their initialisation, whatever the file has for them.
+    Returns: what was loaded, resized, partly loaded, newly initialised and ignored; printing it lists them.
+    Raises: ValueError that names the file and whatever is missing, left over or of another shape without an
+        explanation; the model is then unchanged.
+    """
+    weights, own, report = weights_in(read_checkpoint(path)), model.state_dict(), LoadReport()
+    if not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"{path} holds no parameters by name")
+    # How far training was is no weight: who loads says where the thresholds start.
+    weights, own = ({n: x for n, x in state.items() if not n.endswith("progress")} for state in (weights, own))
+    if "patch_embed.0.c.weight" in weights and isinstance(model, LeViT):
+        weights = official_levit_names(weights, [len(stage.blocks) for stage in model.stages])
+    if "blocks.0.attn.pool_q.weight" in weights and isinstance(model, MViTv2):
+        weights = official_mvit_names(weights, [len(stage["blocks"]) for stage in model.stages])
+    kernels = {name: core.kernel for name, core in cores(model).items()}
+    castling = any(kernel != "softmax" for kernel in kernels.values())
+    published = not any(".dconv." in name for name in weights)
+    file_has_dist = "dist_token" in weights or any(name.startswith("head_dist.") for name in weights)
+
+    def expected_new(name: str) -> bool:
+        """The model has it, the file need not."""
+        if name.startswith(("head_dist.", "dist_token")):
+            return not file_has_dist
+        if name.startswith("head."):  # MAE's encoder has no classifier
+            return published and not any(other.startswith(("head.", "fc_norm.")) for other in weights)
+        if name.endswith(".dwconv.bias") and name.removesuffix("bias") + "weight" in weights:
+            return True  # a DeiT's DWConv has none: zero, as it starts, is the same
+        added = r"\.(dconv|dwconv|pool_[qkv]|norm_[qkv]|skip)\.|attn_downsample\.qkv\.bn\.num_batches_tracked"
+        return castling and published and bool(re.search(added, name))
+
+    def expected_rest(name: str) -> bool:
+        """The file has it, the model need not."""
+        layer, kind = name.rpartition(".")[::2]
+        if kind == "attention_bias_idxs" or name.startswith(("decoder_", "mask_token")):
+            return True
+        if name.startswith(("head_dist.", "dist_token")):
+            return getattr(model, "head_dist", None) is None
+        if isinstance(model, DenseViT) and name.startswith(("cls_token", "norm.", "fc_norm.", "head.")):
+            return True
+        if kind in ("attention_biases", "rel_pos_h", "rel_pos_w"):
+            return kernels.get(layer, "softmax") != "softmax"
+        if name.startswith(("conv_head.", "classifier.")):
+            return getattr(model, "classifier", model) is None  # a detector's backbone
+        # a published LeViT's down-sampling attention projects kv and q apart
+        return castling and bool(re.search(r"\.attn_downsample\.(kv|q\.ln)\.", name))
+
+    final = {}
+    tensors = {name: x for name, x in weights.items() if isinstance(x, Tensor)}
+    numbers = {name: x.float() for name, x in tensors.items() if x.is_floating_point()}
+    wrong = [f"{name} holds nan or inf" for name, x in numbers.items() if not x.isfinite().all()]
+    for name, value in own.items():
+        found = weights.get(name)
+        if fresh and name.startswith(fresh):
+            report.new.append(name)
+        elif found is not None and not isinstance(found, Tensor):
+            wrong.append(f"{name} is no tensor")
+        elif found is not None and value.is_floating_point() and name not in numbers:
+            wrong.append(f"{name} is {found.dtype} in the file, {value.dtype} in the model")
+        elif found is not None and found.shape == value.shape:
+            final[name] = found
+            report.loaded.append(name)
+        elif found is not None and (table := resized_table(name, found, value, model, file_has_dist)) is not None:
+            final[name] = table
+            report.resized.append(name)
+        elif published and (rows := value_rows(name, weights, value, model)) is not None:
+            final[name] = rows
+            report.partly.append(name)
+        elif found is None and expected_new(name):
+            report.new.append(name)
+        elif found is None:
+            wrong.append(f"missing {name}")
+        else:
+            if name in HEADS and found.shape[:1] != value.shape[:1]:
+                wrong.insert(0, f"{(*found.shape, 0)[0]} classes in the file, {len(value)} in the model")
+            wrong.append(f"{name} is {tuple(found.shape)} in the file, {tuple(value.shape)} in the model")
+    for name in weights:
+        if name not in own:
+            if expected_rest(name):
+                report.ignored.append(name)
+            else:
+                wrong.append(f"unknown {name}")
+    if wrong:
+        more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
+        raise ValueError(f"{path} does not fit the model: {'; '.join(wrong[:8])}{more}")
+    model.load_state_dict(model.state_dict() | final)
+    return report
