@@ -27,9 +27,9 @@ from torchvision.transforms import v2
 
 import run
 from attention import look_up, set_threshold
-from convert import check_export, convert, load_pretrained
+from convert import HEADS, check_export, convert, load_pretrained
 from data import MEAN, Augmented, EpochSampler, Shapes, make_loader, open_folder, to_model_input
-from models import DEIT, ESNET, HEADS, LCNET, LEVIT, MODELS, VIT_DENSE, build_model
+from models import DEIT, ESNET, LCNET, LEVIT, MODELS, VIT_DENSE, build_model
 from run import at_least, autocast, rank, say, share, world_size
 
 METRICS = {"acc1": "Acc@1", "acc5": "Acc@5"}  # of `evaluate`; best.pt is best in the first
