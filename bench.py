@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from attention import AttentionCore, castle, cores, record_masks, set_threshold
 from convert import fuse
 from models import build_model
-from train import at_least, environment
+from run import at_least, environment
 
 CORE_SHAPES = [  # B, H, N, D
     (1, 3, 196, 64), (8, 3, 49, 64), (8, 3, 100, 64), (8, 3, 144, 64), (8, 3, 196, 64), (8, 12, 196, 64),

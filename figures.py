@@ -53,6 +53,8 @@ from attention import (
     unit,
     without_autocast,
 )
+from data import DataError, read_image, to_model_input
+from run import Parser, renamed, share
 
 RESULTS = Path(__file__).parent / "results"
 BENCH = RESULTS / "bench_cpu.json"
@@ -613,11 +615,12 @@ def attention(path: Path, args: argparse.Namespace) -> None:
 
     Rows are means over heads and show patches only. The scale of maps leaves out the token itself, whose 1/2 outshines
     the others. Prints the effective rank of every layer's map.
-    Raises: ValueError for a checkpoint, layer or token that there is not; train.DataError for the image.
+    Raises: ValueError for a checkpoint, layer or token that there is not; DataError for the image.
     """
     options = train.parser().parse_args([f"--checkpoint={args.checkpoint}"])
+    options.script = "train.py"
     model, _, transform = train.load_predictor(options)
-    pixels = transform(train.read_image(args.image, upright=True))                            # (3, size, size) uint8
+    pixels = transform(read_image(args.image, upright=True))                            # (3, size, size) uint8
     if args.progress is not None:
         set_threshold(model, args.progress)
     layers = {name: core for name, core in cores(model).items() if core.kernel == "linear_angular"}
@@ -626,7 +629,7 @@ def attention(path: Path, args: argparse.Namespace) -> None:
     layer = args.layer or list(layers)[len(layers) // 2]
     core = look_up(layers, layer, "layer")
     with captured(model) as seen, torch.no_grad():
-        model(train.to_model_input(pixels[None], torch.device("cpu")))
+        model(to_model_input(pixels[None], torch.device("cpu")))
     for name in layers:
         q, k, _ = seen[name]
         full, low = (effective_rank(q, k, diagonal).mean().item() for diagonal in (0.5, 0.0))
@@ -681,7 +684,7 @@ def read_runs(path: Path) -> list[dict]:
     if path.is_dir():
         runs = []
         for config in sorted(path.glob("*/config.json")):
-            log = list(train.whole_records(config.with_name("log.jsonl")))
+            log = list(map(json.loads, config.with_name("log.jsonl").read_text().splitlines()))
             runs.append(dict(run=config.parent.name, config=json.loads(config.read_text()), log=log))
     else:
         try:
@@ -704,7 +707,7 @@ def collect(runs: list[dict], path: Path) -> None:
 
 def row_of(run: dict) -> str:
     """What of a run is not common to its column."""
-    config = train.renamed(run["config"])
+    config = renamed(run["config"])
     mlp = config.get("mlp_dwconv")
     name = config["attention"]
     if name == "castling":
@@ -833,7 +836,7 @@ FIGURES: dict[str, Callable[[Path], None]] = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line of figures.py."""
-    p = train.Parser(prog="figures.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser("figures.py", __doc__)
     add, figures = p.add_argument, [*FIGURES, "attention", "table"]
     add("names", nargs="*", metavar="NAME", choices=[*figures, "all"], default="all",
         help=f"{', '.join(figures)}; default all but the last two")  # fmt: skip
@@ -843,7 +846,7 @@ def parser() -> argparse.ArgumentParser:
     add("--layer", help="attention: name of a layer, as it is printed; default the one in the middle")
     add("--tokens", type=int, nargs="+", help="attention: token numbers, prefix tokens first; default class token and "
         "diagonal")  # fmt: skip
-    add("--progress", type=train.share, help="attention: show the mask as at this share of training; default the "
+    add("--progress", type=share, help="attention: show the mask as at this share of training; default the "
         "checkpoint's own")  # fmt: skip
     add("--runs", type=Path, nargs="+", default=RUNS, help="table: folders of runs' folders, or files of --collect")
     add("--against", default="softmax", metavar="ROW", help="table: the row that others are compared "
@@ -867,7 +870,7 @@ def main(args: argparse.Namespace) -> None:
             else:
                 FIGURES[name](path)
             print(path)
-    except (OSError, ValueError, train.DataError) as error:
+    except (OSError, ValueError, DataError) as error:
         sys.stderr.write(f"figures.py: error: {error}\n")
         sys.exit(2)
 

@@ -39,8 +39,8 @@ from models import (
     pool_heads,
     subsample,
 )
+from run import at_least
 from segment import PIXEL_DECODERS, build_segmenter
-from train import at_least
 
 aten = torch.ops.aten
 
