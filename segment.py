@@ -12,12 +12,13 @@ Castling     arXiv:2211.10526v4, section 4.2 and Table 4, whose counts fix what 
 
 Shapes: B images, K classes, Q queries, C channels, N tokens; maps are (B, C, y, x), token grids row-major. Strides are
 those of a 16-pixel patch: 4, 8, 16, 32. The pyramid of another patch size p has strides p/4, p/2, p, 2p.
-Labels: 0..K-1, and 255 for pixels without one. `train.py` owns the loop; here are model, losses, data, metric, recipe.
+Labels: 0..K-1, and 255 for pixels without one. `train` below is the loop; run.py has what it calls.
 """
 
 import argparse
 import colorsys
 import contextlib
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,11 +36,24 @@ from torchvision import tv_tensors
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-import train
-from attention import look_up, without_autocast
-from convert import LoadReport, load_pretrained, read_checkpoint, weights_in
+import run
+from attention import look_up, set_threshold, without_autocast
+from convert import LoadReport, check_export, load_pretrained, read_checkpoint, weights_in
+from data import (
+    SHAPES,
+    Augmented,
+    DataError,
+    EpochSampler,
+    Shapes,
+    make_loader,
+    mixed_seed,
+    read_image,
+    to_model_input,
+)
 from models import DenseViT, build_model
-from train import Augmented, DataError, EpochSampler, Run, Task, all_sum, at_least, rank, world_size
+from run import all_sum, at_least, autocast, rank, say, share, world_size
+
+METRICS = {"mIoU": "mIoU", "mAcc": "mAcc", "pAcc": "pAcc"}  # of `evaluate`; best.pt is best in the first
 
 SEGMENTERS = {  # name: its backbone
     "vit_base": "vit_base_dense",
@@ -62,7 +76,7 @@ DATA_DEFAULTS = {
     ),
     "shapes": dict(
         model="vit_mini", image_size=64, batch_size=16, lr=6e-4, backbone_lr=1.0, weight_decay=0.05, clip_grad=0.01,
-        drop_path=0.0, eval_steps=250,
+        drop_path=0.0, eval_steps=250, shapes_length=32000,
         patch_size=8, width=64, queries=20, layers=3, encoder_layers=1, points=512,
     ),
 }  # fmt: skip
@@ -636,16 +650,6 @@ def set_loss(outputs: list[tuple[Tensor, Tensor]], targets: Targets, num_masks: 
         return sum(prediction_loss(*output, targets, num_masks, points) for output in outputs)
 
 
-def loss_of_batch(run: Run, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Loss of uint8 images (B, 3, S, S) and labels (B, S, S)."""
-    images, labels = train.to_model_input(batch[0], run.device), batch[1].to(run.device)
-    targets = targets_of(labels, run.model.padded(labels.shape[1:]))
-    num_masks = mean_masks(targets, run.device)
-    with train.autocast(run.args, run.device):
-        outputs = run.net(images)
-    return set_loss(outputs, targets, num_masks, run.args.points)
-
-
 # ---- inference and metric --------------------------------------------------------------------------------------------
 
 
@@ -681,8 +685,8 @@ def segment(
     model: Segmenter, images: Tensor, size: tuple[int, int], args: argparse.Namespace, device: torch.device
 ) -> Tensor:
     """Labels (B, *size) of uint8 images (B, 3, h, w), which have the size the model is to see them at."""
-    with train.autocast(args, device):
-        outputs = model(train.to_model_input(images, device))
+    with autocast(args, device):
+        outputs = model(to_model_input(images, device))
     with without_autocast(device):
         seen = tuple(images.shape[2:])
         return resized_argmax(class_scores(outputs[-1], model.padded(seen), seen), size)
@@ -752,10 +756,10 @@ def evaluate(model: Segmenter, loader: DataLoader, args: argparse.Namespace, dev
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-class ShapeScenes(train.Shapes):
+class ShapeScenes(Shapes):
     """Rendered scenes of one shape each: (uint8 image (3, S, S), uint8 labels (S, S)); background is class 0."""
 
-    classes = ["background", *train.SHAPES]
+    classes = ["background", *SHAPES]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         scene = self.scene(index)
@@ -827,7 +831,7 @@ class SegmentationFolder(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image_path, annotation_path = self.pairs[index]
-        image, numbers = train.read_image(image_path, upright=True), read_annotation(annotation_path)
+        image, numbers = read_image(image_path, upright=True), read_annotation(annotation_path)
         if numbers.shape != (image.height, image.width):
             raise DataError(
                 f"annotation {annotation_path} is {numbers.shape[1]} x {numbers.shape[0]} pixels, its image "
@@ -876,7 +880,7 @@ def open_split(args: argparse.Namespace, split: str) -> Dataset:
                          "annotations/ with training/ and validation/ each")  # fmt: skip
     folder = {"train": "training", "val": "validation"}[split]
     dataset = SegmentationFolder(root, folder, class_names(root, args.num_classes))
-    if split == "val":  # training can do without an image, an evaluation cannot
+    if split == "val":  # a training set may be large: there a bad file stops the run when it is read
         try:
             dataset.check()
         except DataError as error:
@@ -988,36 +992,26 @@ class IntervalSampler(EpochSampler):
         for position in range(first + self.rank, first + self.interval, self.world)[self.start :]:
             passed, place = divmod(position, self.length)
             if passed != current:
-                generator = torch.Generator().manual_seed(train.mixed_seed(self.seed, passed))
+                generator = torch.Generator().manual_seed(mixed_seed(self.seed, passed))
                 current, order = passed, torch.randperm(self.length, generator=generator)
             yield passed, int(order[place])
-
-
-def train_loader(args: argparse.Namespace, train_set: Dataset) -> DataLoader:
-    """Augmented batches (images, labels), shuffled, for one interval between evaluations."""
-    interval = args.eval_steps * args.global_batch
-    sampler = IntervalSampler(len(train_set), interval, rank=rank(), world=world_size(), seed=args.seed)
-    dataset = Pairs(train_set, train_transform(args), args.seed, training=True)
-    return train.make_loader(dataset, sampler, args.batch_size, args.workers)
-
-
-def val_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
-    """This rank's share of the validation set; images of a folder one by one, since their sizes differ."""
-    sampler = EpochSampler(len(val_set), rank=rank(), world=world_size())
-    batch_size = args.batch_size if args.data == "shapes" else 1
-    return train.make_loader(Pairs(val_set, eval_transform(args), args.seed), sampler, batch_size, args.workers)
 
 
 # ---- recipe ----------------------------------------------------------------------------------------------------------
 
 
-def length(args: argparse.Namespace, train_set: Dataset) -> tuple[int, int]:
-    """Steps of an interval, which is what the loop and its log call an epoch, and of the run."""
+def kind_of(args: argparse.Namespace) -> str:
+    """The row of DATA_DEFAULTS: "shapes" or "folder"."""
+    return "shapes" if args.data in (None, "shapes") else "folder"
+
+
+def interval_and_run(args: argparse.Namespace, images: int) -> tuple[int, int]:
+    """Steps from one log record to the next, and of the run. The log calls such an interval an epoch."""
     bounds = [args.max_steps] if args.max_steps else []
     if args.epochs:
-        bounds.append(max(1, args.epochs * len(train_set) // args.global_batch))
-    total = min(bounds, default=STEPS[kind_of(args)])
-    return min(args.eval_steps, total), total
+        bounds.append(max(1, args.epochs * images // args.global_batch))
+    total_steps = min(bounds, default=STEPS[kind_of(args)])
+    return min(args.eval_steps, total_steps), total_steps
 
 
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> Segmenter:
@@ -1032,7 +1026,7 @@ def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> S
             f"{coarsest}, got {image_size}: a GroupNorm would see one number"
         )
     named = ("width", "queries", "layers", "encoder_layers", "patch_size", "drop_path")
-    options = {name: getattr(args, name) for name in named} | train.core_options(args)
+    options = {name: getattr(args, name) for name in named} | run.core_options(args)
     return build_segmenter(args.model, args.attention, num_classes, args.pixel_decoder, image_size, **options)
 
 
@@ -1051,94 +1045,95 @@ def parameter_groups(model: nn.Module, weight_decay: float, backbone_lr: float) 
     return [dict(params=params, lr_scale=scale, weight_decay=decay) for (scale, decay), params in groups.items()]
 
 
-def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW; its learning rate is set at every step."""
-    return torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.backbone_lr), lr=args.lr)
-
-
-def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int, total_steps: int) -> float:
+def learning_rate(args: argparse.Namespace, step: int, total_steps: int) -> float:
     """Learning rate of step `step` (0-based): polynomial decay of power 0.9 to zero, no warm-up."""
     return args.lr * args.global_batch / LR_BATCH * (1 - step / total_steps) ** 0.9
 
 
-def describe_recipe(run: Run) -> str:
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """Train to the end, a checkpoint, an evaluation and a log line per interval; then the castling report."""
+    with run.checked(args):
+        resolve(args)
+        train_set, val_set = open_split(args, "train"), open_split(args, "val")
+        run.same_classes(args, train_set, val_set)
+        interval, total_steps = interval_and_run(args, len(train_set))
+        if args.ema_decay is None:
+            args.ema_decay = run.ema_decay_for(total_steps)
+
+        torch.manual_seed(args.seed)  # the same first weights on every rank
+        model = make_model(args, len(train_set.classes), args.image_size)
+        run.start_from(model, args, load_start)
+        model.to(device)
+        ema = run.averaged(model, args.ema_decay)
+        optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.backbone_lr))
+
+        order = dict(rank=rank(), world=world_size())
+        sampler = IntervalSampler(len(train_set), interval * args.global_batch, seed=args.seed, **order)
+        augmented = Pairs(train_set, train_transform(args), args.seed)
+        train_loader = make_loader(augmented, sampler, args.batch_size, args.workers)
+        val_loader = validation_loader(args, val_set)
+        state = run.Run(
+            args, train_set.classes, model, ema, optimizer, train_loader, device,
+            steps_per_epoch=interval, total_steps=total_steps, metrics=METRICS,
+        )  # fmt: skip
+
+    net, scaler = run.parallel(model, args, device), state.scaler
+    with state:
+        state.bar.say(run.describe(state, describe_recipe(state), val_set))
+        for _ in state.epochs():                                                           # each is one interval
+            net.train()
+            for batches in state.steps(train_loader):
+                set_threshold(model, state.progress)                                       # Eq. (10), D4
+                lr = run.set_lr(optimizer, learning_rate(args, state.step, total_steps))
+                loss = torch.zeros((), device=device)
+                for i, (images, labels) in enumerate(batches):
+                    net.require_backward_grad_sync = i == len(batches) - 1                 # DDP: once a step
+                    images, labels = to_model_input(images, device), labels.to(device)
+                    targets = targets_of(labels, model.padded(labels.shape[1:]))
+                    num_masks = mean_masks(targets, device)
+                    with autocast(args, device):
+                        outputs = net(images)
+                    part = set_loss(outputs, targets, num_masks, args.points) / len(batches)
+                    scaler.scale(part).backward()
+                    loss += part.detach()
+                state.agree(loss, lr)                                                      # NaN stops every rank
+                if args.clip_grad > 0:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                ema.update_parameters(model)
+
+            metrics = {}
+            if state.evaluation_due():                                                     # with and without branch
+                metrics = run.evaluate_castling(lambda m: evaluate(m, val_loader, args, device), ema.module, "mIoU")
+            state.log(metrics)
+        state.report()
+
+
+def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
+    """This rank's share of the validation set; images of a folder one by one, since their sizes differ."""
+    sampler = EpochSampler(len(val_set), rank=rank(), world=world_size())
+    batch_size = args.batch_size if args.data == "shapes" else 1
+    return make_loader(Pairs(val_set, eval_transform(args), args.seed), sampler, batch_size, args.workers)
+
+
+def describe_recipe(state: run.Run) -> str:
     """Optimiser, learning rate and what is compared."""
-    a = run.args
-    passes = run.total_steps * a.global_batch / len(run.train_loader.dataset)
-    return f"""an epoch of the log is {run.steps_per_epoch} steps; the run is {passes:.4g} passes over the images
+    a = state.args
+    passes = state.total_steps * a.global_batch / state.images
+    return f"""an epoch of the log is {state.steps_per_epoch} steps; the run is {passes:.4g} passes over the images
 recipe: adamw, learning rate {a.lr * a.global_batch / LR_BATCH:.4g} ({a.lr} per {LR_BATCH} images, x {a.backbone_lr} \
 for the backbone), polynomial decay, weight decay {a.weight_decay}, gradient norm at most {a.clip_grad}, \
 EMA {a.ema_decay:.5f}
 decoder: {a.pixel_decoder}, {a.queries} queries, {a.layers} layers, losses at {a.points} points"""
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line of segment.py; what is left None is filled in by `resolve`."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    p = train.Parser(
-        prog="segment.py", description=__doc__, formatter_class=formatter,
-        epilog=f"models: {', '.join(SEGMENTERS)}\n"
-        "data: shapes, or a folder with training/ and validation/ in images/ and in annotations/, and class names in "
-        "classes.txt or objectInfo*.txt\n"
-        f"steps of a run that neither --epochs nor --max-steps bounds: "
-        f"{', '.join(f'{steps} for {data}' for data, steps in STEPS.items())}",
-    )  # fmt: skip
-    train.shared_flags(p, DATA_DEFAULTS)
-
-    def add(flag: str, kind: Callable, text: str) -> None:
-        p.add_argument(f"--{flag}", type=kind, help=f"{text}; {train.by_data(flag.replace('-', '_'), DATA_DEFAULTS)}")
-
-    p.add_argument("--pixel-decoder", choices=list(PIXEL_DECODERS), help="default fpn_transformer, which the paper's "
-                   "counts fit; msdeform is Mask2Former's")  # fmt: skip
-    p.add_argument("--num-classes", type=at_least(1, most=IGNORE), help="of a folder that does not name its classes; "
-                   "default 150")  # fmt: skip
-    add("eval-steps", at_least(1), "optimiser steps of an epoch of the log, which --eval-every counts")
-    add("patch-size", at_least(4), "pixels; the pyramid has strides of 1/4, 1/2, 1 and 2 patches")
-    add("width", at_least(32), "channels of pyramid and decoders")
-    add("queries", at_least(1), "masks that are predicted per image")
-    add("layers", at_least(1), "of the masked decoder")
-    add("encoder-layers", at_least(1), "of the pixel decoder")
-    add("points", at_least(4), "places at which masks are compared")
-    add("drop-path", train.share, "stochastic depth of the backbone")
-    add("weight-decay", at_least(0, float), "of AdamW")
-    add("backbone-lr", at_least(0, float), "factor on the learning rate of ViT and pyramid")
-    add("clip-grad", at_least(0, float), "largest gradient norm over all parameters, 0 for no limit")
-    add("ema-decay", train.share, "of the averaged weights, 0 for none; a horizon of 4%% of the run where not given")
-    p.add_argument("--shapes-length", type=at_least(1), help="rendered training scenes, default 32000; 1 in 64 as many "
-                   "validate")  # fmt: skip
-    p.add_argument("--json", action="store_true", help="with --image: print classes and shares of pixels as JSON")
-    return p
-
-
-# Flags that a checkpoint answers for when they are not given.
-TRAINED_FLAGS = ("model", "attention", "image_size", "epsilon", "mask_schedule", "data", "shapes_length", "seed",
-                 "pixel_decoder", "num_classes", "dconv", "mlp_dwconv", "patch_size", "width", "queries", "layers",
-                 "encoder_layers")  # fmt: skip
-
-
-def kind_of(args: argparse.Namespace) -> str:
-    """The row of DATA_DEFAULTS: "shapes" or "folder"."""
-    return "shapes" if args.data in (None, "shapes") else "folder"
-
-
-def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
-    """Fill in every flag that was not given: from `trained`, a checkpoint's settings, else from the recipe table."""
-    train.take_over(args, trained or {}, TRAINED_FLAGS)
-    row = DATA_DEFAULTS[kind_of(args)]
-    train.fill_in(args, dict(pixel_decoder="fpn_transformer", shapes_length=32000) | row)
-
-
-def unnamed_classes(path: str, weights: dict[str, Tensor]) -> list[str]:
-    """"class 0", "class 1", ...: as many as the class head among `weights`, from file `path`, has."""
-    if "decoder.class_head.weight" not in weights:
-        raise ValueError(f"{path} has no decoder.class_head.weight: it is no segmenter")
-    return [f"class {i}" for i in range(len(weights["decoder.class_head.weight"]) - 1)]  # the last is no object
-
-
-# ---- prediction ------------------------------------------------------------------------------------------------------
+# ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
 def colour_of(index: int) -> tuple[int, int, int]:
@@ -1171,45 +1166,128 @@ def overlay(image: Image.Image, labels: np.ndarray, classes: list[str]) -> Image
     return canvas
 
 
-def find(
-    model: Segmenter, classes: list[str], image: Image.Image, args: argparse.Namespace, device: torch.device
-) -> tuple[dict, Image.Image, str]:
-    """What an RGB image holds, as {"shares": {class: share of pixels}}; its overlay; and both in words."""
-    pixels, _ = eval_transform(args)(v2.functional.pil_to_tensor(image), None)
-    labels = segment(model, pixels[None], (image.height, image.width), args, device)[0].cpu().numpy()
-    shares = shares_of(labels, classes)
-    text = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-    return dict(shares=shares), overlay(image, labels, classes), text
+# ---- what is done with a checkpoint ----------------------------------------------------------------------------------
 
 
-def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
-    """--image: the classes of a file, or of each image file of a folder."""
-    return train.prepare_drawings(SEGMENTATION, args, device, suffix="overlay", folder="folder", predict=find)
+def load(args: argparse.Namespace, classes: list | None = None) -> tuple[Segmenter, list]:
+    """The model in --checkpoint, ready to be used, and the classes it knows; `classes` if the file does not say."""
+    trained = run.settings_for(args)
+    resolve(args, trained)
+    classes = trained.get("classes") or classes
+    if not classes:
+        rows = run.count_classes(args.checkpoint, ["decoder.class_head.weight"])
+        classes = [f"class {i}" for i in range(rows - 1)]  # the last row is "no object"
+    model = make_model(args, len(classes), trained.get("image_size") or args.image_size)
+    return run.load_trained(model, args), classes
 
 
-SEGMENTATION = Task(
-    script="segment.py",
-    metrics={"mIoU": "mIoU", "mAcc": "mAcc", "pAcc": "pAcc"},
-    resolve=resolve,
-    open_split=open_split,
-    length=length,
-    make_model=make_model,
-    make_optimizer=make_optimizer,
-    train_loader=train_loader,
-    val_loader=val_loader,
-    learning_rate=learning_rate,
-    loss=loss_of_batch,
-    evaluate=evaluate,
-    describe=describe_recipe,
-    unnamed=unnamed_classes,
-    predict=prepare_prediction,
-    graph=Scores,
-    load=load_start,
-)
+def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
+    """--eval: prints the metrics of the checkpoint with and without its auxiliary branch."""
+    with run.checked(args):
+        resolve(args, run.settings_for(args))
+        val_set = open_split(args, args.split)
+        model, classes = load(args, val_set.classes)
+        run.check_classes(args, classes, val_set.classes)
+        loader = validation_loader(args, val_set)
+    record = run.evaluate_castling(lambda m: evaluate(m, loader, args, device), model.to(device), "mIoU")
+    run.print_evaluation(args, record)
+
+
+@torch.inference_mode()
+def predict(args: argparse.Namespace, device: torch.device) -> None:
+    """--image: draws the classes of each file over it and prints their shares of its pixels.
+
+    With --json the shares are one JSON list, {"image": file, "shares": {class: share}} for each file, also where a
+    later one cannot be read; then only a given --output is drawn to.
+    """
+    with run.checked(args):
+        targets = run.drawing_paths(args.image, args.output, "overlay")
+        if args.data is None and not run.settings_for(args):
+            args.data = "folder"  # somebody else's model: the size of photographs
+        model, classes = load(args)
+    model.to(device)
+    transform, found = eval_transform(args), []
+    try:
+        for path, image in run.read_each(targets):
+            pixels, _ = transform(v2.functional.pil_to_tensor(image), None)
+            labels = segment(model, pixels[None], (image.height, image.width), args, device)[0].cpu().numpy()
+            shares = shares_of(labels, classes)
+            found.append(dict(image=str(path), shares=shares))
+            if args.output is not None or not args.json:
+                run.write_image(overlay(image, labels, classes), targets[path])
+            if not args.json:
+                text = ", ".join(f"{name} {part:.1%}" for name, part in shares.items())
+                say(f"{path}: {text}, drawn to {targets[path]}")
+    finally:
+        if args.json and rank() == 0:
+            say(json.dumps(found, indent=1))
+
+
+def export(args: argparse.Namespace) -> None:
+    """--export: writes the checkpoint's castled model, as `Scores`, to a file."""
+    with run.checked(args):
+        check_export(args.export)
+        model, _ = load(args)
+    run.write_export(Scores(model), args)
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of segment.py; what is left None is filled in by `resolve`."""
+    p = run.Parser(
+        "segment.py", __doc__,
+        epilog=f"models: {', '.join(SEGMENTERS)}\n"
+        "data: shapes, of which 1 in 64 as many validate, or a folder with training/ and validation/ in images/ and in "
+        "annotations/, and class names in classes.txt or objectInfo*.txt\n"
+        f"steps of a run that neither --epochs nor --max-steps bounds: "
+        f"{', '.join(f'{steps} for {data}' for data, steps in STEPS.items())}",
+    )  # fmt: skip
+    recipe = run.shared_flags(p, DATA_DEFAULTS)
+
+    def add(flag: str, kind: Callable, text: str) -> None:
+        default = run.by_data(flag[2:].replace("-", "_"), DATA_DEFAULTS)
+        recipe.add_argument(flag, type=kind, help=f"{text}; {default}")
+
+    recipe.add_argument("--pixel-decoder", choices=list(PIXEL_DECODERS), help="default fpn_transformer, which the "
+                        "paper's counts fit; msdeform is Mask2Former's")  # fmt: skip
+    recipe.add_argument("--num-classes", type=at_least(1, most=IGNORE), help="of a folder that does not name its "
+                        "classes; default 150")  # fmt: skip
+    add("--eval-steps", at_least(1), "optimiser steps of an interval, which the log and --eval-every call an epoch")
+    add("--patch-size", at_least(4), "pixels; the pyramid has strides of 1/4, 1/2, 1 and 2 patches")
+    add("--width", at_least(32), "channels of pyramid and decoders")
+    add("--queries", at_least(1), "masks that are predicted per image")
+    add("--layers", at_least(1), "of the masked decoder")
+    add("--encoder-layers", at_least(1), "of the pixel decoder")
+    add("--points", at_least(4), "places at which masks are compared")
+    add("--drop-path", share, "stochastic depth of the backbone")
+    add("--weight-decay", at_least(0, float), "of AdamW")
+    add("--backbone-lr", at_least(0, float), "factor on the learning rate of ViT and pyramid")
+    add("--clip-grad", at_least(0, float), "largest gradient norm over all parameters, 0 for no limit")
+    add("--ema-decay", share, "of the averaged weights, 0 for none; a horizon of 4%% of the run where not given")
+    p.add_argument("--json", action="store_true", help="with --image: print classes and shares of pixels as JSON")
+    return p
+
+
+def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
+    """Fill in every flag that was not given: from `trained`, a checkpoint's settings, else from the recipe table."""
+    run.take_over(args, trained or {})
+    run.fill_in(args, dict(pixel_decoder="fpn_transformer") | DATA_DEFAULTS[kind_of(args)])
 
 
 def main(args: argparse.Namespace) -> None:
-    train.run_script(SEGMENTATION, args)
+    with run.session(args, "segment.py") as device:
+        with run.checked(args):
+            what = run.asked(args)
+        if what == "train":
+            train(args, device)
+        elif what == "eval":
+            evaluate_checkpoint(args, device)
+        elif what == "image":
+            predict(args, device)
+        else:
+            export(args)
 
 
 if __name__ == "__main__":

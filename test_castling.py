@@ -4340,21 +4340,14 @@ def test_points_are_the_uncertain_ones():
 
 def test_every_prediction_is_supervised(monkeypatch):
     """The loss is the sum over all predictions, each with its own matching and with points where its matched masks are
-    uncertain; its normaliser is the mean number of masks over ranks; what the model sees are the images."""
+    uncertain."""
     monkeypatch.setattr(segment, "random_points", pixel_centres(6, 6))
-    model, seen = tiny_segmenter(drop_path=0.0).train(), []
-    uncertain = segment.uncertain_points
-    monkeypatch.setattr(segment, "uncertain_points", lambda x, p: seen.append(x) or uncertain(x, p))
-    images = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    model = tiny_segmenter(drop_path=0.0).train()
     labels = torch.randint(0, 3, (2, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    args = segment.parser().parse_args(["--no-amp", "--points=36"])
-    run = train.Run(segment.SEGMENTATION, args, torch.device("cpu"), [], model, model, *[None] * 5, 1, 1)
-    loss = segment.loss_of_batch(run, (images, labels))
-    assert len(seen) == 5 and all(len(logits) == 6 for logits in seen)  # 3 classes in each of 2 images, 4 layers + 1
-    outputs, targets = model(train.to_model_input(images, run.device)), segment.targets_of(labels, (32, 32))
+    outputs, targets = model(randn(2, 3, 32, 32, dtype=torch.float32)), segment.targets_of(labels, (32, 32))
     parts = [segment.prediction_loss(*output, targets, 6.0, 36) for output in outputs]
-    assert_close(loss, sum(parts))
-    assert len({round(part.item(), 6) for part in parts}) == 5
+    assert len({round(part.item(), 6) for part in parts}) == 5  # 4 layers + 1
+    assert_close(segment.set_loss(outputs, targets, 6.0, 36), sum(parts))
 
 
 def test_targets_lie_where_predictions_do(monkeypatch):
@@ -4490,8 +4483,8 @@ def test_any_size_trains_and_infers(pixel_decoder, amp):
     labels = torch.randint(0, 5, (2, 45, 70), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images = torch.randint(0, 256, (2, 3, 45, 70), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     device = torch.device("cpu")
-    with train.autocast(args, device):
-        outputs = model.train()(train.to_model_input(images, device))
+    with segment.autocast(args, device):
+        outputs = model.train()(segment.to_model_input(images, device))
     assert all(masks.shape == (2, 6, 24, 40) and masks.dtype == torch.float32 for _, masks in outputs)
     loss = segment.set_loss(outputs, segment.targets_of(labels, labels.shape[1:]), 5.0, 64)
     loss.backward()
@@ -4549,16 +4542,50 @@ def test_segmentation_recipe():
         assert of[id(named[name])] == expected, name
     args = segment.parser().parse_args(["--data=."])
     segment.resolve(args)
-    assert {group["lr_scale"] for group in segment.make_optimizer(args, model).param_groups} == {0.1, 1.0}
     assert (args.lr, args.batch_size, args.clip_grad, args.ema_decay, args.eval_steps) == (1e-4, 16, 0.01, 0.0, 5000)
-    assert segment.length(args, range(20210)) == (5000, 160_000)
+    assert segment.interval_and_run(args, 20210) == (5000, 160_000)
     args.global_batch = 32
-    assert segment.learning_rate(args, 0, 5000, 160_000) == 2e-4
-    assert segment.learning_rate(args, 80_000, 5000, 160_000) == pytest.approx(2e-4 * 0.5**0.9)
+    assert segment.learning_rate(args, 0, 160_000) == 2e-4
+    assert segment.learning_rate(args, 80_000, 160_000) == pytest.approx(2e-4 * 0.5**0.9)
     args.epochs, args.max_steps = 2, None
-    assert segment.length(args, range(20210)) == (1263, 1263)
+    assert segment.interval_and_run(args, 20210) == (1263, 1263)
     args.max_steps = 100
-    assert segment.length(args, range(20210)) == (100, 100)
+    assert segment.interval_and_run(args, 20210) == (100, 100)
+
+
+def test_a_step_of_segmentation_is_its_definition(tmp_path):
+    """The loss that a run logs for its only step, by hand: the batches that the sampler's order and the seed give,
+    normalised, the mask threshold of the start, random points by (seed, step, rank); the parts of --accumulate are
+    averaged, each over its own number of masks. The threshold and the rate move with the steps; the backbone has its
+    own rate."""
+    options = ("--accumulate=2", "--seed=3", "--mask-schedule=anneal")
+    record, _ = run_segment(tmp_path / "run", *options, "--max-steps=1", "--lr=0")
+    args = segment.parser().parse_args([f"--checkpoint={tmp_path}/run/last.pt"])
+    args.script = "segment.py"
+    model, classes = segment.load(args)
+    set_threshold(model, 0.0)
+    assert classes == segment.ShapeScenes.classes and min(record["mask_curve"]["backbone.vit.blocks.0.attn"]) > 0
+    data = segment.Pairs(segment.ShapeScenes("train", 40, 32, 3), segment.train_transform(args), 3)
+    items = [data[key] for key in segment.IntervalSampler(40, 8, seed=3)]
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    torch.manual_seed(segment.mixed_seed(3, 0, 0))
+    losses = []
+    for part in (items[:4], items[4:]):
+        images, labels = (torch.stack(parts) for parts in zip(*part, strict=True))
+        targets = segment.targets_of(labels, (32, 32))
+        masks = sum(len(label.unique()) for label in labels)
+        with torch.no_grad():
+            outputs = model.train()((images / 255 - mean) / std)
+        losses.append(segment.set_loss(outputs, targets, masks, 64).item())
+    assert record["train_loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
+    moving = ("--max-steps=2", "--lr=1e-3", "--backbone-lr=0.5", "--weight-decay=0.2")
+    record, _ = run_segment(tmp_path / "rates", *options, *moving)
+    first, second = record["mask_curve"]["backbone.vit.blocks.0.attn"]
+    assert first > 0.5 and second < 0.1
+    groups = convert.read_checkpoint(tmp_path / "rates" / "last.pt")["optimizer"]["param_groups"]
+    rate = 1e-3 * 8 / 16 * 0.5**0.9  # a step has 8 images
+    expected = {(lr, decay) for lr in (rate, rate / 2) for decay in (0.0, 0.2)}
+    assert {(group["lr"], group["weight_decay"]) for group in groups} == expected
 
 
 @given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 4), st.integers(1, 6))
@@ -4700,7 +4727,7 @@ def test_bad_validation_files_are_found_before_work(tmp_path, streets, capsys):
     pixels.transpose(Image.Transpose.ROTATE_90).save(image, exif=exif)
     data.check()
     image.write_bytes(image.read_bytes()[:20])
-    with pytest.raises(train.DataError, match=f"cannot read image '{image}'"):
+    with pytest.raises(segment.DataError, match=f"cannot read image '{image}'"):
         data.check(whole=1)
 
 
@@ -4710,7 +4737,7 @@ def test_evaluation_is_its_definition(streets):
     args = segment.parser().parse_args([f"--data={streets}", "--image-size=40", "--workers=0", "--no-amp"])
     segment.resolve(args)
     model, data = tiny_segmenter(num_classes=4), segment.open_split(args, "val")
-    found = segment.evaluate(model, segment.val_loader(args, data), args, torch.device("cpu"))
+    found = segment.evaluate(model, segment.validation_loader(args, data), args, torch.device("cpu"))
     hits, truth, guesses = (np.zeros(4) for _ in range(3))
     for image, labels in data:
         height, width = image.shape[1:]
@@ -4718,7 +4745,7 @@ def test_evaluation_is_its_definition(streets):
         seen = [round(height * scale), round(width * scale)]
         pixels = segment.v2.functional.resize(image, seen)[None]
         with torch.no_grad():
-            classes, masks = model(train.to_model_input(pixels, torch.device("cpu")))[-1]
+            classes, masks = model(segment.to_model_input(pixels, torch.device("cpu")))[-1]
         masks = F.interpolate(masks, size=model.padded(seen), mode="bilinear").sigmoid()[:, :, : seen[0], : seen[1]]
         scores = torch.einsum("bqk,bqyx->bkyx", classes.softmax(-1)[..., :-1], masks)
         guess = F.interpolate(scores, size=(height, width), mode="bilinear").argmax(1)[0].numpy()
@@ -4760,15 +4787,17 @@ def run_segment(folder, *options):
 
 def test_segmentation_script_trains_castles_and_evaluates(tmp_path, capsys, monkeypatch):
     """A whole run on rendered scenes: log with IoU per class, report with gap 0.0; --eval of each checkpoint gives the
-    logged metrics; --image writes an overlay and its legend, for a file and for a folder, and prints shares."""
+    logged metrics; --image writes an overlay and its legend for each file, and prints shares; a file that cannot be
+    read is named, and what the others hold is printed all the same."""
     *epochs, report = run_segment(tmp_path / "run")
     assert "castling gap          0.00" in capsys.readouterr().out
     assert [r["step"] for r in epochs] == [2, 4]
-    assert set(epochs[-1]["test_iou"]) == {"background", *train.SHAPES}
+    assert set(epochs[-1]["test_iou"]) == {"background", *segment.SHAPES}
     assert epochs[-1]["test_iou_background"] == epochs[-1]["test_iou"]["background"]
     assert "test_mIoU_foreground_castled" in epochs[-1]
     assert report["castling_report"]["test_mIoU"] == epochs[-1]["test_mIoU"] == epochs[-1]["test_mIoU_castled"]
     before = convert.read_checkpoint(tmp_path / "run" / "best.pt")["ema"]
+    before = {name: x for name, x in before.items() if not name.endswith("progress")}  # no weight
     run_segment(tmp_path / "lr0", "--lr=0", "--weight-decay=0", "--ema-decay=0", f"--checkpoint={tmp_path}/run/best.pt")
     still = convert.read_checkpoint(tmp_path / "lr0" / "last.pt")["model"]
     assert all(torch.equal(before[name], still[name]) for name in before)  # --checkpoint starts from all of it
@@ -4785,17 +4814,42 @@ def test_segmentation_script_trains_castles_and_evaluates(tmp_path, capsys, monk
         Image.fromarray(scene[:40]).save(tmp_path / "photos" / name)
     monkeypatch.chdir(tmp_path)
     predict = (f"--checkpoint={tmp_path}/run/best.pt", "--json")
-    segment.main(segment.parser().parse_args([f"--image={tmp_path}/photos", *predict, "--output=drawn"]))
+    photos = ("--image", "photos/a.png", "photos/b.jpg")
+    segment.main(segment.parser().parse_args([*photos, *predict, "--output=drawn"]))
     found = json.loads(capsys.readouterr().out)
     assert [Path(r["image"]).name for r in found] == ["a.png", "b.jpg"]
     assert all(sum(r["shares"].values()) == pytest.approx(1) for r in found)
     drawn = Image.open(tmp_path / "drawn" / "a.png")
     assert drawn.width >= 50 and drawn.height == 40 + 4 + 16 * len(found[0]["shares"])
-    segment.main(segment.parser().parse_args([f"--image={tmp_path}/photos/b.jpg", predict[0], "--output=over.png"]))
+    segment.main(segment.parser().parse_args(["--image=photos/b.jpg", predict[0], "--output=over.png"]))
     assert "%" in capsys.readouterr().out and (tmp_path / "over.png").is_file()
     with pytest.raises(SystemExit) as stopped:
-        segment.main(segment.parser().parse_args([f"--image={tmp_path}/photos/b.jpg", *predict, "--output=none/x.png"]))
+        segment.main(segment.parser().parse_args(["--image=photos/b.jpg", *predict, "--output=none/x.png"]))
     assert stopped.value.code == 2 and "none/x.png" in capsys.readouterr().err
+    (tmp_path / "photos" / "a.png").write_bytes(b"cut")
+    with pytest.raises(SystemExit) as stopped:
+        segment.main(segment.parser().parse_args([*photos, *predict]))
+    printed = capsys.readouterr()
+    assert stopped.value.code == 1 and "cannot read image 'photos/a.png'" in printed.err
+    assert [Path(r["image"]).name for r in json.loads(printed.out)] == ["b.jpg"]
+    assert not (tmp_path / "b_overlay.png").exists()  # --json alone draws nothing
+
+
+def test_segmenter_is_exported_as_scores(tmp_path, monkeypatch, capsys):
+    """--export of a checkpoint writes a graph of its class scores: (1, 3, H, W) -> (1, K, H, W) of its weights."""
+    run_segment(tmp_path / "run", "--max-steps=1", "--layers=1")
+    written = []
+    monkeypatch.setattr(segment.run, "export", lambda graph, *_: written.append(graph) or ([(1, 3, 64, 64)], 1e-6))
+    options = (f"--checkpoint={tmp_path}/run/best.pt", f"--export={tmp_path}/model.pt2")
+    segment.main(segment.parser().parse_args(options))
+    assert "run on 1x3x64x64; largest difference 1.0e-06" in capsys.readouterr().out
+    args = segment.parser().parse_args(options)
+    args.script = "segment.py"
+    model, x = segment.load(args)[0], randn(1, 3, 48, 64, dtype=torch.float32)
+    with torch.no_grad():
+        found, expected = written[0](x), segment.class_scores(model(x)[-1], (48, 64), (48, 64))
+    assert found.shape == (1, 13, 48, 64)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("options", [
@@ -4816,9 +4870,10 @@ def test_segmentation_learns(tmp_path):
     first, second, _ = records_of(tmp_path / "run")
     assert second["train_loss"] < 0.6 * first["train_loss"]
     args = segment.parser().parse_args([f"--checkpoint={tmp_path}/run/last.pt", "--workers=0"])
-    model, _ = train.load_model(segment.SEGMENTATION, args)
+    args.script = "segment.py"
+    model, _ = segment.load(args)
     data = segment.open_split(args, "train")
-    found = segment.evaluate(model, segment.val_loader(args, data), args, torch.device("cpu"))
+    found = segment.evaluate(model, segment.validation_loader(args, data), args, torch.device("cpu"))
     assert found["mIoU"] > 60 and found["mAcc"] > 70
 
 
@@ -4843,7 +4898,7 @@ def test_segmentation_folder_trains_and_names_what_is_wrong(tmp_path, streets, c
 
     def refused(code, *options):
         with pytest.raises(SystemExit) as stopped:
-            run_segment(tmp_path / "refused", *folder, "--resume=never", "--overwrite", *options)
+            run_segment(tmp_path / "refused", *folder, "--overwrite", *options)
         assert stopped.value.code == code
         return capsys.readouterr().err
 
@@ -4872,6 +4927,11 @@ def test_segmentation_folder_trains_and_names_what_is_wrong(tmp_path, streets, c
     (annotation / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
                                        + chunk(b"IDAT", zlib.compress(row * good.height)) + chunk(b"IEND", b""))
     assert "mode L;4" in refused(1)
+    good.save(annotation / "2.png")
+    whole = (image / "2.jpg").read_bytes()
+    (image / "2.jpg").write_bytes(whole[:20])
+    assert f"cannot read image '{image}/2.jpg'" in refused(1)
+    (image / "2.jpg").write_bytes(whole)
     for path in (streets / "annotations" / "validation").iterdir():
         Image.fromarray(np.zeros_like(np.array(Image.open(path)))).save(path)
     Image.fromarray(np.zeros_like(np.array(good))).save(annotation / "2.png")

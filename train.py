@@ -30,7 +30,7 @@ from attention import look_up, set_threshold
 from convert import HEADS, check_export, convert, load_pretrained
 from data import MEAN, Augmented, EpochSampler, Shapes, make_loader, open_folder, to_model_input
 from models import DEIT, ESNET, LCNET, LEVIT, MODELS, VIT_DENSE, build_model
-from run import at_least, autocast, rank, say, share, world_size
+from run import at_least, autocast, ema_decay_for, rank, say, share, world_size
 
 METRICS = {"acc1": "Acc@1", "acc5": "Acc@5"}  # of `evaluate`; best.pt is best in the first
 
@@ -87,14 +87,6 @@ def cosine_lr(epoch: float, *, epochs: float, peak: float, start: float, warmup:
 def warmup_for(epochs: float, full: float) -> float:
     """Warm-up epochs: the recipe's, but at most 11% of the run."""
     return min(full, 0.11 * epochs)
-
-
-def ema_decay_for(steps: int) -> float:
-    """Decay of the averaged weights: a horizon of 4% of the run, at most 0.99996.
-
-    That is LeViT's 0.99996 at its 626,000 steps.
-    """
-    return min(0.99996, 1 - 1 / max(1.0, 0.04 * steps))
 
 
 def kind_of(data: str | None) -> str:
