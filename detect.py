@@ -741,11 +741,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train to the end, one checkpoint and log line per epoch, evaluated when due; then the castling report."""
     with run.checked(args):
         resolve(args)
-        check_sides(args)
         train_set, val_set = open_split(args, "train"), open_split(args, "val")
         run.same_classes(args, train_set, val_set)
         steps_per_epoch, total_steps = run.epoch_and_run(args, len(train_set))
         args.warmup_steps = min(args.warmup_steps, total_steps // 10)
+        check_sides(args)
 
         torch.manual_seed(args.seed)  # the same first weights on every rank
         model = make_model(args, len(train_set.classes), args.image_size)
