@@ -1,11 +1,12 @@
 """Train a Castling-ViT detector on COCO, evaluate it, castle it, draw its boxes. The same script on any machine.
 
     python detect.py                                                   built-in rendered scenes, no download
-    torchrun detect.py --model lcnet_vit_s                             the same, under torchrun
     torchrun --nproc-per-node=8 detect.py --model esnet_vit_m --data /data/coco     the paper's recipe on eight GPUs
     python detect.py --eval --checkpoint runs/X/best.pt                AP with and without the auxiliary branch
     python detect.py --checkpoint runs/X/best.pt --image photo.jpg --output boxes.png
 
+The same command again continues a run where it was stopped. `train` below is the loop; run.py has
+what it calls.
 PicoDet v1 on ESNet-ViT or LCNet-ViT: arXiv:2211.10526v4, section 4.2, which follows "PicoDet's detection head design as
 well as their training recipe". PicoDet: Yu et al., arXiv:2111.00902; PaddleDetection @ v2.6.0; its PyTorch port,
 github.com/Bo396543018/Picodet_Pytorch. The paper's Tables 3, 6 and 7 fix what the text leaves out, by their counts.
@@ -16,7 +17,6 @@ Boxes are xyxy in pixels everywhere but in COCO's files. A point is (x, y, strid
 
 import argparse
 import contextlib
-import functools
 import io
 import json
 import math
@@ -31,7 +31,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
@@ -39,17 +38,31 @@ from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, generaliz
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes
 
-import train
-from attention import cores, look_up
-from convert import LoadReport, load_pretrained, read_checkpoint, weights_in
+import run
+from attention import cores, look_up, set_threshold
+from convert import LoadReport, check_export, load_pretrained, read_checkpoint, weights_in
+from data import (
+    SHAPES,
+    Augmented,
+    DataError,
+    EpochSampler,
+    Scenes,
+    make_loader,
+    mixed_seed,
+    read_image,
+    seeded,
+    to_model_input,
+)
 from models import ESNET, LCNET, ConvBackbone, DepthSeparable, build_model, conv_norm
-from train import SHAPES, Augmented, DataError, EpochSampler, Run, Scenes, Task, at_least, share
+from run import at_least, autocast, rank, say, share, world_size
 
+METRICS = {"AP": "AP", "AP50": "AP50", "AP75": "AP75"}  # of `evaluate`; best.pt is best in the first
 STRIDES = (8, 16, 32, 64)  # of the levels, pixels
 BINS = 8  # a side of a box is the mean of a distribution over 0..7 strides
 BOX_WEIGHT, BINS_WEIGHT = 2.0, 0.25  # of GIoU and distribution focal loss, beside 1 for varifocal loss
 MIN_SCORE, LEVEL_TOP, NMS_IOU, MAX_BOXES = 0.025, 1000, 0.6, 100  # of evaluation
 COLOURS = ("red", "blue", "green", "orange", "purple", "deeppink", "teal", "brown")  # of drawn boxes, in turn
+HEAD = "head.predict.0.weight"  # (K + 32, C, 1, 1) of a checkpoint: says how many classes it knows
 LR_BATCH = 640  # `lr` is the peak at a global batch of this size, the paper's 8 x 80; it scales with the batch
 SIZES = {"s": dict(channels=96, convs=2), "m": dict(channels=128, convs=4), "l": dict(channels=160, convs=4)}
 
@@ -62,8 +75,11 @@ DETECTORS = {  # backbone: neck, and the channels and depth of the head
 # rendered scenes have a small, short recipe of their own, made for two CPU cores.
 DATA_DEFAULTS = {
     "coco": dict(epochs=300, batch_size=80, lr=0.4, multi_scale=2, augment=True, eval_every=10),
-    "shapes": dict(image_size=128, epochs=4, batch_size=16, lr=1.6, multi_scale=0, augment=False, eval_every=1),
-}
+    "shapes": dict(
+        image_size=128, epochs=4, batch_size=16, lr=1.6, multi_scale=0, augment=False, eval_every=1,
+        shapes_length=6000,
+    ),
+}  # fmt: skip
 
 
 # ---- neck ------------------------------------------------------------------------------------------------------------
@@ -476,7 +492,7 @@ class CocoFolder(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         row, path = self.images[index], self.paths[index]
-        image = v2.functional.pil_to_tensor(train.read_image(path))
+        image = v2.functional.pil_to_tensor(read_image(path))
         if image.shape[1:] != (row["height"], row["width"]):
             raise DataError(
                 f"{path} is {image.shape[2]} x {image.shape[1]} pixels as stored, its annotations say "
@@ -532,9 +548,9 @@ class Resized(Augmented):
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict:
         epoch, index, side = key
-        item = self.read(index)
+        item = self.base[index]
         if self.transform is not None:
-            with train.seeded(self.seed, epoch, index):
+            with seeded(self.seed, epoch, index):
                 item = self.transform(item)
         return v2.Resize((side, side), antialias=False)(item)
 
@@ -582,7 +598,7 @@ class ScaleSampler(EpochSampler):
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         for position, (epoch, index) in enumerate(super().__iter__(), self.start):
             if position % self.per_step == 0:
-                drawn = random.Random(train.mixed_seed(self.seed or 0, epoch, position // self.per_step))
+                drawn = random.Random(mixed_seed(self.seed or 0, epoch, position // self.per_step))
                 side = drawn.choice(self.sides)
             yield epoch, index, side
 
@@ -609,8 +625,8 @@ def open_split(args: argparse.Namespace, split: str) -> Dataset:
         raise ValueError(f"unknown data {args.data!r}: shapes, or a folder with annotations/instances_train*.json")
     annotations, images = coco_files(Path(args.data), split)
     dataset = CocoFolder(annotations, images, training=split == "train" and not args.eval)
-    if dataset.dropped and train.rank() == 0:
-        train.say(f"{annotations}: {dataset.dropped} boxes outside their image or of zero area dropped", sys.stderr)
+    if dataset.dropped and rank() == 0:
+        say(f"{annotations}: {dataset.dropped} boxes outside their image or of zero area dropped", sys.stderr)
     return dataset
 
 
@@ -673,8 +689,8 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
     model.eval()
     dataset, found = loader.dataset.base, []
     for images, targets in loader:
-        with train.autocast(args, device):
-            logits, bins, points = model(train.to_model_input(images, device, args.channels_last))
+        with autocast(args, device):
+            logits, bins, points = model(to_model_input(images, device, args.channels_last))
         for i, target in enumerate(targets):
             boxes, scores, labels = (x.cpu() for x in detections(logits[i], bins[i], points, images.shape[2:]))
             boxes = restored(boxes, images.shape[2:], target["size"])
@@ -688,7 +704,7 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, found)
     metrics = [None]
-    if train.rank() == 0:
+    if rank() == 0:
         results = sorted((row for part in parts for row in part), key=lambda row: row["image_id"])
         castled = args.attention == "castling" and not any(core.auxiliary for core in cores(model).values())
         path = Path(args.output) / f"coco_results{'_castled' if castled else ''}.json"
@@ -703,10 +719,10 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
     return metrics[0]
 
 
-# ---- the task --------------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
 
 
-def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int, total_steps: int) -> float:
+def learning_rate(args: argparse.Namespace, step: int, total_steps: int) -> float:
     """Learning rate of optimiser step `step` (0-based): linear warm-up from a tenth, and a cosine to 0 over the run."""
     peak = args.lr * args.global_batch / LR_BATCH
     if step < args.warmup_steps:
@@ -714,64 +730,91 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int, tot
     return peak * (1 + math.cos(math.pi * step / total_steps)) / 2
 
 
-def length(args: argparse.Namespace, train_set: Dataset) -> tuple[int, int]:
-    """Steps per epoch, and of the run."""
-    steps_per_epoch, total_steps = train.epochs_and_steps(args, train_set)
-    args.warmup_steps = min(args.warmup_steps, total_steps // 10)
-    return steps_per_epoch, total_steps
-
-
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> Detector:
     """The detector that resolved flags describe. Raises ValueError as `build_detector` does."""
-    options = train.core_options(args)
+    options = run.core_options(args)
     model = build_detector(args.model, args.attention, num_classes, image_size, **options)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
-def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9 and weight decay on all parameters, norms included, as in Picodet_Pytorch."""
-    return torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """Train to the end, one checkpoint and log line per epoch, evaluated when due; then the castling report."""
+    with run.checked(args):
+        resolve(args)
+        train_set, val_set = open_split(args, "train"), open_split(args, "val")
+        run.same_classes(args, train_set, val_set)
+        steps_per_epoch, total_steps = run.epoch_and_run(args, len(train_set))
+        args.warmup_steps = min(args.warmup_steps, total_steps // 10)
+        check_sides(args)
+
+        torch.manual_seed(args.seed)  # the same first weights on every rank
+        model = make_model(args, len(train_set.classes), args.image_size)
+        run.start_from(model, args, load_start)
+        if args.backbone and run.begins_anew(args):
+            report = load_pretrained(model.backbone, args.backbone)
+            if rank() == 0:
+                say(f"{args.backbone}\n{report}")
+        model.to(device)
+        ema = run.averaged(model, args.ema_decay)
+        # Weight decay is on all parameters, norms included, as in Picodet_Pytorch.
+        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
+
+        order = dict(rank=rank(), world=world_size())
+        sampler = ScaleSampler(
+            len(train_set), seed=args.seed, multiple=args.global_batch, **order,
+            sides=[args.image_size + 32 * i for i in range(-args.multi_scale, args.multi_scale + 1)],
+            per_step=args.batch_size * args.accumulate,
+        )  # fmt: skip
+        augmented = Resized(train_set, augmentation(args.augment), args.seed)
+        train_loader = make_loader(augmented, sampler, args.batch_size, args.workers, collate)
+        val_loader = validation_loader(args, val_set)
+        state = run.Run(
+            args, train_set.classes, model, ema, optimizer, train_loader, device,
+            steps_per_epoch=steps_per_epoch, total_steps=total_steps, metrics=METRICS,
+        )  # fmt: skip
+
+    net, scaler = run.parallel(model, args, device), state.scaler
+    with state:
+        state.bar.say(run.describe(state, describe_recipe(args), val_set))
+        for epoch in state.epochs():
+            begins = state.step == epoch * steps_per_epoch
+            if begins and args.ema_reset and epoch % args.ema_reset == 0:
+                ema.n_averaged.zero_()             # PaddleDetection @ v2.6.0, ModelEMA, cycle_epoch
+            net.train()
+            for batches in state.steps(train_loader):
+                set_threshold(model, state.progress)                                       # Eq. (10), D4
+                lr = run.set_lr(optimizer, learning_rate(args, state.step, total_steps))
+                loss = torch.zeros((), device=device)
+                for i, (images, targets) in enumerate(batches):
+                    net.require_backward_grad_sync = i == len(batches) - 1                 # DDP: once a step
+                    images = to_model_input(images, device, args.channels_last)
+                    targets = [(t["boxes"].to(device), t["labels"].to(device)) for t in targets]
+                    with autocast(args, device):
+                        outputs = net(images)
+                    part = sum(detection_losses(*outputs, targets).values()) / len(batches)    # in float32
+                    scaler.scale(part).backward()
+                    loss += part.detach()
+                state.agree(loss, lr)                                                      # NaN stops every rank
+                if args.clip_grad > 0:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                ema.update_parameters(model)
+
+            metrics = {}
+            if state.evaluation_due():                                                     # with and without branch
+                metrics = run.evaluate_castling(lambda m: evaluate(m, val_loader, args, device), ema.module, "AP")
+            state.log(metrics)
+        state.report()
 
 
-def train_loader(args: argparse.Namespace, train_set: Dataset) -> DataLoader:
-    """Augmented batches in the order of (seed, epoch), the side of the images drawn for each step."""
-    sides = [args.image_size + 32 * i for i in range(-args.multi_scale, args.multi_scale + 1)]
-    order = dict(rank=train.rank(), world=train.world_size(), seed=args.seed, multiple=args.global_batch)
-    sampler = ScaleSampler(len(train_set), sides=sides, per_step=args.batch_size * args.accumulate, **order)
-    dataset = Resized(train_set, augmentation(args.augment), args.seed, training=True)
-    return train.make_loader(dataset, sampler, args.batch_size, args.workers, collate)
+def check_sides(args: argparse.Namespace) -> None:
+    """The smallest images of --multi-scale have 32 px or more, and BatchNorm gets more than a single value.
 
-
-def val_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
-    """This rank's share of the validation set, at the image size."""
-    order = dict(rank=train.rank(), world=train.world_size())
-    sampler = ScaleSampler(len(val_set), sides=[args.image_size], per_step=1, **order)
-    return train.make_loader(Resized(val_set, None, args.seed), sampler, args.batch_size, args.workers, collate)
-
-
-def loss_of_batch(run: Run, batch: tuple[Tensor, list[dict]]) -> Tensor:
-    """Sum of the three losses; assignment and losses are float32, whatever the network computes in."""
-    images, targets = batch
-    with train.autocast(run.args, run.device):
-        outputs = run.net(train.to_model_input(images, run.device, run.args.channels_last))
-    targets = [(target["boxes"].to(run.device), target["labels"].to(run.device)) for target in targets]
-    return sum(detection_losses(*outputs, targets).values())
-
-
-def load_start(model: Detector, path: str) -> LoadReport:
-    """A detector's weights to start from; all but the last layers if it knows another number of classes."""
-    head = weights_in(read_checkpoint(path)).get("head.predict.0.weight")
-    other = head is not None and len(head) != len(model.head.predict[0].weight)
-    return load_pretrained(model, path, fresh="head.predict." if other else None)
-
-
-def setup(run: Run) -> None:
-    """The backbone's first weights, where --backbone says."""
-    args = run.args
-    if args.backbone and train.starts_fresh(args):
-        report = load_pretrained(run.model.backbone, args.backbone)
-        if train.rank() == 0:
-            train.say(f"{args.backbone}\n{report}")
+    Raises: ValueError.
+    """
     least = 32 + 32 * args.multi_scale
     if args.image_size < least:
         raise ValueError(f"--image-size must be at least {least} with --multi-scale {args.multi_scale}, got "
@@ -780,15 +823,23 @@ def setup(run: Run) -> None:
         raise ValueError(f"BatchNorm needs --batch-size 2 or more where images are {STRIDES[-1]} px or smaller")
 
 
-def begin_epoch(run: Run, epoch: int) -> None:
-    """The average starts anew every --ema-reset epochs.  PaddleDetection @ v2.6.0, ModelEMA, cycle_epoch"""
-    if run.args.ema_reset and epoch and epoch % run.args.ema_reset == 0 and run.step == epoch * run.steps_per_epoch:
-        run.ema.n_averaged.zero_()
+def load_start(model: Detector, path: str) -> LoadReport:
+    """A detector's weights to start from; all but the last layers if it knows another number of classes."""
+    head = weights_in(read_checkpoint(path)).get(HEAD)
+    other = head is not None and len(head) != len(model.head.predict[0].weight)
+    return load_pretrained(model, path, fresh="head.predict." if other else None)
 
 
-def describe_recipe(run: Run) -> str:
+def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
+    """This rank's share of the validation set, at the image size."""
+    order = dict(rank=rank(), world=world_size())
+    sampler = ScaleSampler(len(val_set), sides=[args.image_size], per_step=1, **order)
+    return make_loader(Resized(val_set, None, args.seed), sampler, args.batch_size, args.workers, collate)
+
+
+def describe_recipe(args: argparse.Namespace) -> str:
     """Optimiser, learning rate and augmentation."""
-    a = run.args
+    a = args
     reset = f", anew every {a.ema_reset} epochs" if a.ema_reset else ""
     return f"""recipe: SGD, {a.warmup_steps} steps of warm-up to a learning rate of \
 {a.lr * a.global_batch / LR_BATCH:.4g} ({a.lr} per {LR_BATCH} images), cosine to 0, weight decay {a.weight_decay}, \
@@ -796,12 +847,31 @@ EMA {a.ema_decay}{reset}
 augmentation: {'crops, flips, colours' if a.augment else 'flips'}, sides {a.image_size} +- {32 * a.multi_scale} px"""
 
 
-def unnamed_classes(path: str, weights: dict[str, Tensor]) -> list[dict]:
-    """Numbered classes, as many as the head among `weights`, from file `path`, has."""
-    head = weights.get("head.predict.0.weight")
-    if head is None:
-        raise ValueError(f"{path} has no head.predict.0.weight: it is no detector of this project")
-    return [{"id": i + 1, "name": f"class {i + 1}"} for i in range(len(head) - 4 * BINS)]
+# ---- what is done with a checkpoint ----------------------------------------------------------------------------------
+
+
+def load(args: argparse.Namespace, classes: list | None = None) -> tuple[Detector, list[dict]]:
+    """The model in --checkpoint, ready to be used, and the classes it knows; `classes` if the file does not say."""
+    trained = run.settings_for(args)
+    resolve(args, trained)
+    classes = trained.get("classes") or classes
+    if classes is None:
+        count = run.count_classes(args.checkpoint, [HEAD]) - 4 * BINS
+        classes = [{"id": i + 1, "name": f"class {i + 1}"} for i in range(count)]
+    model = make_model(args, len(classes), trained.get("image_size") or args.image_size)
+    return run.load_trained(model, args), classes
+
+
+def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
+    """--eval: prints the metrics of the checkpoint with and without its auxiliary branch."""
+    with run.checked(args):
+        resolve(args, run.settings_for(args))
+        val_set = open_split(args, args.split)
+        model, classes = load(args, val_set.classes)
+        run.check_classes(args, classes, val_set.classes)
+        loader = validation_loader(args, val_set)
+    record = run.evaluate_castling(lambda m: evaluate(m, loader, args, device), model.to(device), "AP")
+    run.print_evaluation(args, record)
 
 
 def draw(image: Tensor, rows: list[dict], labels: list[int]) -> Tensor:
@@ -817,47 +887,62 @@ def draw(image: Tensor, rows: list[dict], labels: list[int]) -> Tensor:
     )
 
 
-def find(
-    model: Detector, classes: list[dict], image: Image.Image, args: argparse.Namespace, device: torch.device
-) -> tuple[dict, Image.Image, str]:
-    """What is in an RGB image: {"boxes": [{"label", "score", "box": xyxy in its pixels}]}, its drawing, the number."""
-    pixels, size = v2.functional.pil_to_tensor(image), (args.image_size, args.image_size)
-    resized = v2.functional.resize(pixels, size, antialias=False)
-    logits, bins, points = model(train.to_model_input(resized[None], device, args.channels_last))
-    found = detections(logits[0], bins[0], points, size, min_score=args.min_score)
-    boxes, scores, labels = (x.cpu() for x in found)
-    boxes, labels = restored(boxes, size, pixels.shape[1:]).tolist(), labels.tolist()
-    rows = [
-        dict(label=classes[label]["name"], score=score, box=box)
-        for label, score, box in zip(labels, scores.tolist(), boxes, strict=True)
-    ]
-    return dict(boxes=rows), v2.functional.to_pil_image(draw(pixels, rows, labels)), f"{len(rows)} boxes"
+@torch.inference_mode()
+def predict(args: argparse.Namespace, device: torch.device) -> None:
+    """--image: the boxes of each file are drawn to --output, or printed with --json, or both."""
+    with run.checked(args):
+        run.check_images(args.image)
+        drawn = args.output is not None or not args.json
+        targets = run.drawing_paths(args.image, args.output, "boxes") if drawn else {}
+        if args.data is None and not run.settings_for(args):
+            args.data = "coco"  # somebody else's model: the image size of photographs
+        model, classes = load(args)
+    model.to(device)
+    size, printed = (args.image_size, args.image_size), []
+    try:
+        for path, image in run.read_each(args.image):
+            pixels = v2.functional.pil_to_tensor(image)
+            resized = v2.functional.resize(pixels, size, antialias=False)
+            logits, bins, points = model(to_model_input(resized[None], device, args.channels_last))
+            found = detections(logits[0], bins[0], points, size, min_score=args.min_score)
+            boxes, scores, labels = (x.cpu() for x in found)
+            boxes, labels = restored(boxes, size, pixels.shape[1:]).tolist(), labels.tolist()
+            rows = [
+                dict(label=classes[label]["name"], score=score, box=box)                   # xyxy in the file's pixels
+                for label, score, box in zip(labels, scores.tolist(), boxes, strict=True)
+            ]
+            printed.append(dict(image=str(path), boxes=rows))
+            if drawn:
+                run.write_image(v2.functional.to_pil_image(draw(pixels, rows, labels)), targets[path])
+            if not args.json:
+                say(f"{path}: {len(rows)} boxes, drawn to {targets[path]}")
+    finally:  # also where an image could not be read
+        if args.json and rank() == 0:
+            say(json.dumps(printed, indent=1))
 
 
-def prepare_prediction(args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
-    """--image: what is found in a file, or in each image file of a folder."""
-    return train.prepare_drawings(DETECTION, args, device, suffix="boxes", folder="coco", predict=find)
+def export(args: argparse.Namespace) -> None:
+    """--export: writes the checkpoint's castled model to a file, as `Boxes`."""
+    with run.checked(args):
+        check_export(args.export)
+        model, _ = load(args)
+    run.write_export(Boxes(model), args)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
-# Flags that a checkpoint answers for when they are not given.
-TRAINED_FLAGS = ("model", "attention", "image_size", "dconv", "mlp_dwconv", "epsilon", "mask_schedule",
-                 "data", "shapes_length", "seed")  # fmt: skip
-
 
 def parser() -> argparse.ArgumentParser:
     """The command line of detect.py; what is left None is filled in by `resolve`."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    p = train.Parser(
-        prog="detect.py", description=__doc__, formatter_class=formatter,
+    p = run.Parser(
+        "detect.py", __doc__,
         epilog=f"models: {', '.join(DETECTORS)}; default lcnet_vit_s\n"
         "data: shapes, or a folder with annotations/instances_{train,val}2017.json, train2017/ and val2017/\n"
         "image size of folders: 320 for S models, 416 for M and L",
     )  # fmt: skip
-    train.shared_flags(p, DATA_DEFAULTS)
-    add, on_off = p.add_argument, argparse.BooleanOptionalAction
-    by_data = functools.partial(train.by_data, defaults=DATA_DEFAULTS)
+    recipe = run.shared_flags(p, DATA_DEFAULTS)
+    add, on_off = recipe.add_argument, argparse.BooleanOptionalAction
+    by_data = lambda flag: run.by_data(flag, DATA_DEFAULTS)  # noqa: E731
     add("--weight-decay", type=at_least(0, float), default=4e-5, help="of all parameters; default 4e-5")
     add("--warmup-steps", type=at_least(0), default=300, help="default 300, at most a tenth of the run")
     add("--ema-decay", type=share, default=0.9998, help="of the averaged weights; default 0.9998")
@@ -867,7 +952,7 @@ def parser() -> argparse.ArgumentParser:
     add("--clip-grad", type=at_least(0, float), default=0.0, help="largest gradient norm, 0 for no limit")
     add("--channels-last", action=on_off, default=True, help="memory format of images and convolutions; default on")
     add("--backbone", help="classification checkpoint that the backbone starts from")
-    add("--shapes-length", type=at_least(1), help="rendered training scenes, default 6000; 1 in 15 as many validate")
+    add = p.add_argument_group("boxes").add_argument
     add("--min-score", type=share, default=0.3, help="least score of a box that --image shows; default 0.3")
     add("--json", action="store_true", help="with --image: print the boxes, xyxy in pixels")
     return p
@@ -875,39 +960,25 @@ def parser() -> argparse.ArgumentParser:
 
 def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
     """Fill in every flag that was not given: from `trained`, a checkpoint's settings, else from the recipe tables."""
-    train.take_over(args, trained or {}, TRAINED_FLAGS)
-    row = DATA_DEFAULTS["shapes" if args.data in (None, "shapes") else "coco"]
+    run.take_over(args, trained or {})
     args.model = args.model or "lcnet_vit_s"
     look_up(DETECTORS, args.model, "detector")
     sides = dict(image_size=320 if args.model.endswith("_s") else 416)
-    train.fill_in(args, dict(shapes_length=6000) | sides | row)
-
-
-DETECTION = Task(
-    script="detect.py",
-    metrics={"AP": "AP", "AP50": "AP50", "AP75": "AP75"},
-    resolve=resolve,
-    open_split=open_split,
-    length=length,
-    make_model=make_model,
-    make_optimizer=make_optimizer,
-    train_loader=train_loader,
-    val_loader=val_loader,
-    learning_rate=learning_rate,
-    loss=loss_of_batch,
-    evaluate=evaluate,
-    describe=describe_recipe,
-    unnamed=unnamed_classes,
-    predict=prepare_prediction,
-    graph=Boxes,
-    load=load_start,
-    setup=setup,
-    begin_epoch=begin_epoch,
-)
+    run.fill_in(args, sides | DATA_DEFAULTS["shapes" if args.data in (None, "shapes") else "coco"])
 
 
 def main(args: argparse.Namespace) -> None:
-    train.run_script(DETECTION, args)
+    with run.session(args, "detect.py") as device:
+        with run.checked(args):
+            what = run.asked(args)
+        if what == "train":
+            train(args, device)
+        elif what == "eval":
+            evaluate_checkpoint(args, device)
+        elif what == "image":
+            predict(args, device)
+        else:
+            export(args)
 
 
 if __name__ == "__main__":

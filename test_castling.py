@@ -70,6 +70,7 @@ from attention import (
     set_threshold,
 )
 from convert import load_pretrained
+from data import SHAPES, DataError
 from models import build_model, list_models
 
 ROOT = Path(__file__).parent
@@ -3293,7 +3294,8 @@ def test_coco_folder_is_read(coco, capsys):
         dict(id=2, image_id=102, category_id=3, bbox=[500, 60, 5, 5]),        # wholly
         dict(id=3, image_id=102, category_id=3, bbox=[5, 6, 0, 5]),           # no area
     ]))  # fmt: skip
-    train_set, val_set = train.open_data(detect.DETECTION, detect_flags(f"--data={coco.root}"))
+    args = detect_flags(f"--data={coco.root}")
+    train_set, val_set = detect.open_split(args, "train"), detect.open_split(args, "val")
     assert capsys.readouterr().err.count("2 boxes outside their image or of zero area dropped") == 1
     assert train_set.classes == [dict(id=3, name="owl"), dict(id=7, name="kite")] == val_set.classes
     assert len(train_set) == 5 and len(val_set) == 4
@@ -3330,45 +3332,47 @@ def test_coco_folder_is_read(coco, capsys):
     (lambda c: c["annotations"][1].update(area=None), "'area' None, expected a number"),
     (lambda c: c["categories"][0].update(name="cat"), "different classes: .*'cat'"),
 ])  # fmt: skip
-def test_annotation_errors_name_file_and_field(coco, change, message):
+def test_annotation_errors_name_file_and_field(coco, capsys, change, message):
     """What is wrong in an annotation file is found before work starts, and named."""
     coco(change)
-    with pytest.raises(ValueError, match=message) as raised:
-        train.open_data(detect.DETECTION, detect_flags(f"--data={coco.root}"))
-    assert str(coco.root) in str(raised.value) and len(str(raised.value)) < 400
+    said = refused(capsys, 2, run_detect_with, f"--data={coco.root}")
+    assert re.search(message, said) and str(coco.root) in said and len(said) < 400
 
 
-def test_other_data_errors(coco, tmp_path):
+def test_other_data_errors(coco, tmp_path, capsys):
     """No annotations, several, no JSON, a picture of another size than its annotations say, an unreadable picture."""
-    for data in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(ValueError, match="instances_train"):
-            train.open_data(detect.DETECTION, detect_flags(f"--data={data}"))
+    for folder in (tmp_path, tmp_path / "nothing"):
+        assert "instances_train" in refused(capsys, 2, run_detect_with, f"--data={folder}")
     Image.new("RGB", (9, 9)).save(coco.root / "train2017" / "2.jpg")
-    train_set, _ = train.open_data(detect.DETECTION, detect_flags(f"--data={coco.root}"))
-    with pytest.raises(train.DataError, match="2.jpg is 9 x 9 pixels as stored, its annotations say 74 x 70"):
+    train_set = detect.open_split(detect_flags(f"--data={coco.root}"), "train")
+    with pytest.raises(DataError, match="2.jpg is 9 x 9 pixels as stored, its annotations say 74 x 70"):
         train_set[1]
-    Image.new("I;16", (81, 65)).save(coco.root / "train2017" / "3.png")
-    with pytest.raises(train.DataError, match="3.png': more than 8 bits"):
-        train.read_image(coco.root / "train2017" / "3.png")
     (coco.root / "train2017" / "3.jpg").write_text("no picture")
-    with pytest.raises(train.DataError, match="3.jpg"):
+    with pytest.raises(DataError, match="3.jpg"):
         train_set[2]
     path = coco.root / "annotations" / "instances_train2017.json"
     path.write_text("{")
-    with pytest.raises(ValueError, match="no JSON"):
-        train.open_data(detect.DETECTION, detect_flags(f"--data={coco.root}"))
+    assert "no JSON" in refused(capsys, 2, run_detect_with, f"--data={coco.root}")
     path.write_text("[" * 200_000 + "]" * 200_000)
-    with pytest.raises(ValueError, match=f"{path} is no JSON"):
-        train.open_data(detect.DETECTION, detect_flags(f"--data={coco.root}"))
+    assert f"{path} is no JSON" in refused(capsys, 2, run_detect_with, f"--data={coco.root}")
     path.rename(path.with_name("instances_train_a.json"))
     path.with_name("instances_train_b.json").write_text("{}")
-    with pytest.raises(ValueError, match="several files"):
-        train.open_data(detect.DETECTION, detect_flags(f"--data={coco.root}"))
+    assert "several files" in refused(capsys, 2, run_detect_with, f"--data={coco.root}")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_scene_stops_the_training(coco, tmp_path, capsys, workers):
+    """The first training image that cannot be read ends the run with status 1 and one line that names it: none takes
+    its place."""
+    (coco.root / "train2017" / "3.jpg").write_text("no picture")
+    options = (f"--data={coco.root}", "--batch-size=5", "--multi-scale=0", f"--workers={workers}")
+    said = refused(capsys, 1, run_detect, tmp_path / "run", *options)
+    assert said.count("\n") == 1 and f"cannot read image '{coco.root}/train2017/3.jpg'" in said
 
 
 def test_augmentation_keeps_boxes_on_their_objects(coco):
     """The bright square stays in its box through crops, flips, colours and resizing; items follow from their keys."""
-    train_set, _ = train.open_data(detect.DETECTION, detect_flags(f"--data={coco.root}"))
+    train_set = detect.open_split(detect_flags(f"--data={coco.root}"), "train")
     data, kept = detect.Resized(train_set, detect.augmentation(True), seed=0), 0
     for epoch in range(10):
         item, again, other = data[epoch, 0, 64], data[epoch, 0, 64], data[epoch + 1, 0, 64]
@@ -3473,7 +3477,7 @@ def test_evaluation_keeps_the_truth_of_the_file(coco, tmp_path):
         dict(id=2, image_id=103, category_id=7, bbox=[500, 60, 5, 5], area=25, iscrowd=0),
         dict(id=3, image_id=103, category_id=7, bbox=[9, 9, -5, 5], area=25, iscrowd=0),
     ]), "val")  # fmt: skip
-    _, val_set = train.open_data(detect.DETECTION, detect_flags(f"--data={coco.root}"))
+    val_set = detect.open_split(detect_flags(f"--data={coco.root}"), "val")
     found = [dict(image_id=image, category_id=kind, bbox=[20, 10, 30, 30], score=0.9)
              for image, kind in ((101, 7), (102, 3), (103, 7))]  # fmt: skip
     (tmp_path / "found.json").write_text(json.dumps(found))
@@ -3498,15 +3502,19 @@ def test_metrics_at_their_ends():
     assert detect.coco_metrics(small, [])["APl"] is None
 
 
-def test_evaluation_restores_boxes(tmp_path, monkeypatch):
+def test_evaluation_restores_boxes(tmp_path):
     """A detector that answers with the truth, in the resized image's pixels, scores 100 on images of any shape."""
-    truth = {}
 
     class Oracle(nn.Module):
         def forward(self, images):
-            shade = int(images[0, 0, 0, 0].mul(0.229).add(0.485).mul(255).round())
-            boxes, logits = truth[shade]
-            return logits[None], boxes[None], torch.tensor([[0.0, 0, 8], [0, 0, 8]])
+            i = round(float(images[0, 0, 0, 0] * 0.229 + 0.485) * 25.5) - 1
+            boxes = torch.tensor([[3.0, 4, 20, 30], [30, 2, 60, 33]])
+            boxes = boxes * torch.tensor([64 / (90 - 7 * i), 64 / (40 + 10 * i)] * 2)
+            # A point in the middle of each box; a side is `far` strides of 8 px away, between two of the 8 bins.
+            points = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, torch.full((2, 1), 8.0)], dim=1)
+            far = torch.cat([points[:, :2] - boxes[:, :2], boxes[:, 2:] - points[:, :2]], dim=1) / 8
+            bins = (1 - (far[..., None] - torch.arange(8)).abs()).clamp_min(0).log()
+            return torch.tensor([[[3.0, -9], [-9, 3]]]), bins[None], points
 
     class Data(torch.utils.data.Dataset):
         classes = [dict(id=5, name="a"), dict(id=9, name="b")]
@@ -3523,13 +3531,8 @@ def test_evaluation_restores_boxes(tmp_path, monkeypatch):
                     for i in range(3) for j, b in enumerate(([3, 4, 17, 26], [30, 2, 30, 31]))]  # fmt: skip
             return dict(images=[dict(id=70 + i) for i in range(3)], annotations=rows, categories=self.classes)
 
-    for i in range(3):
-        scale = torch.tensor([64 / (90 - 7 * i), 64 / (40 + 10 * i)] * 2)
-        boxes = torch.tensor([[3.0, 4, 20, 30], [30, 2, 60, 33]]) * scale
-        truth[10 * i + 10] = (boxes, torch.tensor([[3.0, -9], [-9, 3]]))
-    monkeypatch.setattr(detect, "decode", lambda bins, points: bins)
     args = detect_flags("--image-size=64", "--batch-size=1", "--workers=0", f"--output={tmp_path}/out")
-    metrics = detect.evaluate(Oracle(), detect.val_loader(args, Data()), args, torch.device("cpu"))
+    metrics = detect.evaluate(Oracle(), detect.validation_loader(args, Data()), args, torch.device("cpu"))
     assert metrics["AP"] == pytest.approx(100)
     rows = json.loads((tmp_path / "out" / "coco_results_castled.json").read_text())
     found = sorted((row["image_id"], row["category_id"]) for row in rows)
@@ -3541,13 +3544,11 @@ def test_detection_learning_rate():
     """Warm-up from a tenth, the peak scaled by the batch, a cosine to 0 over the whole run, step by step."""
     args = detect_flags("--data=somewhere")
     args.global_batch, args.warmup_steps = 1280, 300
-    rate = lambda step: detect.learning_rate(args, step, 1000, 300_000)  # noqa: E731
+    rate = lambda step: detect.learning_rate(args, step, 300_000)  # noqa: E731
     assert rate(0) == pytest.approx(0.08) and rate(150) == pytest.approx(0.44)
     assert rate(300) == pytest.approx(0.8, rel=1e-4)
     assert rate(150_000) == pytest.approx(0.4) and rate(299_999) == pytest.approx(0, abs=1e-9)
     assert (args.epochs, args.batch_size, args.ema_decay, args.ema_reset) == (300, 80, 0.9998, 40)
-    groups = detect.make_optimizer(args, detect.build_detector("lcnet_s")).param_groups
-    assert len(groups) == 1 and groups[0]["weight_decay"] == 4e-5 and groups[0]["momentum"] == 0.9
 
 
 DETECT_SMALL = ("--image-size=64", "--shapes-length=40", "--batch-size=4", "--workers=0", "--epochs=2", "--max-steps=4")
@@ -3564,7 +3565,7 @@ def confident(checkpoint, path):
     state = convert.read_checkpoint(checkpoint)
     for level in range(4):
         state["ema"][f"head.predict.{level}.bias"] += 3
-    train.save(path, state)
+    torch.save(state, path)
     return path
 
 
@@ -3581,6 +3582,8 @@ def test_detection_script(tmp_path, capsys):
         "config.json", "lock", "log.jsonl", "last.pt", "best.pt", "castled.pt",
         "coco_results.json", "coco_results_castled.json",
     }  # fmt: skip
+    (group,) = convert.read_checkpoint(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 4e-5 and group["momentum"] == 0.9  # of all parameters
     record = epochs[-1]
     assert {f"test_{name}" for name in detect.STATISTICS} <= record.keys() and "test_AP_castled" in record
     assert record["mask_curve"].keys() - {"step"} == record["mask_density"].keys() == {
@@ -3597,79 +3600,70 @@ def test_detection_script(tmp_path, capsys):
         assert found[split][0] == found[split][1] and len(found[split][0]) > images  # the masks are empty: no gap
         assert json.loads(capsys.readouterr().out)["castling_gap"] == 0
     # the castled weights alone, in another folder, and a branch that still holds something
-    model, _ = train.load_model(detect.DETECTION, detect.parser().parse_args([f"--checkpoint={sure}"]))
-    train.save(tmp_path / "castled.pt", castle(copy.deepcopy(model)).state_dict())
-    shape = ("--data=shapes", "--image-size=64", "--shapes-length=40")
+    weights, names = convert.read_checkpoint(sure)["ema"], torch.load(tmp_path / "run" / "castled.pt").keys()
+    torch.save({name: weights[name] for name in names}, tmp_path / "castled.pt")
+    shape = ("--data=shapes", "--image-size=64", "--shapes-length=40", "--workers=0")
     run_detect_with("--eval", f"--checkpoint={tmp_path}/castled.pt", f"--output={tmp_path}/alone", *shape)
     assert json.loads((tmp_path / "alone" / "coco_results_castled.json").read_text()) == found["val"][0]
-    whole = [f"--checkpoint={sure}", "--epsilon=0", "--mask-schedule=fixed"]  # a mask that keeps everything
-    model, _ = train.load_model(detect.DETECTION, detect.parser().parse_args(whole))
-    args = detect_flags(*shape, f"--output={tmp_path}/branch", "--workers=0")
-    loader = detect.val_loader(args, detect.open_split(args, "val"))
-    train.evaluate_castling(detect.DETECTION, model, loader, args, torch.device("cpu"))
+    whole = ("--epsilon=0", "--mask-schedule=fixed")  # a mask that keeps everything
+    run_detect_with("--eval", f"--checkpoint={sure}", f"--output={tmp_path}/branch", "--workers=0", *whole)
     hybrid, castled = ((tmp_path / "branch" / f"coco_results{x}.json").read_text() for x in ("", "_castled"))
     assert hybrid != castled
 
 
 def test_detection_draws_and_prints(tmp_path, capsys):
-    """--image draws an image or a folder, upright, in the image's size; --json prints classes, scores and boxes."""
+    """--image draws images, upright, each in its size; --json prints classes, scores and boxes."""
     run_detect(tmp_path / "run", "--max-steps=1")
     sure = confident(tmp_path / "run" / "best.pt", tmp_path / "sure.pt")
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for i, name in enumerate(("a.png", "b.jpg", "b.png")):
+    photos = [tmp_path / name for name in ("a.png", "b.jpg", "c.png")]
+    for i, path in enumerate(photos):
         image = Image.fromarray(detect.SceneBoxes("val", 5, 90).scene(i).image[: 90 - 20 * i])
         exif = Image.Exif()
         exif[0x0112] = 6 if i == 1 else 1  # turned by a quarter
-        image.save(photos / name, exif=exif)
-    common = [f"--checkpoint={sure}", "--min-score=0.1"]
+        image.save(path, exif=exif)
+    a, b, c = map(str, photos)
+    common = [f"--checkpoint={sure}", "--min-score=0.1", "--image"]
     capsys.readouterr()
-    run_detect_with(*common, f"--image={photos}", f"--output={tmp_path}/drawn")
+    run_detect_with(*common, a, b, c, f"--output={tmp_path}/drawn")
     assert capsys.readouterr().out.count("drawn to") == 3
     drawn = {path.name: np.asarray(Image.open(path)) for path in (tmp_path / "drawn").iterdir()}
     assert {name: image.shape for name, image in drawn.items()} == {
-        "a.png": (90, 90, 3), "b.jpg.png": (90, 70, 3), "b.png.png": (50, 90, 3),
+        "a.png": (90, 90, 3), "b.png": (90, 70, 3), "c.png": (50, 90, 3),
     }  # fmt: skip
-    assert (drawn["a.png"] != np.asarray(Image.open(photos / "a.png"))).any()
-    run_detect_with(*common, f"--image={photos}/b.png", "--json")
+    assert (drawn["a.png"] != np.asarray(Image.open(a))).any()
+    run_detect_with(*common, c, f"{tmp_path}/drawn/c.png", "--json")  # of one name, but nothing is drawn
     found = json.loads(capsys.readouterr().out)
-    assert found[0]["image"].endswith("b.png") and found[0]["boxes"][0].keys() == {"label", "score", "box"}
-    assert all(box["label"] in train.SHAPES and box["box"][3] <= 50 for box in found[0]["boxes"])
-    run_detect_with(f"--checkpoint={sure}", "--min-score=1", f"--image={photos}/a.png", f"--output={tmp_path}/none.png")
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "none.png")), np.asarray(Image.open(photos / "a.png")))
-    (photos / "c.png").write_text("no picture")
+    assert [one["image"] for one in found] == [c, f"{tmp_path}/drawn/c.png"]
+    assert found[0]["boxes"][0].keys() == {"label", "score", "box"}
+    assert all(box["label"] in SHAPES and box["box"][3] <= 50 for box in found[0]["boxes"])
+    run_detect_with(*common, a, "--min-score=1", f"--output={tmp_path}/none.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "none.png")), np.asarray(Image.open(a)))
+    (tmp_path / "d.png").write_text("no picture")
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:  # the rest is printed, the failure too
-        run_detect_with(*common, f"--image={photos}", "--json")
+        run_detect_with(*common, a, f"{tmp_path}/d.png", b, "--json")
     streams = capsys.readouterr()
-    assert stopped.value.code == 1 and len(json.loads(streams.out)) == 3 and "c.png" in streams.err
-    (tmp_path / "file").write_text("")
-    for output, message in ((photos, "would overwrite"), (tmp_path / "file", "is a file")):
-        with pytest.raises(SystemExit) as stopped:
-            run_detect_with(*common, f"--image={photos}", f"--output={output}")
-        assert stopped.value.code == 2 and message in capsys.readouterr().err
-    for output in ("drawn", "nowhere/x.png"):
-        with pytest.raises(SystemExit) as stopped:
-            run_detect_with(*common, f"--image={photos}/a.png", f"--output={tmp_path}/{output}")
-        assert stopped.value.code == 2 and "no image file in an existing folder" in capsys.readouterr().err
+    assert stopped.value.code == 1 and len(json.loads(streams.out)) == 2 and "d.png" in streams.err
+    for images, output, message in (
+        ((a, c), "", "would overwrite"),
+        ((a, c), "d.png", "is a file"),
+        ((a,), "drawn", "no image file in an existing folder"),
+        ((a,), "nowhere/x.png", "no image file in an existing folder"),
+        ((str(tmp_path),), "x.png", "no image file"),
+    ):
+        assert message in refused(capsys, 2, run_detect_with, *common, *images, f"--output={tmp_path}/{output}")
 
 
-def test_average_starts_anew(tmp_path, monkeypatch):
-    """Every --ema-reset epochs the average of weights is set to the current ones."""
-    monkeypatch.setattr(train, "append_log", lambda folder, *records: None)
-    updates = []
-    averaged = train.averaged
-
-    def counted(model, decay):
-        ema = averaged(model, decay)
-        update = ema.update_parameters
-        ema.update_parameters = lambda model: (updates.append(int(ema.n_averaged)), update(model))
-        return ema
-
-    monkeypatch.setattr(train, "averaged", counted)
-    detect.main(detect.parser().parse_args([f"--output={tmp_path}", *DETECT_SMALL[:-1], "--max-steps=20", "--epochs=4",
-                                            "--batch-size=8", "--ema-reset=2", "--eval-every=9"]))  # fmt: skip
-    assert updates == list(range(10)) * 2
+def test_average_starts_anew(tmp_path):
+    """Every --ema-reset epochs the average of weights is set to the current ones: it is over the steps since then.
+    Where each epoch has a single step and starts anew, the average is the weights themselves."""
+    run_detect(tmp_path / "run", "--max-steps=8", "--epochs=4", "--shapes-length=8", "--eval-every=9", "--ema-reset=2")
+    assert convert.read_checkpoint(tmp_path / "run" / "last.pt")["ema_updates"] == 4
+    for reset in (1, 0):
+        run_detect(tmp_path / str(reset), "--shapes-length=4", "--eval-every=9", f"--ema-reset={reset}")
+        state = convert.read_checkpoint(tmp_path / str(reset) / "last.pt")
+        same = [torch.equal(state["model"][name], x) for name, x in state["ema"].items() if name.endswith("weight")]
+        assert all(same) == (reset == 1) and len(same) > 100
 
 
 @pytest.mark.parametrize("options", [
@@ -3697,10 +3691,8 @@ def test_detection_on_coco_files(coco, tmp_path, capsys):
     assert "new: head.predict.*.bias x 4, head.predict.*.weight x 4" in capsys.readouterr().out
     classes = [dict(id=3, name="owl"), dict(id=7, name="kite")]
     assert convert.read_checkpoint(tmp_path / "run" / "best.pt")["classes"] == classes
-    common = [f"--checkpoint={tmp_path}/run/best.pt", "--eval", f"--output={tmp_path}/e"]
-    with pytest.raises(SystemExit):
-        detect.main(detect.parser().parse_args([*common, "--data=shapes"]))
-    assert "knows 2 classes" in capsys.readouterr().err
+    common = (f"--checkpoint={tmp_path}/run/best.pt", "--eval", f"--output={tmp_path}/e")
+    assert "knows 2 classes" in refused(capsys, 2, run_detect_with, *common, "--data=shapes")
 
 
 @pytest.mark.parametrize(("options", "message"), [
