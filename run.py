@@ -629,7 +629,8 @@ class Run:
             path = newest(self.folder)
             self.continue_from(path)
         elif not args.overwrite:
-            kept = [name for name in ("best.pt", "castled.pt", "log.jsonl") if (self.folder / name).exists()]
+            parts = [self.folder / name for name in ("best.pt", "castled.pt", "log.jsonl")]
+            kept = [path.name for path in parts if path.exists() and path.stat().st_size]  # a log begins empty
             if kept:
                 raise ValueError(f"--output {self.folder} holds parts of a run ({', '.join(kept)}) but no checkpoint "
                                  "to continue from: choose another, or --overwrite to throw them away")  # fmt: skip
