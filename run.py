@@ -630,7 +630,8 @@ class Run:
             self.continue_from(path)
         elif not args.overwrite:
             parts = [self.folder / name for name in ("best.pt", "castled.pt", "log.jsonl")]
-            kept = [path.name for path in parts if path.exists() and path.stat().st_size]  # a log begins empty
+            # A log is empty until an epoch has ended: then nothing was lost that could be continued.
+            kept = [path.name for path in parts if path.exists() and path.stat().st_size]
             if kept:
                 raise ValueError(f"--output {self.folder} holds parts of a run ({', '.join(kept)}) but no checkpoint "
                                  "to continue from: choose another, or --overwrite to throw them away")  # fmt: skip

@@ -2484,8 +2484,8 @@ def test_script_trains_castles_and_evaluates(tmp_path, capsys):
         "config.json", "lock", "log.jsonl", "last.pt", "best.pt", "castled.pt",
     }  # fmt: skip
     assert [r["step"] for r in epochs] == [4] and epochs[0]["epoch"] == 0
-    deits = {"epoch", "train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "n_parameters"}
-    assert deits <= epochs[0].keys()  # as DeiT's logs call them
+    keys = {"epoch", "train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "n_parameters"}
+    assert keys <= epochs[0].keys()  # as DeiT's logs call them
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["seed"] == 0 and config["environment"].items() >= {"torch": torch.__version__, "processes": 1}.items()
     assert re.fullmatch("None|[0-9a-f]{40}(-dirty)?", str(config["environment"]["commit"]))
@@ -2705,7 +2705,7 @@ def test_values_out_of_bounds_are_named(capsys, options, message):
     ("--epochs=0", "argument --epochs: must be at least 1, got 0"),
 ])  # fmt: skip
 def test_a_mistake_is_answered_in_two_lines(capsys, option, message):
-    """What is wrong, with the nearest flag where there is one, and where to read more; no page of usage."""
+    """What is wrong, with the nearest flag if there is one, and where to read more; no usage."""
     said = refused(capsys, 2, train.parser().parse_args, [option])
     assert said == f"train.py: error: {message}\ntrain.py --help lists all flags\n"
 
@@ -2729,8 +2729,8 @@ def test_non_finite_loss_stops(tmp_path, capsys):
 
 
 def test_lost_weights_are_not_saved(undisturbed, tmp_path, capsys, monkeypatch):
-    """A checkpoint with nan in it would be the last good one for ever: the one before it stays, and the run goes on
-    from there."""
+    """A checkpoint with nan in it would be the last good one for ever: the one before it stays, and
+    the run goes on from there."""
     step, steps = torch.optim.SGD.step, itertools.count(1)
 
     def lose(optimizer, *given):
@@ -2741,7 +2741,8 @@ def test_lost_weights_are_not_saved(undisturbed, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.SGD, "step", lose)
         said = refused(capsys, 1, run_tiny, "train", tmp_path)
-    assert "a weight is not finite at step 3, " in said and f"before it is {tmp_path}/last.pt" in said
+    assert "a weight is not finite at step 3, " in said
+    assert f"the last checkpoint before it is {tmp_path}/last.pt" in said
     assert convert.read_checkpoint(tmp_path / "last.pt")["step"] == 2
     run_tiny("train", tmp_path)
     assert outcome(tmp_path) == undisturbed("train")
@@ -5243,13 +5244,13 @@ def test_square_grid(tokens, prefix, side):
 
 # ---- faults: what a run survives -------------------------------------------------------------------------------------
 
-# Of each script: its module, a tiny model for its `make_model`, and the flags of a short run of two epochs.
+# Of each script: its module, a tiny model for its `make_model`, the flags of a short run of two epochs.
 TINY_RUNS = {
     "train": (
         train,
         lambda args, classes, size: build_model(
-            "levit128", "castling", classes, size, drop_path=0.1, epsilon=args.epsilon, schedule=args.mask_schedule,
-            **TINY_LEVIT),
+            "levit128", "castling", classes, size, drop_path=0.1, epsilon=args.epsilon,
+            schedule=args.mask_schedule, **TINY_LEVIT),
         ("--image-size=32", "--batch-size=4", "--shapes-length=16", "--epochs=2", "--mixup=0.8", "--erasing=0.5",
          "--mask-schedule=anneal"),
     ),
@@ -5317,8 +5318,8 @@ def undisturbed(tmp_path_factory):
 
 @contextlib.contextmanager
 def after(event, act):
-    """Within, act() at the event-th thing that matters: a step done, a file about to be written or renamed, the middle
-    of an evaluation."""
+    """Within, act() at the event-th thing that matters: a step done, a file about to be written or
+    renamed, the middle of an evaluation."""
     events = itertools.count(1)
 
     def hooked(function):
@@ -5330,7 +5331,7 @@ def after(event, act):
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((run.Progress, "step"), (torch, "save"), (os, "replace"), (run, "castle")):
+        for owner, name in (run.Progress, "step"), (torch, "save"), (os, "replace"), (run, "castle"):
             patch.setattr(owner, name, hooked(getattr(owner, name)))
         yield events
 
@@ -5352,13 +5353,13 @@ def killed(script, folder, event, *options):
 @given(data=st.data())
 @settings(max_examples=2, phases=[Phase.generate])  # a failure is not shrunk: a run a try is too slow for that
 def test_nothing_is_lost_when_killed(script, undisturbed, tmp_path_factory, data):
-    """kill -9 within an epoch, before its first checkpoint or after, then at any moment, a save and an evaluation among
-    them; then another number of workers: weights, average and log are those of the run that was never disturbed, bit
-    for bit."""
+    """kill -9 within an epoch, before its first checkpoint or after, then at any moment, a save and
+    an evaluation among them; then another number of workers: weights, average and log are those of
+    the run that was never disturbed, bit for bit."""
     folder = tmp_path_factory.mktemp("killed")
     assert killed(script, folder, data.draw(st.integers(1, 13), "event"))
     every = data.draw(st.sampled_from(["1e-9", "0"]), "--save-minutes")  # at every step, or at the ends of epochs only
-    killed(script, folder, data.draw(st.integers(1, 20), "event"), f"--save-minutes={every}")
+    killed(script, folder, data.draw(st.integers(1, 30), "event"), f"--save-minutes={every}")
     run_tiny(script, folder, f"--workers={data.draw(st.integers(0, 1), 'workers')}", f"--save-minutes={every}")
     assert outcome(folder) == undisturbed(script)
 
@@ -5375,7 +5376,7 @@ def test_a_kill_during_an_evaluation_repeats_it(undisturbed, tmp_path, monkeypat
 
     monkeypatch.setattr(data.Shapes, "scene", look)
     (tmp_path / "kill").touch()
-    # An epoch reads 16 images; its evaluation reads the only other one twice, with and without the branch.
+    # An epoch reads 16 images; its evaluation reads the only other one twice, with and without branch.
     process = multiprocessing.get_context("fork").Process(target=run_tiny, args=("train", tmp_path))
     process.start()
     process.join(300)
@@ -5393,7 +5394,7 @@ def test_signals_stop_after_the_step(script, number, undisturbed, tmp_path, caps
     """SIGTERM and SIGINT, as preemption sends them, finish the step, save, print how to go on, and end with status 0;
     in an evaluation they wait for its end. The run goes on as if nothing had been."""
     monkeypatch.setattr(sys, "argv", ["train.py", "--output", "a folder", "--overwrite"])
-    with after(6, lambda: os.kill(os.getpid(), number)):  # the second step is done, the third begins
+    with after(6, lambda: os.kill(os.getpid(), number)):  # the second step is done
         run_tiny(script, tmp_path, "--overwrite")
     printed = capsys.readouterr().out
     assert convert.read_checkpoint(tmp_path / "last.pt")["step"] == 3
@@ -5409,7 +5410,8 @@ def test_signals_stop_after_the_step(script, number, undisturbed, tmp_path, caps
         patch.setattr(run, "evaluate_castling", interrupted)
         run_tiny(script, tmp_path)
     printed = capsys.readouterr().out
-    assert "last.pt at step 3 of 8" in printed and "stopped at step 4 of 8; continue with: " in printed
+    assert "last.pt at step 3 of 8" in printed
+    assert "stopped at step 4 of 8; continue with: " in printed
     assert len(records_of(tmp_path)) == 1
     run_tiny(script, tmp_path)
     assert outcome(tmp_path) == undisturbed(script)
@@ -5443,8 +5445,8 @@ def refused(capsys, code, function, *arguments):
 
 
 def test_runs_are_not_mixed_up(undisturbed, tmp_path, capsys, monkeypatch):
-    """A complete run is not trained further; other flags, data or scripts are refused with what differs, and what is
-    left of a run is not thrown away without --overwrite."""
+    """A complete run is not trained further; other flags, data or scripts are refused with what
+    differs, and what is left of a run is not thrown away without --overwrite."""
     folder = tmp_path / "a"
     run_tiny("train", folder)
     run_tiny("train", folder)
@@ -5471,9 +5473,10 @@ def test_runs_are_not_mixed_up(undisturbed, tmp_path, capsys, monkeypatch):
     assert outcome(folder) == undisturbed("train")
 
 
-@pytest.mark.parametrize("lost", [lambda log: log.unlink(), lambda log: log.write_text('{"epoch": 0, "cut o')])
+@pytest.mark.parametrize("lost", [Path.unlink, lambda log: log.write_text('{"epoch": 0, "cut o')])
 def test_the_log_is_written_anew_from_the_checkpoint(undisturbed, tmp_path, lost):
-    """log.jsonl deleted or cut, while a run trains or after it was killed, is whole again at the next epoch's end."""
+    """log.jsonl deleted or cut while a run trains is whole at the end of the next epoch; deleted or
+    cut later, when the run is started again."""
     log = tmp_path / "log.jsonl"
     with after(25, lambda: lost(log)):  # within the second epoch
         run_tiny("train", tmp_path)
@@ -5483,31 +5486,34 @@ def test_the_log_is_written_anew_from_the_checkpoint(undisturbed, tmp_path, lost
     assert outcome(tmp_path) == undisturbed("train")
 
 
-FIRST_VERSION = ROOT / "tests" / "first_version"  # of `train.py --model levit_mini --image-size 32`, commit 183af44
+# A run of commit 183af44: train.py --model levit_mini --image-size 32, narrowed to make small files.
+FIRST_VERSION = ROOT / "tests" / "first_version"
 
 
 def test_checkpoints_of_the_first_version_load(tmp_path, capsys, monkeypatch):
-    """Each file of a run of the first version gives the metrics that were logged then, and can start a run. It cannot
-    be continued, and this is said. Its model was narrowed to make the files small."""
+    """Each file of a run of the first version gives the metrics that were logged then, and can start
+    a run. It cannot be continued, and this is said."""
     narrow = dict(dims=(8, 8, 16), heads=(1, 1, 2), key_dim=4, depths=(1, 1, 1))
     monkeypatch.setattr(train, "make_model", lambda args, classes, size: build_model(
         args.model, args.attention, classes, size, **narrow, **run.core_options(args)))  # fmt: skip
     *_, logged, _ = records_of(FIRST_VERSION)
     for name in ("best.pt", "castled.pt", "last.pt"):
-        train.main(train.parser().parse_args(["--eval", f"--checkpoint={FIRST_VERSION / name}", "--workers=0",
-                                              f"--output={tmp_path}"]))  # fmt: skip
+        options = ["--eval", f"--checkpoint={FIRST_VERSION / name}", f"--output={tmp_path}"]
+        train.main(train.parser().parse_args([*options, "--workers=0"]))
         record = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert record["test_loss"] == pytest.approx(logged["test_loss"], rel=1e-5), name
         assert record["test_acc1"] == logged["test_acc1"]
     shutil.copytree(FIRST_VERSION, tmp_path / "run")
-    same = ("--model=levit_mini", "--epochs=4", "--max-steps=6", "--lr=100", "--mask-schedule=anneal")
-    said = refused(capsys, 2, run_train, tmp_path / "run", *same)
-    assert f"{tmp_path}/run/last.pt cannot be continued, only evaluated" in said and "older version" in said
+    same = ("--epochs=4", "--max-steps=6", "--lr=100", "--mask-schedule=anneal")
+    said = refused(capsys, 2, run_train, tmp_path / "run", "--model=levit_mini", *same)
+    assert f"{tmp_path}/run/last.pt cannot be continued, only evaluated" in said
+    assert "older version" in said
     start = f"--checkpoint={FIRST_VERSION / 'best.pt'}"
     run_train(tmp_path / "new", "--model=levit_mini", "--lr=0", "--max-steps=1", start)
-    weights, theirs = (convert.read_checkpoint(path)["ema"] for path in (tmp_path / "new" / "best.pt",
-                                                                         FIRST_VERSION / "best.pt"))  # fmt: skip
-    assert all(torch.equal(weights[name], x) for name, x in theirs.items() if name.endswith(".weight"))
+    new, first = (
+        convert.read_checkpoint(folder / "best.pt")["ema"] for folder in (tmp_path / "new", FIRST_VERSION)
+    )
+    assert all(torch.equal(new[name], x) for name, x in first.items() if name.endswith(".weight"))
 
 
 @given(data=st.data())
@@ -5605,8 +5611,8 @@ def test_a_rename_that_fails_says_where_the_old_checkpoint_is(tmp_path, monkeypa
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_stops_the_run(undisturbed, tmp_path, capsys, monkeypatch, workers):
-    """The first image that cannot be read ends the run in one line that names it, wherever it was read. Once mended, the
-    run goes on as if nothing had been."""
+    """The first image that cannot be read ends the run in one line that names it, wherever it was
+    read. Once mended, the run goes on as if nothing had been."""
     draw = data.Shapes.__getitem__
     _, bad = list(data.EpochSampler(16, seed=0))[9]  # in the third step of four images
 
@@ -5681,6 +5687,16 @@ def test_processes_stop_and_go_on_together(tmp_path, capfd):
     assert "global_batch 4 -> 2" in capfd.readouterr().err
 
 
+def test_processes_continue_from_one_step(tmp_path, capfd):
+    """A process that does not see the checkpoint of the others, as it is on no shared disk, is found
+    before any of them trains."""
+    run_tiny("train", tmp_path / "0", "--max-steps=1", "--batch-size=4")
+    options = ("--max-steps=1", "--batch-size=2")
+    assert in_group(2, lambda rank: run_tiny("train", tmp_path / str(rank), *options)) == [2, 2]
+    assert capfd.readouterr().err.count("processes would continue from different steps") == 2
+    assert not (tmp_path / "1").exists()
+
+
 def test_nan_on_one_process_stops_all(tmp_path, capfd, monkeypatch):
     """NaN pixels on one rank stop all of them in the same step, before the weights have changed."""
     prepare, calls = train.to_model_input, itertools.count()
@@ -5707,7 +5723,7 @@ def test_pixels_that_are_no_numbers_stop(script, pixels, tmp_path, capsys, monke
 
 
 def test_checkpoints_that_do_not_fit_the_run_are_refused(tmp_path, capsys):
-    """--eval of lost weights is an error, not a score; a step beyond the run's end is no complete run."""
+    """--eval of lost weights is an error, not a score; a step beyond the end is no complete run."""
     run_tiny("train", tmp_path / "a")
     state = convert.read_checkpoint(tmp_path / "a" / "last.pt")
     for part in ("model", "ema"):
@@ -5878,8 +5894,8 @@ def test_bad_images_are_named(tmp_path, monkeypatch):
 
 
 def test_folders_of_links_and_long_names(tmp_path, photos, capsys, monkeypatch):
-    """Links to other folders are followed. Names that no file system takes are wrong arguments. Nothing is written but
-    to --output."""
+    """Links to other folders are followed. Names that no file system takes are wrong arguments.
+    Nothing is written but to --output."""
     monkeypatch.chdir(tmp_path / "photos")
     before = sorted(tmp_path.rglob("*"))
     (photos / "train" / "dark" / "more").symlink_to(photos / "test" / "dark")
@@ -5901,8 +5917,9 @@ def test_no_code_of_a_checkpoint_runs(script, tmp_path, capsys):
     torch.save({"model": Malicious(tmp_path / "owned")}, evil)
     ways = [(), (f"--checkpoint={evil}", "--eval"),
             (f"--checkpoint={evil}", f"--image={evil}", f"--output={tmp_path}/x.png")]  # fmt: skip
-    ways += {"train": [("--distillation=hard", "--teacher=levit128", f"--teacher-checkpoint={evil}", "--overwrite")],
-             "detect": [(f"--backbone={evil}", "--overwrite")]}.get(script, [])  # fmt: skip
+    teacher = ("--distillation=hard", "--teacher=levit128", f"--teacher-checkpoint={evil}")
+    more = {"train": (*teacher, "--overwrite"), "detect": (f"--backbone={evil}", "--overwrite")}
+    ways += [more[script]] if script in more else []
     for options in ways:
         assert "last.pt" in refused(capsys, 2, run_tiny, script, evil.parent, *options)
     assert not (tmp_path / "owned").exists()
@@ -5917,7 +5934,8 @@ def test_readme_commands_are_sound():
     text = (ROOT / "README.md").read_text()
     commands = re.findall(r"^\s*((?:python|torchrun|srun) .*)$", text, re.MULTILINE)
     commands += re.findall(r"`((?:python|torchrun) [^`]*)`", text)
-    modules = {f"{module.__name__}.py": module for module in (train, detect, segment, flops, bench, figures)}
+    scripts = (train, detect, segment)
+    modules = {f"{module.__name__}.py": module for module in (*scripts, flops, bench, figures)}
     built, seen = set(), []
     for command in commands:
         words = shlex.split(command.split("&&")[-1], comments=True)
@@ -5925,7 +5943,7 @@ def test_readme_commands_are_sound():
             module = modules[script]
             args = module.parser().parse_args(words[words.index(script) + 1 :])
             seen.append(script)
-            if module in (train, detect, segment):
+            if module in scripts:
                 module.resolve(args)
                 kind = (script, args.model, args.attention)
                 if kind not in built and not args.model.startswith("timm:"):
@@ -5933,6 +5951,17 @@ def test_readme_commands_are_sound():
                         module.make_model(args, 10, args.image_size)
                 built.add(kind)
     assert set(seen) == modules.keys() and len(seen) >= 25 and len(built) >= 8
+
+
+def test_readme_names_tests_that_exist():
+    """Every promise of the table of faults names the tests that hold it to it."""
+    faults = (ROOT / "README.md").read_text().split("## Faults and input")[1].split("\n## ")[0]
+    rows = re.findall(r"^\|(.*)\|$", faults, re.MULTILINE)[2:]
+    files = [*ROOT.glob("test_*.py"), *ROOT.glob("tests/test_*.py")]
+    tests = re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in files), re.MULTILINE)
+    for row in rows:
+        names = re.findall("`([^`]*)`", row.replace("\\|", "").split("|")[-1])
+        assert names and all(any(name in test for test in tests) for name in names), row
 
 
 def test_readme_tables_are_those_of_the_runs():
