@@ -473,7 +473,8 @@ class Run:
         The masks' density is recorded at 100 to 200 steps of a run: `mask_curve` of the log has those of this epoch.
         Raises: Stopped, after the step in which a signal came; NonFiniteLoss; SaveError.
         """
-        if self.trained is not None:
+        if self.trained is not None:  # it is trained, and waits for evaluation
+            set_threshold(self.ema.module, self.progress)
             return
         args, started, waited, durations, first = self.args, time.monotonic(), 0.0, [], self.step
         epoch, between = self.step // self.steps_per_epoch, max(1, self.total_steps // 100)
@@ -637,7 +638,9 @@ class Run:
             path = newest(self.folder)
             self.continue_from(path)
         elif not args.overwrite:
-            kept = [name for name in ("best.pt", "castled.pt", "log.jsonl") if (self.folder / name).exists()]
+            parts = [self.folder / name for name in ("best.pt", "castled.pt", "log.jsonl")]
+            # A log is empty until an epoch has ended: then nothing was lost that could be continued.
+            kept = [path.name for path in parts if path.exists() and path.stat().st_size]
             if kept:
                 raise ValueError(f"--output {self.folder} holds parts of a run ({', '.join(kept)}) but no checkpoint "
                                  "to continue from: choose another, or --overwrite to throw them away")  # fmt: skip
@@ -684,7 +687,6 @@ class Run:
         self.step, self.best, self.trained = state["step"], state["best"], state["trained"]
         self.loss_sum, self.curve, self.records = state["loss_sum"], state["curve"], state["records"]
         self.lr = self.trained["train_lr"] if self.trained else 0.0
-        set_threshold(self.ema.module, self.progress)
         then = {"processes": state["processes"], **{key: state["args"].get(key) for key in INEXACT}}
         now = vars(args) | {"processes": world_size()}
         changed = [f"{key} {value!r} -> {now.get(key)!r}" for key, value in then.items() if value != now.get(key)]
