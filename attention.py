@@ -92,12 +92,14 @@ def unit(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         norm = norm.masked_fill(norm == math.inf, math.nan)
     else:
-        with contextlib.suppress(RuntimeError):  # torch.func.vmap cannot be asked either
-            if not torch.equal(norm, norm.clamp(1e-18, 1e18)):
-                largest = x.detach().abs().amax(dim=-1, keepdim=True)  # no gradient: it cancels
-                x = x / largest.masked_fill(largest == 0, math.inf)
-                norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * norm.masked_fill(norm == 0, math.inf).reciprocal()
+        with contextlib.suppress(RuntimeError):  # torch.func.vmap and empty tensors give no answer
+            shortest, longest = map(float, norm.detach().aminmax())
+            if 1e-18 < shortest and longest < 1e18:
+                return x * (1 / norm)
+            largest = x.detach().abs().amax(dim=-1, keepdim=True)  # no gradient: it cancels
+            x = x / largest.masked_fill(largest == 0, math.inf)
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * (1 / norm.masked_fill(norm == 0, math.inf))
 
 
 def angular_similarity(q: Tensor, k: Tensor) -> Tensor:
@@ -171,13 +173,17 @@ def linear_angular_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     check_qkv(q, k, v, per_token=True)
     q, k = unit(q), unit(k)                                                            # D2
     # D1: the constant of Eq. (8) times V is 1/2 sum_j v_j. Eq. (9) and the authors have 1/2 v_i.
-    return 0.5 * v + q @ (k.mT @ v / math.pi)                                          # Eq. (9)
+    return (q @ (k.mT @ v / math.pi)).add_(v, alpha=0.5)                               # Eq. (9)
 
 
 def dwconv(v: Tensor, weight: Tensor) -> Tensor:
     """DWConv(V) of Eq. (9): (B, H, N, E) -> same; filters (H, 1, K, 1), one per head, over N."""
-    v = v.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # heads last: fast on a CPU
-    return F.conv2d(v, weight.to(v.dtype), padding=(weight.shape[2] // 2, 0), groups=len(weight))
+    H, E = v.shape[1], v.shape[3]
+    x = v.transpose(1, 2).flatten(2).contiguous()  # (B, N, H E), channels last: fast on a CPU
+    filters = weight.to(v.dtype).mT.repeat_interleave(E, dim=0)  # (H E, 1, 1, K), one per channel
+    padding = (0, weight.shape[2] // 2)
+    y = F.conv2d(x.mT.unsqueeze(2), filters, padding=padding, groups=H * E)      # (B, H E, 1, N)
+    return y.squeeze(2).unflatten(1, (H, E)).mT
 
 
 def castling_attention(
