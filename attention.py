@@ -84,22 +84,22 @@ def unit(x: Tensor) -> Tensor:
     """x / |x| over the last axis.
 
     D2: a zero vector has no direction. It stays zero, and its gradient is 0.
-    Entries beyond 1e18 or below 1e-18 have squares that float32 cannot hold. On a CPU such vectors
-    are divided by their largest entry first. On a GPU, which would have to wait for the question,
-    and in compiled graphs, the long ones become NaN and the short ones count as zero.
+    float32 cannot hold the squares of numbers beyond 1e18 or below 1e-18. On a CPU such vectors are
+    divided by their largest entry first. A GPU would have to wait for the question whether there
+    are any, and a compiled graph cannot ask: there the long ones become NaN, the short ones zero.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         norm = norm.masked_fill(norm == math.inf, math.nan)
     else:
-        with contextlib.suppress(RuntimeError):  # torch.func.vmap and empty tensors give no answer
+        with contextlib.suppress(RuntimeError):  # torch.func.vmap and empty tensors have no answer
             shortest, longest = map(float, norm.detach().aminmax())
             if 1e-18 < shortest and longest < 1e18:
-                return x * (1 / norm)
+                return x / norm
             largest = x.detach().abs().amax(dim=-1, keepdim=True)  # no gradient: it cancels
             x = x / largest.masked_fill(largest == 0, math.inf)
             norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * (1 / norm.masked_fill(norm == 0, math.inf))
+    return x / norm.masked_fill(norm == 0, math.inf)
 
 
 def angular_similarity(q: Tensor, k: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def linear_angular_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     check_qkv(q, k, v, per_token=True)
     q, k = unit(q), unit(k)                                                            # D2
     # D1: the constant of Eq. (8) times V is 1/2 sum_j v_j. Eq. (9) and the authors have 1/2 v_i.
-    return (q @ (k.mT @ v / math.pi)).add_(v, alpha=0.5)                               # Eq. (9)
+    return 0.5 * v + q @ (k.mT @ v / math.pi)                                          # Eq. (9)
 
 
 def dwconv(v: Tensor, weight: Tensor) -> Tensor:
@@ -335,7 +335,7 @@ def masked_softmax(
 
     Args:
         q: (..., N, D); k: (..., M, D). threshold: a number, or a tensor that broadcasts.
-        hidden: boolean, broadcasts to (..., N, M), True at pairs to leave out.
+        hidden: boolean, broadcasts to (..., N, M), True at keys to leave out.
     Returns: (..., N, M).
     """
     logits = q * q.shape[-1] ** -0.5 @ k.mT
@@ -344,8 +344,6 @@ def masked_softmax(
     p = logits.softmax(dim=-1)
     threshold = torch.as_tensor(threshold, device=p.device)
     kept = p > threshold.masked_fill(threshold >= 1, math.inf)  # p may round to just above 1
-    if hidden is not None:
-        kept = kept & ~hidden
     return torch.where(kept, p, 0)                                                     # Eq. (10)
 
 
@@ -377,38 +375,36 @@ def certainly_empty(q: Tensor, k: Tensor, threshold: Tensor) -> Tensor:
 
 
 def branch_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    threshold: Tensor,
-    hidden_rows: Tensor | None,
-    hidden: Tensor | None,
-    dropout: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, hidden: Tensor | None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """M_sparse V of R queries per head, (G, R, D), (G, N, D), (G, N, E) -> (G, R, E).
+    """M_sparse V of R queries per head, (G, R, D), (G, N, D), (G, N, E) -> (G, R, E); and M_sparse.
 
-    Args: threshold (G,); hidden_rows (G, R) and hidden (G, N), True at tokens to ignore, or None.
-    Returns: also the number of kept entries of M_sparse and their sum, (2,).
+    Args: threshold (G, R); hidden (G, N), True at keys to leave out, or None.
     """
-    pairs = None if hidden is None else hidden_rows[:, :, None] | hidden[:, None]
     with without_autocast(q.device):
-        sparse = masked_softmax(q, k, threshold[:, None, None], pairs)
-        out = (F.dropout(sparse, dropout) if dropout else sparse) @ v
+        keys = None if hidden is None else hidden[:, None]
+        sparse = masked_softmax(q, k, threshold[..., None], keys)
+        return (F.dropout(sparse, dropout) if dropout else sparse) @ v, sparse
+
+
+def kept_and_mass(sparse: Tensor) -> Tensor:
+    """The number of kept entries of M_sparse and their sum, (2,)."""
     sparse = sparse.detach()
-    return out, torch.stack([(sparse != 0).sum().to(sparse.dtype), sparse.sum()])
+    return torch.stack([sparse.count_nonzero().to(sparse.dtype), sparse.sum()])
 
 
 class RecomputedRows(torch.autograd.Function):
-    """`branch_rows` that keeps its inputs only and computes all else again in backward.
+    """M_sparse V and `kept_and_mass`. It keeps its inputs only; backward computes M_sparse again.
 
-    So does torch.utils.checkpoint, which does not work under torch.func.
+    torch.utils.checkpoint does the same, but not under torch.func.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        return branch_rows(*inputs)
+        out, sparse = branch_rows(*inputs)
+        return out, kept_and_mass(sparse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -417,21 +413,20 @@ class RecomputedRows(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *RecomputedRows.gradients(ctx.saved_tensors)[1](grad), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
-        inputs = ctx.saved_tensors
-        out, gradients = RecomputedRows.gradients(inputs)
-        moved = (torch.zeros_like(x) if t is None else t for x, t in zip(inputs[:3], tangents))
-        _, transposed = torch.func.vjp(gradients, torch.zeros_like(out))  # of a linear function
-        return transposed(tuple(moved))[0], None
-
-    @staticmethod
     def gradients(inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, Callable]:
         """M_sparse V again, and the function from its gradient to those of q, k and v."""
         return torch.func.vjp(lambda *qkv: branch_rows(*qkv, *inputs[3:])[0], *inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *RecomputedRows.gradients(ctx.saved_tensors)[1](grad), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
+        out, gradients = RecomputedRows.gradients(ctx.saved_tensors)
+        moved = (torch.zeros_like(x) if t is None else t for x, t in zip(ctx.saved_tensors[:3], tangents))
+        _, transposed = torch.func.vjp(gradients, torch.zeros_like(out))  # of a linear function
+        return transposed(tuple(moved))[0], None
 
 
 def auxiliary_branch(
@@ -442,39 +437,40 @@ def auxiliary_branch(
     Args:
         q, k: (B, H, N, D); v: (B, H, N, E). threshold: () or (B,).
         padding: (B, N), True at tokens to ignore, or None. dropout: on the entries of M_sparse.
-    Returns: (B, H, N, E), or None where every mask is empty; and the number of kept entries and
-        their sum, (2,).
+    Returns: (B, H, N, E), or None where every mask is certain to be empty; and `kept_and_mass`.
     """
     B, H, N = v.shape[:3]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))                                # (B H, N, D|E)
-    threshold = threshold.to(q.dtype).expand(B).repeat_interleave(H)              # (B H,)
+    threshold = threshold.to(q.dtype).expand(B).repeat_interleave(H)[:, None].expand(B * H, N)
     hidden = None if padding is None else padding.repeat_interleave(H, dim=0)     # (B H, N)
-    if torch.compiler.is_compiling() or dropout:  # dropout draws the same numbers again
-        inputs = (q, k, v, threshold, hidden, hidden, dropout)
-        out, totals = checkpoint(branch_rows, *inputs, use_reentrant=False)
-        return out.unflatten(0, (B, H)), totals
+    if hidden is not None:
+        threshold = threshold.masked_fill(hidden, math.inf)  # as queries, they keep nothing
+    if torch.compiler.is_compiling() or dropout:  # checkpoint draws the same dropout again
+        inputs = (q, k, v, threshold, hidden, dropout)
+        out, sparse = checkpoint(branch_rows, *inputs, use_reentrant=False)
+        return out.unflatten(0, (B, H)), kept_and_mass(sparse)
 
-    G, live = len(q), None
+    live = None  # or the heads whose mask may keep something, where some are certain to keep nothing
     if q.device.type == "cpu" and hidden is None:  # a GPU would have to wait for the answer
         with contextlib.suppress(RuntimeError):  # under vmap no size can depend on values
-            live = (~certainly_empty(q, k, threshold)).nonzero()[:, 0]
-            q, k, v, threshold = (x[live] for x in (q, k, v, threshold))
-    totals = q.new_zeros(2)
-    if len(q) == 0:
-        return None, totals
+            empty = certainly_empty(q, k, threshold[:, 0])
+            if empty.all():
+                return None, q.new_zeros(2)
+            if empty.any():
+                live = (~empty).nonzero()[:, 0]
+                q, k, v, threshold = (x[live] for x in (q, k, v, threshold))
     entries = BLOCK_BYTES.get(q.device.type, 2**28) // q.element_size()
-    heads = max(1, entries // (N * N))  # whole heads at a time, or else rows of one head
-    rows, outs = max(1, entries // N), []
+    heads, rows = max(1, entries // N**2), max(1, entries // N)  # whole heads, or else rows of one
+    outs, totals = [], q.new_zeros(2)
     parts = [repeat(None) if x is None else x.split(heads) for x in (q, k, v, threshold, hidden)]
     for qs, ks, vs, ts, hs in zip(*parts):
-        row_parts = qs.split(rows, dim=1), repeat(None) if hs is None else hs.split(rows, dim=1)
-        for q_rows, hidden_rows in zip(*row_parts):
-            out, seen = RecomputedRows.apply(q_rows, ks, vs, ts, hidden_rows, hs)
+        for q_rows, t_rows in zip(qs.split(rows, dim=1), ts.split(rows, dim=1)):
+            out, seen = RecomputedRows.apply(q_rows, ks, vs, t_rows, hs)
             outs.append(out.flatten(0, 1))
             totals = totals + seen
     out = torch.cat(outs).unflatten(0, (len(q), N))
     if live is not None:
-        out = out.new_zeros(G, *out.shape[1:]).index_copy(0, live, out)
+        out = out.new_zeros(B * H, *out.shape[1:]).index_copy(0, live, out)
     return out.unflatten(0, (B, H)), totals
 
 
