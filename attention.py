@@ -179,7 +179,7 @@ def linear_angular_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Source: authors' attention.py @ c7b75c1, LinAngularAttention.forward.
     """
     check_qkv(q, k, v, per_token=True)
-    q, k = unit(q), unit(k)                                                            # D2
+    q, k = unit(q.contiguous()), unit(k.contiguous())                                  # D2
     # D1: the constant of Eq. (8) times V is 1/2 sum_j v_j. Eq. (9) and the authors have 1/2 v_i.
     return 0.5 * v + q @ (k.mT @ v / math.pi)                                          # Eq. (9)
 
@@ -213,7 +213,7 @@ def castling_attention(
     return y if weight is None else y + dwconv(v, weight)  # + DWConv(V)                 Eq. (9)
 
 
-# ---- rivals of Table 5: (..., N, D), (..., M, D), (..., M, E) -> (..., N, E) ----------------------
+# ---- rivals of Table 5: (..., N, D), (..., M, D), (..., M, E) -> (..., N, E) ---------------------
 
 
 def angular_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -426,7 +426,8 @@ class RecomputedRows(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
         out, gradients = RecomputedRows.gradients(ctx.saved_tensors)
-        _, transposed = torch.func.vjp(gradients, torch.zeros_like(out))  # of a linear function
+        # `gradients` multiplies by the transposed Jacobian, its own vjp by the Jacobian itself.
+        _, transposed = torch.func.vjp(gradients, torch.zeros_like(out))
         qkv = zip(ctx.saved_tensors[:3], tangents)
         return transposed(tuple(torch.zeros_like(x) if t is None else t for x, t in qkv))[0], None
 
@@ -585,10 +586,13 @@ class AttentionCore(nn.Module):
         dtype, wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
         weight = None if self.dconv is None else self.dconv.weight
         with without_autocast(v.device):                                               # D3
-            q, k, v = (x.to(wide).contiguous() for x in (q, k, v))
+            q, k, v = (x.to(wide) for x in (q, k, v))
             if padding is not None:  # whatever a hidden token holds, NaN included, goes no further
                 q, k, v = (x.masked_fill(padding[:, None, :, None], 0) for x in (q, k, v))
-            branch = self.branch(q, k, v, padding) if self.auxiliary and self.active else None
+            branch = None
+            if self.auxiliary and self.active:
+                q, k, v = (x.contiguous() for x in (q, k, v))  # one copy for Eq. (9) and (10)
+                branch = self.branch(q, k, v, padding)
             return castling_attention(q, k, v, weight, branch, KERNELS[self.kernel]).to(dtype)
 
     def check(
@@ -722,7 +726,7 @@ def set_threshold(model: nn.Module, progress: float) -> None:
 
 
 def record_masks(model: nn.Module, on: bool = True) -> None:
-    """Switch mask statistics on, as they are to begin with, or off, which is a little faster."""
+    """Switch mask statistics on, which is the default, or off, which saves a little time."""
     for core in cores(model).values():
         core.record = on
 
