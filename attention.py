@@ -101,8 +101,8 @@ def unit(x: Tensor) -> Tensor:
         norm = norm.masked_fill(norm == math.inf, math.nan)
     else:
         with contextlib.suppress(RuntimeError):  # vmap and empty tensors have no answer
-            shortest, longest = map(float, norm.detach().aminmax())
-            if shortest > 1e-18 and longest < 1e18:
+            lengths = norm.detach()
+            if lengths.amin().item() > 1e-18 and lengths.amax().item() < 1e18:
                 return x / norm
             largest = x.detach().abs().amax(dim=-1, keepdim=True)  # no gradient: it cancels
             x = x / largest.masked_fill(largest == 0, math.inf)
@@ -392,7 +392,7 @@ def branch_rows(
 def kept_and_mass(sparse: Tensor) -> Tensor:
     """The number of kept entries of M_sparse and their sum, (2,)."""
     sparse = sparse.detach()
-    return torch.stack([sparse.count_nonzero().to(sparse.dtype), sparse.sum()])
+    return torch.stack([(sparse != 0).sum().to(sparse.dtype), sparse.sum()])
 
 
 class RecomputedRows(torch.autograd.Function):
