@@ -43,7 +43,7 @@ BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of N x N that the branc
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Context in which matrix products keep the dtype of their operands, whatever autocast says."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # "meta" knows no autocast
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # "meta" knows none
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -68,12 +68,20 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, per_token: bool = False) -> None:
     raise ValueError(f"{law}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
 
 
+def check_padding(padding: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless padding (key_padding_mask) is boolean and has that shape."""
+    if padding.dtype != torch.bool or padding.shape != expected:
+        got = f"{padding.dtype} {tuple(padding.shape)}"
+        raise ValueError(f"expected a boolean key_padding_mask of {tuple(expected)}, got {got}")
+
+
 def look_up(table: Iterable[str], name: str, what: str) -> Any:
     """table[name], or name itself if table is no dict; else a ValueError with the nearest names."""
     if name in table:
         return table[name] if isinstance(table, dict) else name
-    near = difflib.get_close_matches(str(name), map(str, table), n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(map(str, table))}"
+    names = [str(key) for key in table]
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}"
     raise ValueError(f"unknown {what} {name!r}: {hint}")
 
 
@@ -84,20 +92,22 @@ def unit(x: Tensor) -> Tensor:
     """x / |x| over the last axis.
 
     D2: a zero vector has no direction. It stays zero, and its gradient is 0.
-    Entries beyond 1e18 or below 1e-18 have squares that float32 cannot hold. On a CPU such vectors
-    are divided by their largest entry first. On a GPU, which would have to wait for the question,
-    and in compiled graphs, the long ones become NaN and the short ones count as zero.
+    float32 cannot hold the squares of numbers beyond 1e18 or below 1e-18. On a CPU such vectors are
+    divided by their largest entry first. A GPU would have to wait for the question whether there
+    are any, and a compiled graph cannot ask: there the long ones become NaN, the short ones zero.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         norm = norm.masked_fill(norm == math.inf, math.nan)
     else:
-        with contextlib.suppress(RuntimeError):  # torch.func.vmap cannot be asked either
-            if not torch.equal(norm, norm.clamp(1e-18, 1e18)):
-                largest = x.detach().abs().amax(dim=-1, keepdim=True)  # no gradient: it cancels
-                x = x / largest.masked_fill(largest == 0, math.inf)
-                norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * norm.masked_fill(norm == 0, math.inf).reciprocal()
+        with contextlib.suppress(RuntimeError):  # vmap and empty tensors have no answer
+            lengths = norm.detach()
+            if lengths.amin().item() > 1e-18 and lengths.amax().item() < 1e18:
+                return x / norm
+            largest = x.detach().abs().amax(dim=-1, keepdim=True)  # no gradient: it cancels
+            x = x / largest.masked_fill(largest == 0, math.inf)
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm == 0, math.inf)
 
 
 def angular_similarity(q: Tensor, k: Tensor) -> Tensor:
@@ -143,10 +153,10 @@ def angular_series(x: Tensor, terms: int) -> Tensor:
 def angular_series_bound(x: Tensor, terms: int) -> Tensor:
     """Upper bound, for |x| <= 1, on |angular_series(x, terms) - (1 - arccos(x) / pi)|.
 
-    Two bounds, of which the smaller holds. The remainder is (1/pi) sum_(k>K) a_k |x|^(2k+1), K =
-    terms. It is at most |x|^(2K+3) times its value at |x| = 1, known because all a_k, k >= 0, add
-    up to pi / 2. And since a_k falls, it is at most geometric: a_(K+1) |x|^(2K+3) / (1 - x^2) / pi.
-    At |x| = 1 the first is exact; for terms=0 it is |x|^3 (1/2 - 1/pi), at most 0.1817.
+    The remainder is 1/pi sum_(k>K) a_k |x|^(2k+1), K = terms. Both of these are above it:
+    |x|^(2K+3) times its value at |x| = 1, which is known because all a_k add up to pi/2 - 1; and,
+    because a_k falls, the geometric series a_(K+1) |x|^(2K+3) / (1 - x^2) / pi.
+    For terms=0 the first is |x|^3 (1/2 - 1/pi), at most 0.1817.
     """
     a = angular_coefficients(terms + 1)
     tail = math.pi / 2 - 1 - a[:-1].sum().item()
@@ -169,25 +179,24 @@ def linear_angular_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Source: authors' attention.py @ c7b75c1, LinAngularAttention.forward.
     """
     check_qkv(q, k, v, per_token=True)
-    q, k = unit(q), unit(k)                                                            # D2
+    q, k = unit(q.contiguous()), unit(k.contiguous())                                  # D2
     # D1: the constant of Eq. (8) times V is 1/2 sum_j v_j. Eq. (9) and the authors have 1/2 v_i.
     return 0.5 * v + q @ (k.mT @ v / math.pi)                                          # Eq. (9)
 
 
 def dwconv(v: Tensor, weight: Tensor) -> Tensor:
     """DWConv(V) of Eq. (9): (B, H, N, E) -> same; filters (H, 1, K, 1), one per head, over N."""
-    v = v.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # heads last: fast on a CPU
-    return F.conv2d(v, weight.to(v.dtype), padding=(weight.shape[2] // 2, 0), groups=len(weight))
+    H, E, K = v.shape[1], v.shape[3], weight.shape[2]
+    x = v.transpose(1, 2).flatten(2).contiguous().mT  # (B, H E, N), channels last: fast on a CPU
+    filters = weight.to(v.dtype).mT.repeat_interleave(E, dim=0)  # (H E, 1, 1, K), one per channel
+    y = F.conv2d(x.unsqueeze(2), filters, padding=(0, K // 2), groups=H * E)
+    return y.squeeze(2).unflatten(1, (H, E)).mT
 
 
 def castling_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor | None = None,
-    branch: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None, branch: Tensor | None = None,
     kernel: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_angular_attention,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """unit(1/2 V + (1/pi) Q (K^T V) [+ M_sparse V]) + DWConv(V).  Eq. (9), in training Eq. (10)
 
     Args:
@@ -197,14 +206,14 @@ def castling_attention(
         kernel: another function of q, k, v in place of the linear-angular one (Table 5).
     Returns: (B, H, N, E).
     """
-    y = kernel(q, k, v)                                   # 1/2 V + (1/pi) Q (K^T V)     Eq. (9)
+    y = kernel(q, k, v)                                    # 1/2 V + (1/pi) Q (K^T V)    Eq. (9)
     if branch is not None:
-        y = y + branch                                    # + M_sparse V                 Eq. (10)
-    y = unit(y)                                           # x / |x|                      D2
+        y = y + branch                                     # + M_sparse V                Eq. (10)
+    y = unit(y)                                            # x / |x|                     D2
     return y if weight is None else y + dwconv(v, weight)  # + DWConv(V)                 Eq. (9)
 
 
-# ---- rivals of Table 5: (..., N, D), (..., M, D), (..., M, E) -> (..., N, E) ----------------------
+# ---- rivals of Table 5: (..., N, D), (..., M, D), (..., M, E) -> (..., N, E) ---------------------
 
 
 def angular_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -217,10 +226,9 @@ def mc_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """"MC", mean-centring: (sum_j v_j + q (k^T v) / sqrt(D)) / M, q and k centred over tokens.
 
     The weights are 1 + logit in place of exp(logit). Centred keys sum to zero, so that a row of
-    them sums to M. This is not the first-order Taylor expansion of softmax(q k^T / sqrt(D)).
-    ViTALiTy, the paper's [17], centres the keys alone: that shifts all logits of a row alike, which
-    a softmax ignores, and leaves an error of second order. Centring the queries too takes a term of
-    first order away. The paper says "applied to Q/K"; this project takes it at its word.
+    them sums to M. ViTALiTy, the paper's [17], centres the keys alone, which a softmax ignores, and
+    so expands the softmax to first order. Centring the queries too takes a term of first order
+    away. The paper says "applied to Q/K"; this project takes it at its word.
     """
     check_qkv(q, k, v)
     q, k = q - q.mean(dim=-2, keepdim=True), k - k.mean(dim=-2, keepdim=True)
@@ -329,7 +337,7 @@ def masked_softmax(
 
     Args:
         q: (..., N, D); k: (..., M, D). threshold: a number, or a tensor that broadcasts.
-        hidden: boolean, broadcasts to (..., N, M), True at pairs to leave out.
+        hidden: boolean, broadcasts to (..., N, M), True at keys to leave out.
     Returns: (..., N, M).
     """
     logits = q * q.shape[-1] ** -0.5 @ k.mT
@@ -338,8 +346,6 @@ def masked_softmax(
     p = logits.softmax(dim=-1)
     threshold = torch.as_tensor(threshold, device=p.device)
     kept = p > threshold.masked_fill(threshold >= 1, math.inf)  # p may round to just above 1
-    if hidden is not None:
-        kept = kept & ~hidden
     return torch.where(kept, p, 0)                                                     # Eq. (10)
 
 
@@ -360,7 +366,7 @@ def masked_softmax_attention(
 def certainly_empty(q: Tensor, k: Tensor, threshold: Tensor) -> Tensor:
     """Where no softmax entry can be above the threshold, found without any N x N work.
 
-    Logits centred over the keys have mean 0. So by Jensen a row's softmax denominator is at least M:
+    Logits centred over the keys have mean 0. By Jensen a row's softmax denominator is at least M:
         p_max(i) <= exp(|q_i| max_j |k_j - mean k| / sqrt(D)) / M.
     Args: q (G, N, D), k (G, M, D), threshold (G,).
     Returns: (G,) boolean. True is a proof, False says nothing.
@@ -371,38 +377,36 @@ def certainly_empty(q: Tensor, k: Tensor, threshold: Tensor) -> Tensor:
 
 
 def branch_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    threshold: Tensor,
-    hidden_rows: Tensor | None,
-    hidden: Tensor | None,
-    dropout: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, hidden: Tensor | None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """M_sparse V of R queries per head, (G, R, D), (G, N, D), (G, N, E) -> (G, R, E).
+    """M_sparse V of R queries per head, (G, R, D), (G, N, D), (G, N, E) -> (G, R, E); and M_sparse.
 
-    Args: threshold (G,); hidden_rows (G, R) and hidden (G, N), True at tokens to ignore, or None.
-    Returns: also the number of kept entries of M_sparse and their sum, (2,).
+    Args: threshold (G, R); hidden (G, N), True at keys to leave out, or None.
     """
-    pairs = None if hidden is None else hidden_rows[:, :, None] | hidden[:, None]
     with without_autocast(q.device):
-        sparse = masked_softmax(q, k, threshold[:, None, None], pairs)
-        out = (F.dropout(sparse, dropout) if dropout else sparse) @ v
+        keys = None if hidden is None else hidden[:, None]
+        sparse = masked_softmax(q, k, threshold[..., None], keys)
+        return (F.dropout(sparse, dropout) if dropout else sparse) @ v, sparse
+
+
+def kept_and_mass(sparse: Tensor) -> Tensor:
+    """The number of kept entries of M_sparse and their sum, (2,)."""
     sparse = sparse.detach()
-    return out, torch.stack([(sparse != 0).sum().to(sparse.dtype), sparse.sum()])
+    return torch.stack([(sparse != 0).sum().to(sparse.dtype), sparse.sum()])
 
 
 class RecomputedRows(torch.autograd.Function):
-    """`branch_rows` that keeps its inputs only and computes all else again in backward.
+    """M_sparse V and `kept_and_mass`. It keeps its inputs only; backward computes M_sparse again.
 
-    So does torch.utils.checkpoint, which does not work under torch.func.
+    torch.utils.checkpoint does the same, but not under torch.func.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        return branch_rows(*inputs)
+        out, sparse = branch_rows(*inputs)
+        return out, kept_and_mass(sparse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -411,21 +415,21 @@ class RecomputedRows(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *RecomputedRows.gradients(ctx.saved_tensors)[1](grad), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
-        inputs = ctx.saved_tensors
-        out, gradients = RecomputedRows.gradients(inputs)
-        moved = (torch.zeros_like(x) if t is None else t for x, t in zip(inputs[:3], tangents))
-        _, transposed = torch.func.vjp(gradients, torch.zeros_like(out))  # of a linear function
-        return transposed(tuple(moved))[0], None
-
-    @staticmethod
     def gradients(inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, Callable]:
         """M_sparse V again, and the function from its gradient to those of q, k and v."""
         return torch.func.vjp(lambda *qkv: branch_rows(*qkv, *inputs[3:])[0], *inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *RecomputedRows.gradients(ctx.saved_tensors)[1](grad), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
+        out, gradients = RecomputedRows.gradients(ctx.saved_tensors)
+        # `gradients` multiplies by the transposed Jacobian, its own vjp by the Jacobian itself.
+        _, transposed = torch.func.vjp(gradients, torch.zeros_like(out))
+        qkv = zip(ctx.saved_tensors[:3], tangents)
+        return transposed(tuple(torch.zeros_like(x) if t is None else t for x, t in qkv))[0], None
 
 
 def auxiliary_branch(
@@ -436,55 +440,54 @@ def auxiliary_branch(
     Args:
         q, k: (B, H, N, D); v: (B, H, N, E). threshold: () or (B,).
         padding: (B, N), True at tokens to ignore, or None. dropout: on the entries of M_sparse.
-    Returns: (B, H, N, E), or None where every mask is empty; and the number of kept entries and
-        their sum, (2,).
+    Returns: (B, H, N, E), or None where every mask is certain to be empty; and `kept_and_mass`.
     """
     B, H, N = v.shape[:3]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))                                # (B H, N, D|E)
-    threshold = threshold.to(q.dtype).expand(B).repeat_interleave(H)              # (B H,)
+    threshold = threshold.to(q.dtype).expand(B).repeat_interleave(H)[:, None].expand(B * H, N)
     hidden = None if padding is None else padding.repeat_interleave(H, dim=0)     # (B H, N)
-    if torch.compiler.is_compiling() or dropout:  # dropout draws the same numbers again
-        inputs = (q, k, v, threshold, hidden, hidden, dropout)
-        out, totals = checkpoint(branch_rows, *inputs, use_reentrant=False)
-        return out.unflatten(0, (B, H)), totals
+    if hidden is not None:
+        threshold = threshold.masked_fill(hidden, math.inf)  # as queries, they keep nothing
+    if torch.compiler.is_compiling() or dropout:  # checkpoint draws the same dropout again
+        inputs = (q, k, v, threshold, hidden, dropout)
+        out, sparse = checkpoint(branch_rows, *inputs, use_reentrant=False)
+        return out.unflatten(0, (B, H)), kept_and_mass(sparse)
 
-    G, live = len(q), None
+    live = None  # or the heads that may keep something, where some are certain to keep nothing
     if q.device.type == "cpu" and hidden is None:  # a GPU would have to wait for the answer
         with contextlib.suppress(RuntimeError):  # under vmap no size can depend on values
-            live = (~certainly_empty(q, k, threshold)).nonzero()[:, 0]
-            q, k, v, threshold = (x[live] for x in (q, k, v, threshold))
-    totals = q.new_zeros(2)
-    if len(q) == 0:
-        return None, totals
+            empty = certainly_empty(q, k, threshold[:, 0])
+            if empty.all():
+                return None, q.new_zeros(2)
+            if empty.any():
+                live = (~empty).nonzero()[:, 0]
+                q, k, v, threshold = (x[live] for x in (q, k, v, threshold))
     entries = BLOCK_BYTES.get(q.device.type, 2**28) // q.element_size()
-    heads = max(1, entries // (N * N))  # whole heads at a time, or else rows of one head
-    rows, outs = max(1, entries // N), []
+    heads, rows = max(1, entries // N**2), max(1, entries // N)  # whole heads, or else rows of one
+    outs, totals = [], q.new_zeros(2)
     parts = [repeat(None) if x is None else x.split(heads) for x in (q, k, v, threshold, hidden)]
     for qs, ks, vs, ts, hs in zip(*parts):
-        row_parts = qs.split(rows, dim=1), repeat(None) if hs is None else hs.split(rows, dim=1)
-        for q_rows, hidden_rows in zip(*row_parts):
-            out, seen = RecomputedRows.apply(q_rows, ks, vs, ts, hidden_rows, hs)
+        for q_rows, t_rows in zip(qs.split(rows, dim=1), ts.split(rows, dim=1)):
+            out, seen = RecomputedRows.apply(q_rows, ks, vs, t_rows, hs)
             outs.append(out.flatten(0, 1))
             totals = totals + seen
     out = torch.cat(outs).unflatten(0, (len(q), N))
     if live is not None:
-        out = out.new_zeros(G, *out.shape[1:]).index_copy(0, live, out)
+        out = out.new_zeros(B * H, *out.shape[1:]).index_copy(0, live, out)
     return out.unflatten(0, (B, H)), totals
 
 
 # ---- modules -------------------------------------------------------------------------------------
 
 
-def leave_out_progress(
-    core: "AttentionCore", state: dict[str, Any], prefix: str, *unused: Any
-) -> None:
+def leave_out_progress(core: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
     """Hook on state_dict(): a castled layer has no threshold, only weights."""
     if not core.auxiliary:
         del state[prefix + "progress"]
 
 
-def take_progress(core: "AttentionCore", state: dict[str, Any], prefix: str, *unused: Any) -> None:
-    """Hook before load_state_dict(): a file without `progress`, as the authors', leaves it as is."""
+def take_progress(core: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
+    """Hook before load_state_dict(): a file without `progress`, as the authors', keeps it as is."""
     if prefix + "progress" in state:
         core.set_progress(float(state[prefix + "progress"]))
     else:
@@ -518,25 +521,18 @@ class AttentionCore(nn.Module):
     progress: Tensor
 
     def __init__(
-        self,
-        heads: int,
-        kernel: str = "linear_angular",
-        *,
-        auxiliary: bool = False,
-        dconv: int = 9,
-        epsilon: float = 0.02,
-        schedule: str = "ramp",
-        dropout: float = 0.0,
-    ):
+        self, heads: int, kernel: str = "linear_angular", *, auxiliary: bool = False,
+        dconv: int = 9, epsilon: float = 0.02, schedule: str = "ramp", dropout: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
         look_up(KERNELS, kernel, "kernel")
         look_up(SCHEDULES, schedule, "mask schedule")
         if heads < 1:
             raise ValueError(f"heads must be at least 1, got {heads}")
-        if dconv < 0 or (dconv > 0 and dconv % 2 == 0):
+        if dconv < 0 or dconv > 0 and dconv % 2 == 0:
             raise ValueError(f"dconv must be odd, or 0 for none, got {dconv}")
         if auxiliary and kernel == "softmax":
-            raise ValueError("the softmax baseline takes no branch: auxiliary=True needs another kernel")
+            raise ValueError("kernel 'softmax' takes no branch (auxiliary=True)")
         for name, value in (("epsilon", epsilon), ("dropout", dropout)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is a probability in 0..1, got {value}")
@@ -544,8 +540,8 @@ class AttentionCore(nn.Module):
         self.epsilon, self.schedule, self.dropout = epsilon, schedule, dropout
         self.dconv = None
         if kernel != "softmax" and dconv:
-            padding = (dconv // 2, 0)
-            self.dconv = nn.Conv2d(heads, heads, (dconv, 1), padding=padding, groups=heads, bias=False)
+            options = dict(padding=(dconv // 2, 0), groups=heads, bias=False)
+            self.dconv = nn.Conv2d(heads, heads, (dconv, 1), **options)
         # A tensor, because torch.compile would compile again at every change of a float.
         self.register_buffer("progress", torch.zeros(()))
         self.register_state_dict_post_hook(leave_out_progress)
@@ -562,20 +558,16 @@ class AttentionCore(nn.Module):
         self.progress.fill_(progress)
         self.active = self.schedule == "fixed" or progress < RAMP_END
         with torch.inference_mode(False):  # so that training can add to it
-            # Kept entries, their sum, rows, entries. DistributedDataParallel would overwrite a buffer.
+            # Kept entries, their sum, rows, entries; no buffer: DDP would overwrite it.
             self.tally = torch.zeros(4, device=self.progress.device)
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         return self.attend(*inputs, **options)
 
     def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None = None,
-        padding: Tensor | None = None,
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor,
+        bias: Tensor | None = None, padding: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Eq. (9), with Eq. (10) while the branch lives.
 
         Args:
@@ -586,17 +578,7 @@ class AttentionCore(nn.Module):
             (D3): float16 overflows in k^T v at a few thousand tokens.
         Raises: ValueError if the inputs do not fit, or the kernel has no use for bias or padding.
         """
-        check_qkv(q, k, v, per_token=self.kernel != "softmax")  # D1; DWConv asks the same
-        if v.ndim != 4 or v.shape[1] != self.heads:
-            expected = f"expected (B, {self.heads}, N, D)"
-            raise ValueError(f"{expected}, got q {tuple(q.shape)}, v {tuple(v.shape)}")
-        if bias is not None and self.kernel != "softmax":
-            raise ValueError(f"only the softmax baseline takes a bias, not {self.kernel!r}")
-        if padding is not None and self.kernel != "linear_angular":
-            raise ValueError(f"padding needs the linear_angular kernel, not {self.kernel!r}")
-        if padding is not None and (padding.dtype, padding.shape) != (torch.bool, v[:, 0, :, 0].shape):
-            got = f"{padding.dtype} {tuple(padding.shape)}"
-            raise ValueError(f"expected boolean padding of (B, N), got {got}")
+        self.check(q, k, v, bias, padding)
         if self.kernel == "softmax":
             return softmax_attention(q, k, v, bias, self.dropout if self.training else 0.0)
         if v.shape[2] == 0:
@@ -604,24 +586,41 @@ class AttentionCore(nn.Module):
         dtype, wide = v.dtype, torch.promote_types(v.dtype, torch.float32)
         weight = None if self.dconv is None else self.dconv.weight
         with without_autocast(v.device):                                               # D3
-            q, k, v = (x.to(wide).contiguous() for x in (q, k, v))
+            q, k, v = (x.to(wide) for x in (q, k, v))
             if padding is not None:  # whatever a hidden token holds, NaN included, goes no further
                 q, k, v = (x.masked_fill(padding[:, None, :, None], 0) for x in (q, k, v))
-            branch = self.branch(q, k, v, padding) if self.auxiliary and self.active else None
+            branch = None
+            if self.auxiliary and self.active:
+                q, k, v = (x.contiguous() for x in (q, k, v))  # one copy for Eq. (9) and (10)
+                branch = self.branch(q, k, v, padding)
             return castling_attention(q, k, v, weight, branch, KERNELS[self.kernel]).to(dtype)
 
+    def check(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padding: Tensor | None
+    ) -> None:
+        """Raise what `attend` promises to raise."""
+        check_qkv(q, k, v, per_token=self.kernel != "softmax")  # D1; DWConv asks the same
+        if v.ndim != 4 or v.shape[1] != self.heads:
+            q, v = tuple(q.shape), tuple(v.shape)
+            raise ValueError(f"expected (B, {self.heads}, N, D), got q {q}, v {v}")
+        for name, given, owner in ("bias", bias, "softmax"), ("padding", padding, "linear_angular"):
+            if given is not None and self.kernel != owner:
+                raise ValueError(f"{name} needs the {owner} kernel, not {self.kernel!r}")
+        if padding is not None:
+            check_padding(padding, (v.shape[0], v.shape[2]))
+
     def branch(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor | None:
-        """M_sparse V at this layer's threshold, (B, H, N, E); statistics go to the tally.  Eq. (10)"""
+        """M_sparse V at this layer's threshold, (B, H, N, E), counted in the tally.  Eq. (10)"""
         tokens = v.shape[2] if padding is None else (~padding).sum(-1)                 # N or (B,)
         threshold = mask_threshold(self.progress.float(), tokens, self.epsilon, self.schedule)
         dropout = self.dropout if self.training else 0.0
-        out, totals = auxiliary_branch(q, k, v, threshold, padding, dropout)
+        out, seen = auxiliary_branch(q, k, v, threshold, padding, dropout)
         if self.record:
             self.tally = self.tally.to(v.device)
             real = torch.as_tensor(tokens, dtype=torch.float32).expand(len(v))
             rows = self.heads * torch.stack([real.sum(), (real**2).sum()]).to(v.device)
             with contextlib.suppress(RuntimeError):  # torch.func lets nothing be written
-                self.tally += torch.cat([totals.detach().float(), rows])
+                self.tally += torch.cat([seen.float(), rows])
         return out
 
 
@@ -640,28 +639,14 @@ class LinearAngularAttention(AttentionCore):
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = False,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        res_kernel_size: int = 9,
-        sparse_reg: bool = False,
-        *,
-        epsilon: float = 0.02,
-        schedule: str = "ramp",
-    ):
+        self, dim: int, num_heads: int = 8, qkv_bias: bool = False, attn_drop: float = 0.0,
+        proj_drop: float = 0.0, res_kernel_size: int = 9, sparse_reg: bool = False, *,
+        epsilon: float = 0.02, schedule: str = "ramp",
+    ):  # fmt: skip
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"dim {dim} must be divisible by the number of heads, {num_heads}")
-        super().__init__(
-            num_heads,
-            auxiliary=sparse_reg,
-            dconv=res_kernel_size,
-            epsilon=epsilon,
-            schedule=schedule,
-            dropout=attn_drop,
-        )
+        options = dict(epsilon=epsilon, schedule=schedule, dropout=attn_drop)
+        super().__init__(num_heads, auxiliary=sparse_reg, dconv=res_kernel_size, **options)
         self.dim = dim
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -684,17 +669,14 @@ class LinearAngularAttention(AttentionCore):
         tokens = rearrange(x, "b c y x -> b (y x) c") if x.ndim == 4 else x
         padding, before = key_padding_mask, 0
         if padding is not None:
-            expected = shape[:2] if x.ndim == 3 else (shape[0], *shape[2:])
-            if padding.dtype != torch.bool or tuple(padding.shape) != expected:
-                got = f"{padding.dtype} {tuple(padding.shape)}"
-                raise ValueError(f"expected a boolean key_padding_mask of {expected}, got {got}")
+            check_padding(padding, shape[:2] if x.ndim == 3 else (shape[0], *shape[2:]))
             padding = padding.flatten(1)
             tokens = tokens.masked_fill(padding[..., None], 0)  # NaN in it would reach weights
         if prefix is not None:
-            before = prefix.shape[1] if prefix.ndim == 3 else -1
-            if tuple(prefix.shape) != (shape[0], before, self.dim):
+            if prefix.ndim != 3 or prefix.shape[::2] != tokens.shape[::2]:
                 expected = f"({shape[0]}, P, {self.dim})"
                 raise ValueError(f"expected a prefix of {expected}, got {tuple(prefix.shape)}")
+            before = prefix.shape[1]
             tokens = torch.cat([prefix, tokens], dim=1)
             padding = None if padding is None else F.pad(padding, (before, 0), value=False)
 
@@ -715,7 +697,9 @@ def cores(model: nn.Module) -> dict[str, AttentionCore]:
     named = {name: m for name, m in model.named_modules() if isinstance(m, AttentionCore)}
     wrappers = ("module", "_orig_mod")
     short = {".".join(p for p in name.split(".") if p not in wrappers): name for name in named}
-    return {name: named[long] for name, long in short.items()} if len(short) == len(named) else named
+    if len(short) < len(named):  # two would share a name
+        return named
+    return {name: named[long] for name, long in short.items()}
 
 
 def castle(model: nn.Module) -> nn.Module:
@@ -742,7 +726,7 @@ def set_threshold(model: nn.Module, progress: float) -> None:
 
 
 def record_masks(model: nn.Module, on: bool = True) -> None:
-    """Switch mask statistics on, as they are to begin with, or off, which is a little faster."""
+    """Switch mask statistics on, which is the default, or off, which saves a little time."""
     for core in cores(model).values():
         core.record = on
 
@@ -762,13 +746,11 @@ def mask_statistics(model: nn.Module) -> dict[str, tuple[float, float, float]]:
         torch.distributed.all_reduce(sums)
     statistics = {}
     for (name, core), (kept, mass, rows, entries) in zip(branches.items(), sums.tolist()):
-        unknown = math.nan if core.active else 0.0  # once inactive, empty by construction
-        known = rows > 0
-        statistics[name] = (
-            kept / entries if known else unknown,
-            mass / rows if known else unknown,
-            entries / rows if known else math.nan,
-        )
+        if rows > 0:
+            statistics[name] = kept / entries, mass / rows, entries / rows
+        else:
+            empty = math.nan if core.active else 0.0  # once inactive, empty by construction
+            statistics[name] = empty, empty, math.nan
     return statistics
 
 
@@ -778,17 +760,16 @@ def mask_density(model: nn.Module) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 100, 16, dtype=torch.float64)
-    cosine = unit(q) @ unit(k).mT
+    q, k, v = 3 * torch.randn(3, 2, 4, 100, 16, dtype=torch.float64)
+    cosine, exact = unit(q) @ unit(k).mT, angular_similarity(q, k)
     for terms in (0, 1, 2, 5, 10, 20, 50):
-        error = (angular_series(cosine, terms) - angular_similarity(q, k)).abs()
+        error = (angular_series(cosine, terms) - exact).abs()
         assert (error <= angular_series_bound(cosine, terms) + 1e-12).all()
         print(f"Eq. (8) with {terms:2} terms is off by {error.max():.1e} at most")
     assert torch.allclose(linear_angular_attention(q, k, v), 0.5 * v + cosine @ v / math.pi)
-    core = AttentionCore(4, auxiliary=True).double().eval()
-    hybrid = core(3 * q, 3 * k, v)
+    core = AttentionCore(4, auxiliary=True).double()
+    hybrid = core(q, k, v)
     set_threshold(core, 1.0)
-    empty = core(3 * q, 3 * k, v)
-    assert not torch.equal(hybrid, empty) and torch.equal(empty, castle(core)(3 * q, 3 * k, v))
+    empty = core(q, k, v)
+    assert not torch.equal(hybrid, empty) and torch.equal(empty, castle(core)(q, k, v))
     print("Eq. (9) in O(N) is its definition; castling an empty mask changes no bit")
