@@ -172,9 +172,7 @@ def agreed(device: torch.device, *values: float | Tensor) -> list[float]:
     A flag that is set on any rank is above 0 everywhere, and a nan on any rank is nan everywhere.
     """
     values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return (values / world_size()).tolist()
+    return [total / world_size() for total in all_sum(values)]
 
 
 def parallel(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
@@ -201,10 +199,7 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def ema_decay_for(steps: int) -> float:
-    """Decay of the averaged weights: a horizon of 4% of the run, at most 0.99996.
-
-    That is LeViT's 0.99996 at its 626,000 steps.
-    """
+    """Decay of the averaged weights: a horizon of 4% of the run. LeViT's is 0.99996, at 626,000 steps."""
     return min(0.99996, 1 - 1 / max(1.0, 0.04 * steps))
 
 
@@ -248,8 +243,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         if rank() == 0:
-            aside = contextlib.nullcontext() if self.bar is None else self.bar.external_write_mode()
-            with aside:
+            with contextlib.nullcontext() if self.bar is None else self.bar.external_write_mode():
                 say(text)
 
     def close(self) -> None:
@@ -365,7 +359,7 @@ class Run:
     rank), and the checkpoint holds all else, the log's records included. A kill during an evaluation repeats it.
 
     Args:
-        metrics: {key: title} of what the script's evaluation returns, the one that best.pt is best in first.
+        metrics: {key: title} of what the script's evaluation returns; best.pt is the best by the first of them.
         loader: of the training set; its sampler is an EpochSampler.
     Raises: ValueError if what is in --output is another run's, or damaged; SaveError.
     """
@@ -381,8 +375,8 @@ class Run:
         float16 = args.amp and args.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=float16)  # of the loss
         self.step, self.best, self.records = 0, -math.inf, []
-        self.loss_sum, self.curve = 0.0, {"step": []}  # of the epoch that is under way
-        self.trained = None  # the record of an epoch whose evaluation is to follow
+        self.loss_sum, self.curve = 0.0, {"step": []}  # of the present epoch: losses, density of the masks
+        self.trained = None  # the record of an epoch that is trained but not yet evaluated and logged
         self.signalled, self.saved = False, time.monotonic()  # asked to stop; when the last checkpoint was written
         self.begin_or_continue()
         self.bar = Progress(total_steps, self.step)
@@ -406,7 +400,7 @@ class Run:
             say(f"stopped at step {self.step} of {self.total_steps}; continue with: {again}")
 
     def note(self, number: int, frame) -> None:
-        """Signal handler: the next step, or the end of an evaluation, stops. A second Ctrl-C interrupts at once."""
+        """Signal handler: the run stops after this step or evaluation. A second Ctrl-C interrupts at once."""
         if self.signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signalled = True
@@ -485,7 +479,7 @@ class Run:
         set_threshold(self.ema.module, self.progress)
 
     def agree(self, loss: Tensor, lr: float) -> None:
-        """What all ranks know of a step before its weights change: its mean loss, whether to save and to stop.
+        """Make known to all ranks, before a step changes the weights: its mean loss, whether to save and to stop.
 
         Raises: NonFiniteLoss, in the same step on every rank.
         """
@@ -714,10 +708,10 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
 
 
 @torch.inference_mode()
-def images_per_second(models: dict[str, nn.Module], images: Tensor, rounds: int = 7) -> dict[str, float]:
+def images_per_second(models: dict[str, nn.Module], images: Tensor) -> dict[str, float]:
     """Median throughput of each model on the same batch, measured in turns so that a noisy machine hits all alike."""
     times = {name: [] for name in models}
-    for turn in range(rounds + 1):
+    for turn in range(8):
         for name, model in models.items():
             started = time.perf_counter()
             model(images)
@@ -725,7 +719,7 @@ def images_per_second(models: dict[str, nn.Module], images: Tensor, rounds: int 
                 torch.cuda.synchronize()
             if turn:  # the first is warm-up
                 times[name].append(time.perf_counter() - started)
-    return {name: len(images) / sorted(spent)[rounds // 2] for name, spent in times.items()}
+    return {name: len(images) / statistics.median(spent) for name, spent in times.items()}
 
 
 def castling_report(args: argparse.Namespace, model: nn.Module, record: dict, device: torch.device) -> dict:
@@ -953,8 +947,7 @@ def settings_for(args: argparse.Namespace) -> dict:
             settings = json.loads(config.read_text())
         except ValueError as error:
             raise ValueError(f"{config} is damaged: {error}") from None
-    ours = isinstance(settings, dict) and isinstance(settings.get("model"), str)
-    if not ours or settings.get("attention") not in ATTENTIONS:
+    if not isinstance(settings, dict) or settings.get("attention") not in ATTENTIONS:
         return {}  # others too write args, and files of that name
     if settings.get("script", args.script) != args.script:
         raise ValueError(f"{args.checkpoint} is a checkpoint of {settings['script']}, not of {args.script}")
