@@ -145,8 +145,7 @@ def environment(device: torch.device) -> dict:
     from it, and is None outside a git checkout."""
     git, commit = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"], None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-        commit = done.stdout.strip()
+        commit = subprocess.check_output(git, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
     cuda = device.type == "cuda"
     return dict(
         commit=commit,

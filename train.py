@@ -367,8 +367,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def check_batch_norm(args: argparse.Namespace, model: nn.Module) -> None:
-    """Raise ValueError if BatchNorm would get one value per channel, of which it cannot train: --batch-size 1, and for
-    BatchNorm2d also a map of 1 x 1, which images of at most 32 px end in."""
+    """Raise ValueError where BatchNorm would get a single value per channel, and fail: BatchNorm1d with one image,
+    BatchNorm2d with one image of at most 32 px, whose last map may be 1 x 1."""
     refusing = (nn.BatchNorm1d, nn.BatchNorm2d) if args.image_size <= 32 else nn.BatchNorm1d
     if args.batch_size == 1 and any(isinstance(module, refusing) for module in model.modules()):
         raise ValueError(f"BatchNorm of {args.model} needs --batch-size 2 or more per process at {args.image_size} px")
@@ -391,7 +391,7 @@ def load_teacher(args: argparse.Namespace, classes: list[str], device: torch.dev
     if not all(given):
         raise ValueError("distillation needs all of --distillation hard|soft, --teacher and --teacher-checkpoint")
     if args.teacher in MODELS:
-        # Load it as a train.py of its own would: its other settings are those in its checkpoint.
+        # As with `train.py --model TEACHER --checkpoint FILE`: other settings are those of the file.
         size = f"--image-size={args.image_size}"
         own = parser().parse_args([f"--model={args.teacher}", f"--checkpoint={args.teacher_checkpoint}", size])
         own.script = args.script
