@@ -38,15 +38,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from attention import (
-    SCHEDULES,
-    castle,
-    cores,
-    mask_statistics,
-    mask_threshold,
-    record_masks,
-    set_threshold,
-)
+from attention import SCHEDULES, castle, cores, mask_statistics, mask_threshold, record_masks, set_threshold
 from convert import damage, export, load_pretrained, read_checkpoint, weights_in
 from data import DataError, mixed_seed, read_image
 from models import ATTENTIONS
@@ -80,20 +72,9 @@ def start_processes() -> torch.device:
     """Join the process group if torchrun started several processes (nccl on GPUs, gloo on CPUs).
 
     Returns: this process's device.
-
-    Raises: ValueError for environment variables that make no sense, or a group that is not met.
+    Raises: ValueError for a GPU that is not there, or a group that cannot be met.
     """
-    counts = {}
-    for name, least in dict(WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, RANK=0, LOCAL_RANK=0).items():
-        text = os.environ.get(name, str(least))
-        if not text.isdecimal() or int(text) < least:
-            wanted = f"a whole number of at least {least}"
-            raise ValueError(f"{name}={text} in the environment: expected {wanted}")
-        counts[name] = int(text)
-    local_rank, several = counts["LOCAL_RANK"], counts["WORLD_SIZE"] > 1
-    if several and counts["RANK"] >= counts["WORLD_SIZE"]:
-        wanted = f"less than WORLD_SIZE={counts['WORLD_SIZE']}"
-        raise ValueError(f"RANK={counts['RANK']} in the environment: expected {wanted}")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device, backend, options = torch.device("cpu"), "gloo", {}
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
@@ -102,12 +83,12 @@ def start_processes() -> torch.device:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         backend, options = "nccl", dict(device_id=device)
-    if several:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         try:
             dist.init_process_group(backend, **options)
         except (RuntimeError, ValueError) as error:
-            names, reason = ("MASTER_ADDR", "MASTER_PORT"), str(error).splitlines()[0]
-            place = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+            place = ", ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+            reason = str(error).splitlines()[0]
             raise ValueError(f"cannot meet the other processes at {place}: {reason}") from None
     return device
 
@@ -164,8 +145,7 @@ def environment(device: torch.device) -> dict:
     from it, and is None outside a git checkout."""
     git, commit = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"], None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-        commit = done.stdout.strip()
+        commit = subprocess.check_output(git, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
     cuda = device.type == "cuda"
     return dict(
         commit=commit,
@@ -176,11 +156,6 @@ def environment(device: torch.device) -> dict:
         threads=torch.get_num_threads(),
         processes=world_size(),
     )
-
-
-def cores_available() -> int:
-    """CPU cores that this process may use, on a machine of which it may own a part."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def all_sum(values: Tensor) -> list[float]:
@@ -196,9 +171,7 @@ def agreed(device: torch.device, *values: float | Tensor) -> list[float]:
     A flag that is set on any rank is above 0 everywhere, and a nan on any rank is nan everywhere.
     """
     values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return (values / world_size()).tolist()
+    return [total / world_size() for total in all_sum(values)]
 
 
 def parallel(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
@@ -225,10 +198,7 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def ema_decay_for(steps: int) -> float:
-    """Decay of the averaged weights: a horizon of 4% of the run, at most 0.99996.
-
-    That is LeViT's 0.99996 at its 626,000 steps.
-    """
+    """Decay of the averaged weights: a horizon of 4% of the run. LeViT's is 0.99996, at 626,000 steps."""
     return min(0.99996, 1 - 1 / max(1.0, 0.04 * steps))
 
 
@@ -254,10 +224,6 @@ class Progress:
 
             self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
 
-    def resume(self) -> None:
-        """Steps begin again after something else, such as an evaluation, whose time is not theirs."""
-        self.last = time.monotonic()
-
     def step(self, images: int, **values: float) -> None:
         """One step over `images` images (of all ranks) is done; `values` are shown, with the rate of late steps."""
         now = time.monotonic()
@@ -276,8 +242,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         if rank() == 0:
-            aside = contextlib.nullcontext() if self.bar is None else self.bar.external_write_mode()
-            with aside:
+            with contextlib.nullcontext() if self.bar is None else self.bar.external_write_mode():
                 say(text)
 
     def close(self) -> None:
@@ -315,23 +280,20 @@ def hold(folder: Path) -> IO:
 
     For workers that outlive a killed torchrun. A POSIX lock ends with its process, loader processes do not inherit it,
     and most network disks know it; on one that does not, nothing is held. Raises ValueError if another process has it,
-    or if the folder cannot be written to.
+    OSError if the folder cannot be written to.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "a+")  # noqa: SIM115
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "a+")  # noqa: SIM115
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise ValueError(f"{file.read()} trains into {folder}: wait for it, or kill it") from None
-        except OSError:  # a disk that knows no locks
-            pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-    except OSError as error:
-        raise ValueError(f"cannot write to --output {folder}: {error}") from None
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise ValueError(f"{file.read()} trains into {folder}: wait for it, or kill it") from None
+    except OSError:  # a disk that knows no locks
+        pass
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
     return file
 
 
@@ -346,19 +308,10 @@ def rewrite(path: Path, text: str) -> None:
 
 
 CHECKPOINTS = ("last.pt", "previous.pt")  # of a folder, newest first
-# Flags that may differ between a run and its continuation: those that change rounding or random numbers, and others.
+# Flags that may differ between a run and its continuation. INEXACT ones change rounding or random numbers.
 INEXACT = ("batch_size", "accumulate", "amp", "amp_dtype", "compile", "channels_last")
 FREE = {"output", "overwrite", "save_minutes", "workers", "eval", "image", "export", "checkpoint", "json", "min_score",
         "teacher_checkpoint", "eval_every", "split", "backbone", *INEXACT}  # fmt: skip
-
-
-def differences(then: Mapping, args: argparse.Namespace) -> list[str]:
-    """Flags, as text, that differ from the settings of a run though they belong to its identity."""
-    return [
-        f"{key} {then.get(key)!r} -> {value!r}"
-        for key, value in vars(args).items()
-        if key not in FREE and value != then.get(key)
-    ]
 
 
 def newest(folder: Path) -> Path | None:
@@ -405,34 +358,25 @@ class Run:
     rank), and the checkpoint holds all else, the log's records included. A kill during an evaluation repeats it.
 
     Args:
-        metrics: {key: title} of what the script's evaluation returns, the one that best.pt is best in first.
+        metrics: {key: title} of what the script's evaluation returns; best.pt is the best by the first of them.
         loader: of the training set; its sampler is an EpochSampler.
     Raises: ValueError if what is in --output is another run's, or damaged; SaveError.
     """
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        classes: list,
-        model: nn.Module,
-        ema: AveragedModel,
-        optimizer: torch.optim.Optimizer,
-        loader: DataLoader,
-        device: torch.device,
-        *,
-        steps_per_epoch: int,
-        total_steps: int,
-        metrics: dict[str, str],
-    ):
+        self, args: argparse.Namespace, classes: list, model: nn.Module, ema: AveragedModel,
+        optimizer: torch.optim.Optimizer, loader: DataLoader, device: torch.device,
+        *, steps_per_epoch: int, total_steps: int, metrics: dict[str, str],
+    ):  # fmt: skip
         self.args, self.classes, self.model, self.ema, self.optimizer = args, classes, model, ema, optimizer
         self.device, self.images, self.metrics, self.folder = device, len(loader.dataset), metrics, Path(args.output)
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
         float16 = args.amp and args.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=float16)  # of the loss
         self.step, self.best, self.records = 0, -math.inf, []
-        self.loss_sum, self.curve = 0.0, {"step": []}  # of the epoch that is under way
-        self.trained = None  # the record of an epoch whose evaluation is to follow
-        self.asked, self.saved = False, time.monotonic()
+        self.loss_sum, self.curve = 0.0, {"step": []}  # of the present epoch: losses, density of the masks
+        self.trained = None  # the record of an epoch that is trained but not yet evaluated and logged
+        self.signalled, self.saved = False, time.monotonic()  # asked to stop; when the last checkpoint was written
         self.begin_or_continue()
         self.bar = Progress(total_steps, self.step)
 
@@ -455,10 +399,10 @@ class Run:
             say(f"stopped at step {self.step} of {self.total_steps}; continue with: {again}")
 
     def note(self, number: int, frame) -> None:
-        """Signal handler: the next step, or the end of an evaluation, stops. A second Ctrl-C interrupts at once."""
-        if self.asked and number == signal.SIGINT:
+        """Signal handler: the run stops after this step or evaluation. A second Ctrl-C interrupts at once."""
+        if self.signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.signalled = True
         self.bar.say("stopping after this step")
 
     # ---- the loop
@@ -477,18 +421,21 @@ class Run:
             set_threshold(self.ema.module, self.progress)
             return
         args, started, waited, durations, first = self.args, time.monotonic(), 0.0, [], self.step
-        epoch, between = self.step // self.steps_per_epoch, max(1, self.total_steps // 100)
-        done, end = self.step - epoch * self.steps_per_epoch, min(self.steps_per_epoch * (epoch + 1), self.total_steps)
+        epoch, done = divmod(self.step, self.steps_per_epoch)  # `done` steps of the epoch, before a continuation
+        end = min(self.steps_per_epoch * (epoch + 1), self.total_steps)
+        between = max(1, self.total_steps // 100)  # steps from one record of the masks to the next
         loader.sampler.epoch, loader.sampler.start = epoch, done * args.batch_size * args.accumulate
-        self.bar.resume()
+        self.bar.last = started  # the time of an evaluation before is not this step's
         batches = iter(loader)
         while self.step < end:
-            asked = time.monotonic()
+            waiting = time.monotonic()
             step_batches = [next(batches) for _ in range(args.accumulate)]
             begun = time.monotonic()
             torch.manual_seed(mixed_seed(args.seed, self.step, rank()))
             record_masks(self.model, self.step % between == 0)
-            yield step_batches
+            yield step_batches  # the script trains on them, and calls `agree`
+
+            # Account for the step: masks, loss, time.
             if self.step % between == 0 and (masks := mask_statistics(self.model)):
                 if self.step == 0:
                     self.bar.say(first_masks(self.model, masks))
@@ -497,13 +444,17 @@ class Run:
                     self.curve.setdefault(name, []).append(density)
             self.step += 1
             self.loss_sum += self.loss
-            waited += begun - asked
+            waited += begun - waiting
             durations.append(time.monotonic() - begun)
             self.bar.step(args.global_batch, epoch=epoch, loss=self.loss, lr=self.lr)
+
+            # `agree` has found out whether to save or to stop after this step.
             if (self.stop or self.due) and self.step < end:  # the end of an epoch has a checkpoint of its own
                 self.save_last()
                 if self.stop:
                     raise Stopped
+
+        # The epoch is trained: its record waits in the checkpoint until `log` adds the metrics.
         steps, seconds = self.step - first, time.monotonic() - started
         self.trained = dict(
             epoch=epoch,
@@ -522,17 +473,17 @@ class Run:
             for buffer in self.ema.module.buffers():  # each rank has averaged its own BatchNorm statistics
                 dist.broadcast(buffer, 0)
         self.save_last()
-        if any(agreed(self.device, self.asked)):
+        if any(agreed(self.device, self.signalled)):
             raise Stopped
         set_threshold(self.ema.module, self.progress)
 
     def agree(self, loss: Tensor, lr: float) -> None:
-        """What all ranks know of a step before its weights change: its mean loss, whether to save and to stop.
+        """Make known to all ranks, before a step changes the weights: its mean loss, whether to save and to stop.
 
         Raises: NonFiniteLoss, in the same step on every rank.
         """
         due = rank() == 0 and 0 < 60 * self.args.save_minutes < time.monotonic() - self.saved
-        self.loss, self.due, self.stop = agreed(self.device, loss, due, self.asked)
+        self.loss, self.due, self.stop = agreed(self.device, loss, due, self.signalled)
         self.lr = lr
         if not math.isfinite(self.loss):
             raise self.not_finite(f"loss is {self.loss}")
@@ -566,7 +517,7 @@ class Run:
             f"epoch {record['epoch']}: train_loss {record['train_loss']:.4f}, lr {record['train_lr']:.3g}, {scores}"
             f"{record['images_per_s']:.0f} images/s, {100 * record['data_wait']:.0f}% waiting for data"
         )
-        if any(agreed(self.device, self.asked)):
+        if any(agreed(self.device, self.signalled)):
             raise Stopped
 
     def report(self) -> None:
@@ -591,8 +542,7 @@ class Run:
     def not_finite(self, what: str, kept: str = "last.pt") -> NonFiniteLoss:
         """The error to raise, with what one needs to know to go on; `kept` is the checkpoint before it."""
         path = self.folder / kept
-        found = f"the last checkpoint before it is {path}"
-        left = found if path.exists() else "there is no checkpoint before it"
+        left = f"the last checkpoint before it is {path}" if path.exists() else "there is no checkpoint before it"
         return NonFiniteLoss(f"{what} at step {self.step}, learning rate {self.lr:.3g}; {left}")
 
     def weights_and_settings(self) -> dict:
@@ -632,6 +582,7 @@ class Run:
         A folder is locked before what is in it is read. But a folder is not made before all is known to be good.
         """
         args, path = self.args, None
+        # Read what is there.
         if not begins_anew(args):
             if rank() == 0:
                 self.lock = hold(self.folder)
@@ -644,10 +595,12 @@ class Run:
             if kept:
                 raise ValueError(f"--output {self.folder} holds parts of a run ({', '.join(kept)}) but no checkpoint "
                                  "to continue from: choose another, or --overwrite to throw them away")  # fmt: skip
-        low, high = (agreed(self.device, x)[0] for x in (self.step, self.step**2))
-        if abs(high - low**2) > 1e-6 * high:
+        mean, mean_square = agreed(self.device, self.step, self.step**2)
+        if abs(mean_square - mean**2) > 1e-6 * mean_square:  # the variance over ranks is not 0
             raise ValueError(f"processes would continue from different steps: is --output {self.folder} on a shared "
                              "disk?")  # fmt: skip
+
+        # All is good: write.
         if rank() == 0 and path is None:
             self.lock = hold(self.folder)
             config = vars(args) | dict(classes=self.classes, total_steps=self.total_steps)
@@ -663,12 +616,14 @@ class Run:
     def continue_from(self, path: Path) -> None:
         """Take everything from a checkpoint of this run. Raises ValueError if it is of another, or cannot be."""
         args, state = self.args, read_checkpoint(path)
-        needed = {"args", "classes", "ema", "ema_updates", "step", "best", "model", "optimizer", "scaler", "processes",
-                  "images", "loss_sum", "curve", "trained", "records"}  # fmt: skip
-        if missing := needed - state.keys():
-            raise ValueError(f"{path} cannot be continued, only evaluated: it has no {', '.join(sorted(missing))}, "
-                             "as checkpoints of an older version; --overwrite starts anew")  # fmt: skip
-        differing = differences(state["args"], args)
+        if "records" not in state:
+            raise ValueError(f"{path} cannot be continued, only evaluated: it is a best.pt or of an older version; "
+                             "--overwrite starts anew")  # fmt: skip
+
+        # The same run? Flags that belong to its identity, classes and number of images must agree.
+        then, now = state["args"], vars(args)
+        identity = [key for key in now if key not in FREE and now[key] != then.get(key)]
+        differing = [f"{key} {then.get(key)!r} -> {now[key]!r}" for key in identity]
         if state["classes"] != self.classes:
             differing.append("the classes")
         if state["images"] != self.images:
@@ -676,8 +631,7 @@ class Run:
         if differing:
             raise ValueError(f"--output {self.folder} holds another run; differing: {', '.join(differing)}. Use its "
                              "flags to continue it, another --output, or --overwrite to throw it away")  # fmt: skip
-        if not 0 <= state["step"] <= self.total_steps:
-            raise ValueError(f"{path} is at step {state['step']}, the run ends at {self.total_steps}")
+
         self.model.load_state_dict(state["model"])
         self.ema.module.load_state_dict(state["ema"])
         self.ema.n_averaged.fill_(state["ema_updates"])
@@ -687,9 +641,11 @@ class Run:
         self.step, self.best, self.trained = state["step"], state["best"], state["trained"]
         self.loss_sum, self.curve, self.records = state["loss_sum"], state["curve"], state["records"]
         self.lr = self.trained["train_lr"] if self.trained else 0.0
-        then = {"processes": state["processes"], **{key: state["args"].get(key) for key in INEXACT}}
-        now = vars(args) | {"processes": world_size()}
-        changed = [f"{key} {value!r} -> {now.get(key)!r}" for key, value in then.items() if value != now.get(key)]
+
+        # The same bits? Not if one of these changed.
+        then, now = then | {"processes": state["processes"]}, now | {"processes": world_size()}
+        inexact = [key for key in ("processes", *INEXACT) if now.get(key) != then.get(key)]
+        changed = [f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in inexact]
         if changed and rank() == 0:
             say(f"not bit for bit what it would have been from here on ({', '.join(changed)}): BatchNorm's statistics, "
                 "mixing and dropout belong to each process and batch, and rounding changes")  # fmt: skip
@@ -697,19 +653,17 @@ class Run:
 
 def first_masks(model: nn.Module, masks: dict[str, tuple[float, float, float]]) -> str:
     """What the auxiliary masks hold in the first step of a run, by layer; `masks` as of `mask_statistics`."""
-    lines, never = {}, []
+    kinds, never = {}, []  # densities of layers that have tokens and threshold in common
     for name, (density, _, tokens) in masks.items():
         core = cores(model)[name]
         threshold = float(mask_threshold(0.0, round(tokens), core.epsilon, core.schedule))
+        kinds.setdefault(f"{tokens:.0f} tokens, threshold {threshold:.3g}", []).append(100 * density)
         if threshold >= 1:
             never.append(f"{name} ({tokens:.0f} tokens)")
-        kind = f"{tokens:.0f} tokens, threshold {threshold:.3g}"
-        lines.setdefault(kind, []).append(density)
-    text = [f"auxiliary branch: {sum(d > 0 for d, *_ in masks.values())} of {len(masks)} masks hold entries in the "
-            "first step"]  # fmt: skip
-    for kind, densities in lines.items():
-        held = f"{100 * min(densities):.3g} to {100 * max(densities):.3g}% of entries kept"
-        text.append(f"  {len(densities)} layers of {kind}: {held}")
+    holding = sum(density > 0 for density, *_ in masks.values())
+    text = [f"auxiliary branch: {holding} of {len(masks)} masks hold entries in the first step"]
+    for kind, percent in kinds.items():
+        text.append(f"  {len(percent)} layers of {kind}: {min(percent):.3g} to {max(percent):.3g}% of entries kept")
     if never:
         text.append(f"  never any, as a threshold of 1 keeps nothing: {', '.join(never)}")
     return "\n".join(text)
@@ -753,10 +707,10 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
 
 
 @torch.inference_mode()
-def images_per_second(models: dict[str, nn.Module], images: Tensor, rounds: int = 7) -> dict[str, float]:
+def images_per_second(models: dict[str, nn.Module], images: Tensor) -> dict[str, float]:
     """Median throughput of each model on the same batch, measured in turns so that a noisy machine hits all alike."""
     times = {name: [] for name in models}
-    for turn in range(rounds + 1):
+    for turn in range(8):
         for name, model in models.items():
             started = time.perf_counter()
             model(images)
@@ -764,7 +718,7 @@ def images_per_second(models: dict[str, nn.Module], images: Tensor, rounds: int 
                 torch.cuda.synchronize()
             if turn:  # the first is warm-up
                 times[name].append(time.perf_counter() - started)
-    return {name: len(images) / sorted(spent)[rounds // 2] for name, spent in times.items()}
+    return {name: len(images) / statistics.median(spent) for name, spent in times.items()}
 
 
 def castling_report(args: argparse.Namespace, model: nn.Module, record: dict, device: torch.device) -> dict:
@@ -786,21 +740,18 @@ def castling_report(args: argparse.Namespace, model: nn.Module, record: dict, de
 
 def print_report(args: argparse.Namespace, metric: dict, titles: dict[str, str]) -> None:
     """The castling report as a table: one column, or two where there was a branch to castle."""
-    columns, first = list(metric["macs"]), next(iter(titles))
-    rows = [
-        (title, "{:.2f}", [metric[f"test_{key}"], metric.get(f"test_{key}_castled")]) for key, title in titles.items()
-    ]
-    speed = f"images/s, batch {min(32, args.batch_size)}"
-    rows += [
-        ("MACs per image, M", "{:.1f}", [metric["macs"][column] / 1e6 for column in columns]),
-        (speed, "{:.0f}", [metric["inference_images_per_s"][column] for column in columns]),
-    ]
     say(f"\ncastling report: {args.model}, {args.attention}, {args.data} at {args.image_size} px")
-    say(" " * 22 + "".join(f"{column:>14}" for column in columns))
-    for name, form, values in rows:
-        say(f"{name:22}" + "".join(f"{form.format(value):>14}" for value in values[: len(columns)]))
+    rows = {"": list(metric["macs"])}
+    for key, title in titles.items():
+        scores = [metric[name] for name in (f"test_{key}", f"test_{key}_castled") if name in metric]
+        rows[title] = [f"{score:.2f}" for score in scores]
+    rows["MACs per image, M"] = [f"{macs / 1e6:.1f}" for macs in metric["macs"].values()]
+    speeds = metric["inference_images_per_s"].values()
+    rows[f"images/s, batch {min(32, args.batch_size)}"] = [f"{speed:.0f}" for speed in speeds]
+    for name, values in rows.items():
+        say(f"{name:22}" + "".join(f"{value:>14}" for value in values))
     if "castling_gap" in metric:
-        say(f"castling gap          {metric['castling_gap']:.2f} points of {titles[first]}")
+        say(f"castling gap          {metric['castling_gap']:.2f} points of {next(iter(titles.values()))}")
         held = [f"{layer} {density:.4f}" for layer, density in metric["mask_density"].items() if density > 0]
         say(f"mask density          {', '.join(held) or '0 in every layer: the masks are empty'}")
 
@@ -918,7 +869,9 @@ def fill_in(args: argparse.Namespace, defaults: Mapping) -> None:
     """Flags that are still open, from `defaults` and those that all scripts share; then the output folder, and
     `global_batch`, the images of a step over all processes."""
     shared = dict(attention="castling", data="shapes", epsilon=0.02, mask_schedule="ramp", seed=0, eval_every=1)
-    shared["workers"] = max(1, min(8, cores_available() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    # The cores that this process may use may be a part of the machine's; macOS cannot say.
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shared["workers"] = max(1, min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     for flag, value in (shared | dict(defaults)).items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
@@ -943,10 +896,8 @@ def asked(args: argparse.Namespace) -> str:
 def epoch_and_run(args: argparse.Namespace, images: int) -> tuple[int, int]:
     """Steps per epoch, and of the run. Raises ValueError if there are fewer images than one global batch."""
     if images < args.global_batch:
-        raise ValueError(
-            f"{args.data} has {images} training images, fewer than one global batch of {args.global_batch}: "
-            f"lower --batch-size"
-        )
+        raise ValueError(f"{args.data} has {images} training images, fewer than one global batch of "
+                         f"{args.global_batch}: lower --batch-size")  # fmt: skip
     steps_per_epoch = images // args.global_batch
     return steps_per_epoch, min(steps_per_epoch * args.epochs, args.max_steps or math.inf)
 
@@ -956,10 +907,8 @@ def same_classes(args: argparse.Namespace, train_set: Dataset, val_set: Dataset)
     one, other = train_set.classes, val_set.classes
     if one != other:
         differing = [c for c in one if c not in other] + [c for c in other if c not in one]
-        raise ValueError(
-            f"the training and validation images of {args.data} have different classes: "
-            f"{', '.join(map(str, differing[:5])) or 'the same in another order'}"
-        )
+        raise ValueError(f"the training and validation images of {args.data} have different classes: "
+                         f"{', '.join(map(str, differing[:5])) or 'the same in another order'}")  # fmt: skip
 
 
 def describe(state: Run, recipe: str, val_set: Dataset) -> str:
@@ -985,10 +934,11 @@ def core_options(args: argparse.Namespace) -> dict:
     return options | {key: getattr(args, key) for key in ("dconv", "mlp_dwconv") if getattr(args, key) is not None}
 
 
-def settings_of(path: str, checkpoint: dict) -> dict:
-    """The settings that a checkpoint was trained with, `classes` among them: its own, or those of the config.json
-    beside it; {} if there are none."""
-    settings, config = {}, Path(path).with_name("config.json")
+def settings_for(args: argparse.Namespace) -> dict:
+    """The settings that --checkpoint was trained with, `classes` among them: its own, or those of the config.json
+    beside it; {} if there are none. Raises ValueError if they are another script's."""
+    checkpoint, settings = read_checkpoint(args.checkpoint), {}
+    config = Path(args.checkpoint).with_name("config.json")
     if isinstance(checkpoint.get("args"), dict):
         settings = checkpoint["args"] | {"classes": checkpoint.get("classes")}
     elif config.is_file():
@@ -996,9 +946,11 @@ def settings_of(path: str, checkpoint: dict) -> dict:
             settings = json.loads(config.read_text())
         except ValueError as error:
             raise ValueError(f"{config} is damaged: {error}") from None
-    ours = isinstance(settings, dict) and isinstance(settings.get("model"), str)
-    ours = ours and settings.get("attention") in ATTENTIONS
-    return renamed(settings) if ours else {}  # others too write args, and files of that name
+    if not isinstance(settings, dict) or settings.get("attention") not in ATTENTIONS:
+        return {}  # others too write args, and files of that name
+    if settings.get("script", args.script) != args.script:
+        raise ValueError(f"{args.checkpoint} is a checkpoint of {settings['script']}, not of {args.script}")
+    return renamed(settings)
 
 
 def renamed(settings: dict) -> dict:
@@ -1011,14 +963,6 @@ def renamed(settings: dict) -> dict:
     for old in ("mlp_dw", "mlp_conv"):
         if (kernel := settings.pop(old, None)) is not None:
             settings["mlp_dwconv"] = kernel
-    return settings
-
-
-def settings_for(args: argparse.Namespace) -> dict:
-    """`settings_of` --checkpoint. Raises ValueError if it is another script's."""
-    settings = settings_of(args.checkpoint, read_checkpoint(args.checkpoint))
-    if settings.get("script", args.script) != args.script:
-        raise ValueError(f"{args.checkpoint} is a checkpoint of {settings['script']}, not of {args.script}")
     return settings
 
 

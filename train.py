@@ -34,9 +34,9 @@ from run import at_least, autocast, ema_decay_for, rank, say, share, world_size
 
 METRICS = {"acc1": "Acc@1", "acc5": "Acc@5"}  # of `evaluate`; best.pt is best in the first
 
-# Defaults that depend on the data. Folders: the paper's epochs, and `batch_per_gpu`; DeiT's
-# augmentation, whose RandAugment m9 (of 10) is torchvision's 27 (of 30), without its repeated augmentation. The
-# rendered shapes have a small, short recipe of their own, made for two CPU cores.
+# Defaults by kind of data. A folder gets the paper's epochs and batch (`batch_per_gpu`) and DeiT's
+# augmentation without repeated augmentation. RandAugment's magnitude is 9 of 10 in DeiT, so 27 of
+# 30 in torchvision. The rendered shapes have a short recipe of their own, made for two CPU cores.
 DATA_DEFAULTS = {
     "folder": dict(
         image_size=224, epochs=1000, optimizer="sgd",
@@ -58,11 +58,11 @@ OPTIMIZERS = {
     # LeViT's and DeiT's own recipe; weight decay is LeViT's (DeiT: 0.05)
     "adamw": dict(lr=5e-4, weight_decay=0.025, warmup_epochs=5.0, schedule="cosine"),
 }
-# At a global batch of `lr_batch`, as `lr` is: where warm-up starts, where a cosine ends.
+# (learning rate where warm-up starts, where a cosine ends), both for a global batch of `lr_batch`, as `lr` is
 LR_ENDS = {"sgd": (0.01, 0.0), "adamw": (1e-6, 1e-5)}
 
 
-# ---- schedules: pure functions of where training stands --------------------------------------------------------------
+# ---- batch sizes and learning rates ----------------------------------------------------------------------------------
 
 
 def exponential_lr(epoch: float, *, epochs: float, peak: float, start: float, warmup: float) -> float:
@@ -111,7 +111,7 @@ def lr_batch(args: argparse.Namespace) -> int:
 
 
 def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int, total_steps: int) -> float:
-    """Learning rate of optimiser step `step` (0-based), scaled from the recipe's batch to args.global_batch."""
+    """Learning rate of optimiser step `step` (0-based): the recipe's, times args.global_batch / `lr_batch`."""
     scale = args.global_batch / lr_batch(args)
     start, end = (min(args.lr, lr) * scale for lr in LR_ENDS[args.optimizer])
     epoch, epochs = step / steps_per_epoch, total_steps / steps_per_epoch
@@ -126,7 +126,7 @@ def train_transform(args: argparse.Namespace) -> Callable:
     """Image (PIL, or uint8 tensor) -> augmented uint8 tensor (3, S, S); normalising and mixing follow on the device."""
     mean = [round(255 * m) for m in MEAN]
     steps = [v2.RandomHorizontalFlip()]
-    if args.data != "shapes":  # rendered at the size they are wanted
+    if args.data != "shapes":  # which are rendered at image_size
         steps.insert(0, v2.RandomResizedCrop(args.image_size, interpolation=v2.InterpolationMode.BICUBIC))
     if args.randaugment:
         steps.append(v2.RandAugment(magnitude=args.randaugment, fill=mean))
@@ -136,7 +136,7 @@ def train_transform(args: argparse.Namespace) -> Callable:
 def eval_transform(args: argparse.Namespace) -> Callable:
     """Image -> uint8 tensor (3, S, S): resize the short side to S / 0.875 and take the centre, as DeiT and LeViT do."""
     if args.data == "shapes":
-        return v2.PILToTensor()  # leaves rendered tensors as they are
+        return v2.PILToTensor()  # shapes are rendered at this size, as tensors: they pass unchanged
     resize = v2.Resize(round(args.image_size / 0.875), interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([without_far_ends, resize, v2.CenterCrop(args.image_size), v2.PILToTensor()])
 
@@ -171,9 +171,9 @@ def open_split(args: argparse.Namespace, split: str) -> Dataset:
 
 
 def timm_model(args: argparse.Namespace, num_classes: int, image_size: int) -> nn.Module:
-    """--model timm:NAME: timm's model as it is with --attention softmax, converted with castling.
+    """--model timm:NAME: timm's own model for --attention softmax, converted for castling.
 
-    Raises: ValueError for a model that timm does not have or `convert` refuses, other attention, missing timm.
+    Raises: ValueError if timm is missing or lacks the model, or `convert` or the flags do not fit it.
     """
     name = args.model.removeprefix("timm:")
     try:
@@ -183,19 +183,17 @@ def timm_model(args: argparse.Namespace, num_classes: int, image_size: int) -> n
     look_up(dict.fromkeys(timm.list_models()), name, "model of timm")
     if args.attention not in ("castling", "softmax"):
         raise ValueError(f"timm's models have --attention softmax or castling, not {args.attention}")
-    if args.distilled is not None:
-        raise ValueError("--distilled is for this project's models: timm's are chosen by name")
+    if args.distilled is not None or args.mlp_dwconv:
+        raise ValueError("--distilled and --mlp-dwconv are for this project's models, not for timm's")
     options = dict(num_classes=num_classes, drop_path_rate=args.drop_path or 0.0)
     try:
         model = timm.create_model(name, img_size=image_size, **options)
     except TypeError:  # it has no fixed image size
         model = timm.create_model(name, **options)
-    if args.mlp_dwconv:
-        raise ValueError("--mlp-dwconv is for this project's models: timm's MLPs have none")
     if args.attention == "castling":
-        taps = 9 if args.dconv is None else args.dconv
-        convert(model, epsilon=args.epsilon, schedule=args.mask_schedule, dconv=taps)
-    return model.to(memory_format=torch.channels_last) if args.channels_last else model
+        dconv = 9 if args.dconv is None else args.dconv
+        convert(model, epsilon=args.epsilon, schedule=args.mask_schedule, dconv=dconv)
+    return model
 
 
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> nn.Module:
@@ -203,12 +201,14 @@ def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> n
     if args.patch_size is not None and args.model not in DEIT:
         raise ValueError(f"--patch-size is for {', '.join(DEIT)}, not {args.model}")
     if args.model.startswith("timm:"):
-        return timm_model(args, num_classes, image_size)
-    if args.model in VIT_DENSE:
+        model = timm_model(args, num_classes, image_size)
+    elif args.model in VIT_DENSE:
         raise ValueError(f"{args.model} gives feature maps, not classes: it is a backbone of segment.py")
-    given = ("drop_path", "distilled", "patch_size")
-    options = run.core_options(args) | {key: getattr(args, key) for key in given if getattr(args, key) is not None}
-    model = build_model(args.model, args.attention, num_classes, image_size, args.castle_downsample, **options)
+    else:
+        flags = ("drop_path", "distilled", "patch_size")  # the model has its own default for each
+        given = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
+        options = run.core_options(args) | given
+        model = build_model(args.model, args.attention, num_classes, image_size, args.castle_downsample, **options)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
@@ -263,11 +263,11 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
         labels = labels.to(device)
         with autocast(args, device):
             logits = model(to_model_input(images, device, args.channels_last)).float()
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5), likeliest first
         sums[0] += len(labels)
         sums[1] += F.cross_entropy(logits, labels, reduction="sum")
-        sums[2] += ranked[:, 0].sum()
-        sums[3] += ranked.sum()
+        sums[2] += hits[:, 0].sum()
+        sums[3] += hits.sum()
     images, loss, top1, top5 = run.all_sum(sums)
     return dict(loss=loss / images, acc1=100 * top1 / images, acc5=100 * top5 / images)
 
@@ -276,18 +276,20 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    """Train to the end, one checkpoint, evaluation and log line per epoch; then the castling report."""
-    with run.checked(args):
+    """Train to the end, a checkpoint and a log line per epoch, evaluated when due; then the castling report."""
+    with run.checked(args):  # a mistake in flags or files ends the script here, in one line
+        # Defaults and data. Some defaults depend on the length of the run.
         resolve(args)
         train_set, val_set = open_split(args, "train"), open_split(args, "val")
         run.same_classes(args, train_set, val_set)
         steps_per_epoch, total_steps = run.epoch_and_run(args, len(train_set))
-        epochs = total_steps / steps_per_epoch
         if args.warmup_epochs is None:
-            args.warmup_epochs = warmup_for(epochs, OPTIMIZERS[args.optimizer]["warmup_epochs"])
+            full = OPTIMIZERS[args.optimizer]["warmup_epochs"]
+            args.warmup_epochs = warmup_for(total_steps / steps_per_epoch, full)
         if args.ema_decay is None:
             args.ema_decay = ema_decay_for(total_steps)
 
+        # Model, its moving average, optimiser, and a teacher if there is one to learn from.
         torch.manual_seed(args.seed)  # the same first weights on every rank
         model = make_model(args, len(train_set.classes), args.image_size)
         check_batch_norm(args, model)
@@ -298,30 +300,39 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         optimizer = torch.optim.SGD(groups, momentum=0.9) if args.optimizer == "sgd" else torch.optim.AdamW(groups)
         teacher = load_teacher(args, train_set.classes, device)
 
+        # Each rank reads its part of one seeded order, in which every step has a whole global batch.
         order = dict(rank=rank(), world=world_size())
         sampler = EpochSampler(len(train_set), seed=args.seed, multiple=args.global_batch, **order)
         augmented = Augmented(train_set, train_transform(args), args.seed)
         train_loader = make_loader(augmented, sampler, args.batch_size, args.workers)
         val_loader = validation_loader(args, val_set)
+
+        # The run: at its first step, or where the newest checkpoint in --output left it.
         state = run.Run(
             args, train_set.classes, model, ema, optimizer, train_loader, device,
             steps_per_epoch=steps_per_epoch, total_steps=total_steps, metrics=METRICS,
         )  # fmt: skip
 
-    mixes = [(v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)]
-    mixes = [mix(alpha=alpha, num_classes=len(train_set.classes)) for mix, alpha in mixes if alpha > 0]
+    # MixUp or CutMix, drawn anew for each batch; both turn classes (B,) into probabilities (B, classes).
+    kinds = [(v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)]
+    mixes = [kind(alpha=alpha, num_classes=len(train_set.classes)) for kind, alpha in kinds if alpha > 0]
     mix = v2.RandomChoice(mixes) if mixes else lambda images, targets: (images, targets)
+
+    # `net` is `model` wrapped for training (DDP, torch.compile): the same parameters.
     net, scaler = run.parallel(model, args, device), state.scaler
     with state:
         state.bar.say(run.describe(state, describe_recipe(args), val_set))
         for _ in state.epochs():
             net.train()
-            for batches in state.steps(train_loader):
+            for batches in state.steps(train_loader):  # --accumulate batches; usually one
+                # 1. What follows from where training stands: mask threshold and learning rate.
                 set_threshold(model, state.progress)                                       # Eq. (10), D4
                 lr = run.set_lr(optimizer, learning_rate(args, state.step, steps_per_epoch, total_steps))
+
+                # 2. Forward and backward; `loss` is the mean over the step's batches.
                 loss = torch.zeros((), device=device)
                 for i, (images, targets) in enumerate(batches):
-                    net.require_backward_grad_sync = i == len(batches) - 1                 # DDP: once a step
+                    net.require_backward_grad_sync = i == len(batches) - 1                 # DDP sums once a step
                     images, targets = to_model_input(images, device, args.channels_last), targets.to(device)
                     images, targets = mix(images, targets)
                     with autocast(args, device):
@@ -334,7 +345,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                         ) / len(batches)  # fmt: skip
                     scaler.scale(part).backward()
                     loss += part.detach()
-                state.agree(loss, lr)                                                      # NaN stops every rank
+
+                # 3. Ranks exchange the loss, and whether to save or stop; NaN on one raises on all.
+                state.agree(loss, lr)
+
+                # 4. Change the weights and their average.
                 if args.clip_grad > 0:
                     scaler.unscale_(optimizer)
                     nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
@@ -343,15 +358,17 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 optimizer.zero_grad(set_to_none=True)
                 ema.update_parameters(model)
 
+            # The epoch is trained and saved. Evaluate the averaged weights, with and without the branch.
             metrics = {}
-            if state.evaluation_due():                                                     # with and without branch
+            if state.evaluation_due():
                 metrics = run.evaluate_castling(lambda m: evaluate(m, val_loader, args, device), ema.module, "acc1")
             state.log(metrics)
         state.report()
 
 
 def check_batch_norm(args: argparse.Namespace, model: nn.Module) -> None:
-    """BatchNorm refuses a single value in training: one image, in two dimensions one of a token. Raises ValueError."""
+    """Raise ValueError where BatchNorm would get a single value per channel, and fail: BatchNorm1d with one image,
+    BatchNorm2d with one image of at most 32 px, whose last map may be 1 x 1."""
     refusing = (nn.BatchNorm1d, nn.BatchNorm2d) if args.image_size <= 32 else nn.BatchNorm1d
     if args.batch_size == 1 and any(isinstance(module, refusing) for module in model.modules()):
         raise ValueError(f"BatchNorm of {args.model} needs --batch-size 2 or more per process at {args.image_size} px")
@@ -364,18 +381,22 @@ def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
 
 
 def load_teacher(args: argparse.Namespace, classes: list[str], device: torch.device) -> nn.Module | None:
-    """The frozen teacher that the flags ask for: a checkpoint of this project, or of a torchvision model."""
+    """The frozen teacher that the flags ask for, a model of this project or of torchvision; None without distillation.
+
+    Raises: ValueError for an unknown teacher, flags that do not go together, or other classes than `classes`.
+    """
     given = [args.distillation != "none", args.teacher is not None, args.teacher_checkpoint is not None]
     if not any(given):
         return None
     if not all(given):
         raise ValueError("distillation needs all of --distillation hard|soft, --teacher and --teacher-checkpoint")
     if args.teacher in MODELS:
+        # As with `train.py --model TEACHER --checkpoint FILE`: other settings are those of the file.
         size = f"--image-size={args.image_size}"
         own = parser().parse_args([f"--model={args.teacher}", f"--checkpoint={args.teacher_checkpoint}", size])
         own.script = args.script
         if not run.settings_for(own):
-            own.attention = "softmax"
+            own.attention = "softmax"  # weights of somebody else
         teacher, known = load(own, classes)
         if known != classes:
             raise ValueError(f"{args.teacher_checkpoint} knows other classes than {args.data}")
@@ -400,7 +421,7 @@ smoothing {a.smoothing}"""
 
 
 def load(args: argparse.Namespace, classes: list | None = None) -> tuple[nn.Module, list]:
-    """The model in --checkpoint, ready to be used, and the classes it knows; `classes` if the file does not say."""
+    """The model in --checkpoint, in eval mode, and its classes: of the file, else `classes`, else numbered."""
     trained = run.settings_for(args)
     resolve(args, trained)
     classes = trained.get("classes") or classes
@@ -457,15 +478,6 @@ def export(args: argparse.Namespace) -> None:
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def mixing(text: str) -> float:
-    """argparse type: alpha of a Beta distribution, or 0 for none. Far below 1e-3 torch draws only
-    0.5, or fails."""
-    value = at_least(0, float)(text)
-    if 0 < value < 1e-3:
-        raise argparse.ArgumentTypeError(f"must be 0 or at least 0.001, got {text}")
-    return value
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line of train.py; what is left None is filled in by `resolve`."""
     p = run.Parser(
@@ -484,8 +496,8 @@ def parser() -> argparse.ArgumentParser:
     add("--warmup-epochs", type=at_least(0, float), help="default 11 for sgd, 5 for adamw, at most 11%% of the run")
     add("--clip-grad", type=at_least(0, float), default=0.0, help="largest gradient norm, 0 for no limit")
     add("--smoothing", type=share, help=f"label smoothing; {by_data('smoothing')}")
-    add("--mixup", type=mixing, help=f"MixUp's alpha, 0 for none; {by_data('mixup')}")
-    add("--cutmix", type=mixing, help=f"CutMix's alpha, 0 for none; {by_data('cutmix')}")
+    add("--mixup", type=at_least(0, float), help=f"MixUp's alpha, 0 for none; {by_data('mixup')}")
+    add("--cutmix", type=at_least(0, float), help=f"CutMix's alpha, 0 for none; {by_data('cutmix')}")
     add("--randaugment", type=at_least(0, most=30), help=f"magnitude of 30, 0 for none; {by_data('randaugment')}")
     add("--erasing", type=share, help=f"probability of random erasing; {by_data('erasing')}")
     add("--drop-path", type=share, help="stochastic depth; default 0 for shapes, else the model's")
@@ -508,9 +520,9 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
     args.model = args.model or "levit128"
     row = {"batch_size": batch_per_gpu(args.model)} | DATA_DEFAULTS[kind_of(args.data)]
     args.optimizer = args.optimizer or row["optimizer"]
-    if args.optimizer != row["optimizer"]:  # its learning rate is no other's
+    if args.optimizer != row["optimizer"]:  # the row's learning rate and schedule are for its own
         row = {flag: value for flag, value in row.items() if flag not in ("lr", "schedule")}
-    recipe = {flag: value for flag, value in OPTIMIZERS[args.optimizer].items() if flag != "warmup_epochs"}
+    recipe = dict(OPTIMIZERS[args.optimizer], warmup_epochs=None)  # `train` sets it: the run's length is not known yet
     run.fill_in(args, dict(castle_downsample=True, shapes_length=30000) | recipe | row)
 
 
