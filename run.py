@@ -72,9 +72,20 @@ def start_processes() -> torch.device:
     """Join the process group if torchrun started several processes (nccl on GPUs, gloo on CPUs).
 
     Returns: this process's device.
-    Raises: ValueError for a GPU that is not there, or a group that cannot be met.
+
+    Raises: ValueError for environment variables that make no sense, or a group that is not met.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    counts = {}
+    for name, least in dict(WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, RANK=0, LOCAL_RANK=0).items():
+        text = os.environ.get(name, str(least))
+        if not text.isdecimal() or int(text) < least:
+            wanted = f"a whole number of at least {least}"
+            raise ValueError(f"{name}={text} in the environment: expected {wanted}")
+        counts[name] = int(text)
+    local_rank, several = counts["LOCAL_RANK"], counts["WORLD_SIZE"] > 1
+    if several and counts["RANK"] >= counts["WORLD_SIZE"]:
+        wanted = f"less than WORLD_SIZE={counts['WORLD_SIZE']}"
+        raise ValueError(f"RANK={counts['RANK']} in the environment: expected {wanted}")
     device, backend, options = torch.device("cpu"), "gloo", {}
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
@@ -83,12 +94,12 @@ def start_processes() -> torch.device:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         backend, options = "nccl", dict(device_id=device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if several:
         try:
             dist.init_process_group(backend, **options)
         except (RuntimeError, ValueError) as error:
-            place = ", ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
-            reason = str(error).splitlines()[0]
+            names, reason = ("MASTER_ADDR", "MASTER_PORT"), str(error).splitlines()[0]
+            place = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
             raise ValueError(f"cannot meet the other processes at {place}: {reason}") from None
     return device
 

@@ -5835,13 +5835,16 @@ def test_a_run_outlives_its_reader(tmp_path, both):
 
 
 @pytest.mark.parametrize(("variables", "message"), [
-    (dict(WORLD_SIZE="abc"), "'abc'"), (dict(LOCAL_RANK="x"), "'x'"),
+    (dict(WORLD_SIZE="abc"), "WORLD_SIZE=abc"), (dict(WORLD_SIZE="0"), "WORLD_SIZE=0"),
+    (dict(RANK="-1"), "RANK=-1"), (dict(LOCAL_RANK="x"), "LOCAL_RANK=x"),
+    (dict(LOCAL_WORLD_SIZE="0"), "LOCAL_WORLD_SIZE=0"),
+    (dict(RANK="2", WORLD_SIZE="2"), "RANK=2 in the environment: expected less than WORLD_SIZE=2"),
     (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="abc"), "MASTER_PORT=abc"),
     (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"), "MASTER_PORT=taken"),
 ])  # fmt: skip
 def test_variables_of_processes_are_checked(tmp_path, capsys, monkeypatch, variables, message):
-    """What torchrun would have set is refused by its value where it is no number or no port, or the
-    port is taken."""
+    """What torchrun would have set is refused by name and value where it makes no sense, or the port
+    is taken."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
