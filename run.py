@@ -642,6 +642,8 @@ class Run:
         if differing:
             raise ValueError(f"--output {self.folder} holds another run; differing: {', '.join(differing)}. Use its "
                              "flags to continue it, another --output, or --overwrite to throw it away")  # fmt: skip
+        if not 0 <= state["step"] <= self.total_steps:
+            raise ValueError(f"{path} is at step {state['step']}, the run ends at {self.total_steps}")
 
         self.model.load_state_dict(state["model"])
         self.ema.module.load_state_dict(state["ema"])

@@ -2689,7 +2689,7 @@ def test_bad_arguments_exit_with_2(tmp_path, capsys):
     (["--output="], "--output has an empty value"), (["--data", ""], "--data has an empty value"),
     (["--lr=1e308"], "--lr: must be within 0..1e+30, got 1e308"), (["--lr=inf"], "got inf"),
     (["--lr=nan"], "got nan"), (["--weight-decay=inf"], "got inf"),
-    (["--mixup=-1"], "--mixup: must be at least 0, got -1"),
+    (["--mixup=1e-300"], "must be 0 or at least 0.001, got 1e-300"), (["--cutmix=1e-9"], "got 1e-9"),
     (["--image-size=1000000"], "--image-size: must be within 1..4096, got 1000000"),
     (["--workers=100000"], "--workers: must be within 0..128, got 100000"),
 ])  # fmt: skip
@@ -5775,7 +5775,7 @@ def test_pixels_that_are_no_numbers_stop(script, pixels, tmp_path, capsys, monke
 
 
 def test_checkpoints_that_do_not_fit_the_run_are_refused(tmp_path, capsys):
-    """--eval of lost weights is an error, not a score."""
+    """--eval of lost weights is an error, not a score; a step beyond the end is no complete run."""
     run_tiny("train", tmp_path / "a")
     state = convert.read_checkpoint(tmp_path / "a" / "last.pt")
     for part in ("model", "ema"):
@@ -5785,6 +5785,10 @@ def test_checkpoints_that_do_not_fit_the_run_are_refused(tmp_path, capsys):
     asked = ("--eval", f"--checkpoint={tmp_path}/nan.pt")
     said = refused(capsys, 2, run_tiny, "train", tmp_path / "b", *asked)
     assert "nan.pt" in said and "holds nan or inf" in said and "{" not in capsys.readouterr().out
+    state = convert.read_checkpoint(tmp_path / "a" / "last.pt")
+    torch.save(state | {"step": 9}, tmp_path / "a" / "last.pt")
+    said = refused(capsys, 2, run_tiny, "train", tmp_path / "a")
+    assert "last.pt is at step 9, the run ends at 8" in said
 
 
 def test_evaluation_without_a_finite_loss_fails(tmp_path, capsys):

@@ -478,6 +478,14 @@ def export(args: argparse.Namespace) -> None:
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
+def mixing(text: str) -> float:
+    """argparse type: alpha of a Beta distribution, or 0 for none. Torch cannot draw from one far below 1e-3."""
+    value = at_least(0, float)(text)
+    if 0 < value < 1e-3:
+        raise argparse.ArgumentTypeError(f"must be 0 or at least 0.001, got {text}")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of train.py; what is left None is filled in by `resolve`."""
     p = run.Parser(
@@ -496,8 +504,8 @@ def parser() -> argparse.ArgumentParser:
     add("--warmup-epochs", type=at_least(0, float), help="default 11 for sgd, 5 for adamw, at most 11%% of the run")
     add("--clip-grad", type=at_least(0, float), default=0.0, help="largest gradient norm, 0 for no limit")
     add("--smoothing", type=share, help=f"label smoothing; {by_data('smoothing')}")
-    add("--mixup", type=at_least(0, float), help=f"MixUp's alpha, 0 for none; {by_data('mixup')}")
-    add("--cutmix", type=at_least(0, float), help=f"CutMix's alpha, 0 for none; {by_data('cutmix')}")
+    add("--mixup", type=mixing, help=f"MixUp's alpha, 0 for none; {by_data('mixup')}")
+    add("--cutmix", type=mixing, help=f"CutMix's alpha, 0 for none; {by_data('cutmix')}")
     add("--randaugment", type=at_least(0, most=30), help=f"magnitude of 30, 0 for none; {by_data('randaugment')}")
     add("--erasing", type=share, help=f"probability of random erasing; {by_data('erasing')}")
     add("--drop-path", type=share, help="stochastic depth; default 0 for shapes, else the model's")
