@@ -484,16 +484,13 @@ def captured(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor, Tenso
     """
     seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def watch(name: str, attend: Callable) -> Callable:
-        def watched(q: Tensor, k: Tensor, v: Tensor, *rest, **options) -> Tensor:
-            seen[name] = q, k, v
-            return attend(q, k, v, *rest, **options)
-
-        return watched
+    def watch(name: str, attend: Callable, q: Tensor, k: Tensor, v: Tensor, *rest, **options) -> Tensor:
+        seen[name] = q, k, v
+        return attend(q, k, v, *rest, **options)
 
     watched = cores(model)
     for name, core in watched.items():
-        core.attend = watch(name, core.attend)
+        core.attend = functools.partial(watch, name, core.attend)
     try:
         yield seen
     finally:
@@ -501,23 +498,14 @@ def captured(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor, Tenso
             del core.attend
 
 
-def check_queries(q: Tensor, queries: Sequence[int] | Tensor) -> Tensor:
-    """Token indices as a tensor (Q,). Raises ValueError for one that q, (B, H, N, D), does not have."""
-    index = torch.as_tensor(queries, device=q.device)
-    if index.min() < 0 or index.max() >= q.shape[-2]:
-        raise ValueError(f"queries must be within 0..{q.shape[-2] - 1}, got {queries}")
-    return index
-
-
 @torch.no_grad()
 def auxiliary_mask_rows(core: AttentionCore, q: Tensor, k: Tensor, queries: Sequence[int] | Tensor) -> Tensor:
     """Rows of M_sparse at the core's present threshold, (B, H, Q, N) for Q chosen queries; 0 once castled.  Eq. (10)
 
-    Args: q, k: (B, H, N, D), as `captured` gives them; queries: Q token indices, at least one.
-    Raises: ValueError for an index that there is not.
+    Args: q, k: (B, H, N, D), as `captured` gives them; queries: Q token indices.
     """
-    index, dtype = check_queries(q, queries), torch.promote_types(q.dtype, torch.float32)
-    q, k = q[..., index, :].to(dtype), k.to(dtype)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k = q[..., queries, :].to(dtype), k.to(dtype)
     if not (core.auxiliary and core.active):
         return q.new_zeros(*q.shape[:-1], k.shape[-2])
     threshold = mask_threshold(core.progress.float(), k.shape[-2], core.epsilon, core.schedule)
@@ -527,7 +515,7 @@ def auxiliary_mask_rows(core: AttentionCore, q: Tensor, k: Tensor, queries: Sequ
 
 @torch.no_grad()
 def attention_rows(
-    core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int] | Tensor, band: bool = True
+    core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int], band: bool = True
 ) -> Tensor:
     """The attention map that a linear-angular core never forms, for chosen queries: (B, H, Q, N), in O(Q N D).
 
@@ -543,7 +531,9 @@ def attention_rows(
     check_qkv(q, k, v, per_token=True)
     if core.kernel != "linear_angular":
         raise ValueError(f"rows are those of the linear_angular kernel, not of {core.kernel!r}")
-    index, dtype = check_queries(q, queries), torch.promote_types(v.dtype, torch.float32)
+    index, dtype = torch.as_tensor(queries, device=q.device), torch.promote_types(v.dtype, torch.float32)
+    if index.min() < 0 or index.max() >= q.shape[-2]:
+        raise ValueError(f"tokens must be within 0..{q.shape[-2] - 1}, got {queries}")
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     own = (index[:, None] == torch.arange(k.shape[-2], device=q.device)).to(dtype)                # (Q, N)
     with without_autocast(q.device):                                                              # D3

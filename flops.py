@@ -103,20 +103,10 @@ FREE = NORMS | {
 }  # fmt: skip
 
 
-def out_numel(args: tuple, out) -> int:
-    """Elements of an operation's (first) result."""
-    return (out[0] if isinstance(out, tuple | list) else out).numel()
-
-
-def in_numel(args: tuple, out) -> int:
-    """Elements of an operation's first argument."""
-    return args[0].numel()
-
-
 def norm_terms(batch_norm: int, layer_norm: int) -> dict[str, Callable]:
     """For each operation that normalises: elements times its factor."""
-    terms = {name: lambda a, o: batch_norm * in_numel(a, o) for name in NORMS}
-    return terms | dict.fromkeys(("native_layer_norm", "native_group_norm"), lambda a, o: layer_norm * in_numel(a, o))
+    terms = dict.fromkeys(NORMS, lambda a, o: batch_norm * a[0].numel())
+    return terms | dict.fromkeys(("native_layer_norm", "native_group_norm"), lambda a, o: layer_norm * a[0].numel())
 
 
 def global_pool(args: tuple, out) -> int:
@@ -124,7 +114,7 @@ def global_pool(args: tuple, out) -> int:
     return args[0].numel() if args[0].ndim == 4 and sorted(args[1]) == [-2, -1] else 0
 
 
-# Convention: operation -> what it adds to the MACs of products and convolutions.
+# Convention: operation -> what it adds to the MACs of products and convolutions, from its arguments and its result.
 CONVENTIONS: dict[str, dict[str, Callable]] = {
     # Every multiply-add of convolutions, linear layers and matrix products, as executed. Ours.
     "macs": {},
@@ -134,10 +124,10 @@ CONVENTIONS: dict[str, dict[str, Callable]] = {
     # sees modules only. Here products outside of modules count too: the paper wraps its own in a MatMul module.
     "paper-det": norm_terms(2, 2) | {
         "convolution": lambda a, o: o.numel() if a[2] is not None else 0,
-        **dict.fromkeys(("relu", "relu_", "hardswish", "hardswish_", "hardtanh", "hardtanh_"), out_numel),
-        # nearest-neighbour upsampling is decomposed to an index on its way here
-        **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d", "_unsafe_index"), out_numel),
-        **dict.fromkeys(("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d"), in_numel),
+        # _unsafe_index: what nearest-neighbour upsampling is decomposed to on its way here
+        **dict.fromkeys(("relu", "relu_", "hardswish", "hardswish_", "hardtanh", "hardtanh_", "upsample_nearest2d",
+                         "upsample_bilinear2d", "_unsafe_index"), lambda a, o: o.numel()),
+        **dict.fromkeys(("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d"), lambda a, o: a[0].numel()),
         "mean": global_pool,
     },
     # fvcore's FlopCountAnalysis (which counts MACs): also norms. Unlike it, fused attention is counted.
