@@ -54,7 +54,7 @@ TRAINING_ROWS = [("deit_tiny", 4, 224), ("deit_tiny", 1, 448)]
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, with all work done."""
+    """Seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif torch.get_num_threads() == 1:
@@ -146,13 +146,13 @@ def released(model: nn.Module) -> nn.Module:
 
 
 def compiled(form: Callable, args: argparse.Namespace) -> Callable:
-    """As --compile says."""
+    """The form, compiled if --compile is given."""
     return torch.compile(form) if args.compile else form
 
 
 @torch.no_grad()
 def core_row(B: int, H: int, N: int, D: int, args: argparse.Namespace) -> dict:
-    """From the output of a qkv layer (B, N, 3 H D) to what the next layer takes (B, N, H D)."""
+    """The core alone: from the output of a qkv layer, (B, N, 3 H D), to the input of the next layer, (B, N, H D)."""
     core, baseline = AttentionCore(H).eval(), AttentionCore(H, "softmax").eval()
     qkv = torch.randn(B, N, 3 * H * D)
 
@@ -206,7 +206,7 @@ def model_row(name: str, B: int, pixels: int, baseline: str, args: argparse.Name
 
 
 def training_row(name: str, B: int, pixels: int, args: argparse.Namespace) -> dict:
-    """Forward and backward: branch off, empty (a fresh network, threshold 0.02), alive (every row keeps an entry); the
+    """Forward and backward. Branch off, empty (new network, threshold 0.02) or alive (every row keeps an entry); the
     released formula without and with its branch; the published softmax network."""
     images, forms = torch.randn(B, 3, pixels, pixels, device=args.device), {}
 

@@ -2,8 +2,8 @@
 
     load_pretrained(model, "levit128.pth")    this project's, timm's or the official weights; says what became of each
     convert(model)                            castling attention in another library's vision transformer, in place
-    fuse(model)                               every BatchNorm folded into the layer before it, in place
-    export(model, "model.onnx", 224)          the castled model as a file (or .pt2), run beside the model
+    fuse(model)                               every BatchNorm folded into the layer beside it, in place
+    export(model, "model.onnx", 224)          the castled model as a .onnx or .pt2 file, whose outputs are compared
 
 `fuse` and `export` take converted models too.
 Shapes: B images, N tokens, C channels, H heads, D channels per head; `grid` is the token grid (y, x), row-major.
@@ -72,16 +72,16 @@ def normed_layers(module: nn.Module) -> list[tuple[nn.Conv2d | nn.Linear, str]]:
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Fold every BatchNorm that follows a convolution or linear layer into it, in place; return the model. Idempotent.
+    """Fold every BatchNorm into the convolution or linear layer beside it, in place; return the model. Idempotent.
 
     With running mean m and variance u, scale g and shift b:  g (W x + c - m) / s + b  is  W' x + c'  with
     W' = (g / s) W,  c' = (g / s) (c - m) + b,  s = sqrt(u + eps). Before a linear layer, as in LeViT's heads:
-    W' = W diag(g / s),  c' = c + W (b - (g / s) m). The same function up to rounding, and for inference only: there are
-    no statistics left for training to follow.
+    W' = W diag(g / s),  c' = c + W (b - (g / s) m). The function stays the same up to rounding. The result is for
+    inference only: it has no statistics that training could update.
 
-    Of other people's models, a Conv2d and the norm after it in an nn.Sequential are folded; any other BatchNorm, and
-    shared layers, stay.
-    Raises: ValueError for a model in training mode, whose norms are no constants.
+    In other people's models, a Conv2d and the norm right after it in an nn.Sequential are folded. Any other BatchNorm
+    stays, and so do shared layers.
+    Raises: ValueError for a model in training mode, whose norms are not constant.
     """
     if any(isinstance(module, BatchNorm) and module.training for module in model.modules()):
         raise ValueError("fuse needs a model in eval mode: call model.eval() first")
@@ -110,9 +110,8 @@ def fuse(model: nn.Module) -> nn.Module:
 class ConvertedAttention(AttentionCore):
     """Another library's self-attention: its own layers under their own names, the castling core between them.
 
-    A subclass knows one layout. `parts` are the children and parameters it carries over, `inputs` the arguments of the
-    original's forward that it knows; `heads_of` gives (H, D). Arguments that change what attends to what are a
-    ValueError when given.
+    A subclass knows one layout. `parts` are the children and parameters that it carries over, `inputs` the arguments
+    of the original's forward that it knows; `heads_of` gives (H, D). A call with a mask of pairs is a ValueError.
     """
 
     parts: tuple[str, ...]
@@ -150,7 +149,7 @@ class ConvertedAttention(AttentionCore):
 
     @classmethod
     def strange(cls, module: nn.Module) -> list[str]:
-        """Where a module does something else with a few tokens than its layers with plain softmax attention between."""
+        """What sets a module apart from softmax attention between its own layers, tried on a few tokens; [] if none."""
         weight = next(module.parameters())
         if weight.is_meta:
             return []
@@ -172,7 +171,7 @@ class ConvertedAttention(AttentionCore):
         return []
 
     def refuse(self, **given) -> None:
-        """ValueError for arguments that are given and mean something to softmax attention only."""
+        """Raise ValueError for an argument that is given: only softmax attention has a use for it."""
         for name, value in given.items():
             if value is not None and value is not False:
                 raise ValueError(f"a converted {type(self).__name__} cannot honour {name}")
@@ -182,7 +181,7 @@ class ConvertedAttention(AttentionCore):
         return q, k
 
     def split_and_attend(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Tensor:
-        """The core on (B, N, H D), heads side by side."""
+        """The core on q, k, v (B, N, H D) -> (B, N, H D)."""
         if q.ndim != 3:
             raise ValueError(f"expected tokens (B, N, C), got {q.ndim} axes: {tuple(q.shape)}")
         q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=self.heads) for x in (q, k, v))
@@ -190,7 +189,7 @@ class ConvertedAttention(AttentionCore):
 
 
 class FusedAttention(ConvertedAttention):
-    """timm's `Attention`: one layer to q, k, v, laid out (3, H, D); norms of q and k over D, of the output over H D."""
+    """timm's `Attention`: one layer to q, k, v, laid out (3, H, D); norms over D of q and k, over H D of the output."""
 
     parts = ("qkv", "q_norm", "k_norm", "norm", "proj", "proj_drop")
     inputs = ("x", "attn_mask", "is_causal")
@@ -219,7 +218,7 @@ class FusedAttention(ConvertedAttention):
 
 
 class SeparateAttention(ConvertedAttention):
-    """Hugging Face's: three layers to q, k, v; the output layer inside, or, in older versions, in the parent."""
+    """Hugging Face's: three layers to q, k, v. The output layer is inside, in older versions in the parent."""
 
     triples = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
     outputs = ("o_proj", "out_proj")
@@ -232,7 +231,7 @@ class SeparateAttention(ConvertedAttention):
 
     @classmethod
     def layers(cls, module: nn.Module) -> tuple[nn.Module, ...]:
-        """Those to q, k and v; () if there are no such."""
+        """The layers to q, k and v; () if there are none."""
         for triple in cls.triples:
             if all(isinstance(getattr(module, name, None), nn.Linear) for name in triple):
                 return tuple(getattr(module, name) for name in triple)
@@ -271,7 +270,7 @@ class PackedAttention(ConvertedAttention):
     parts = ("in_proj_weight", "in_proj_bias", "out_proj")
     inputs = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights",
               "is_causal")  # fmt: skip
-    # nn.TransformerEncoderLayer asks for this: True would let it compute softmax from our weights, past `forward`.
+    # nn.TransformerEncoderLayer reads this. If it were True, it would compute softmax from our weights by itself.
     _qkv_same_embed_dim = False
 
     def __init__(self, original: nn.MultiheadAttention, **core):
@@ -321,7 +320,7 @@ LAYOUTS = (PackedAttention, FusedAttention, SeparateAttention)
 
 @dataclass
 class Conversion:
-    """What became of one attention layer: parameters kept and new, by name; what went."""
+    """What became of one attention layer: names of parameters kept, what was dropped, names of new parameters."""
 
     kept: list[str]
     dropped: list[str]
@@ -352,15 +351,14 @@ def convert(
     """Swap the softmax self-attention of another library's vision transformer for the castling core, in place.
 
     Known: timm's `Attention`; Hugging Face's with query, key and value layers (ViT, DINOv2, ...);
-    torch.nn.MultiheadAttention (torchvision's ViT, nn.TransformerEncoder). Every weight stays, under its name, in the
-    model and in its state dict, which gains a `dconv.weight` per layer. Norms of q and k, prefix tokens and attention
-    dropout (on the branch) go on as they were. Fine-tune the result with `set_threshold`, then `castle` it. Every layer
-    is tried on a few tokens first; a mask or another sequence that a model gives to its layers is a ValueError in its
-    first forward.
+    torch.nn.MultiheadAttention (torchvision's ViT, nn.TransformerEncoder). Every weight keeps its name in the model and
+    its state dict, which gains a `dconv.weight` per layer. Norms of q and k, prefix tokens and attention dropout (now
+    of the branch) stay. Fine-tune the result with `set_threshold`, then `castle` it. Every layer is tried on a few
+    tokens first. If a model gives its layers a mask or another sequence, its first forward raises ValueError.
 
     Args: epsilon, schedule, dconv: of every AttentionCore.
-    Raises: ValueError that names every attention layer which cannot be carried over, and why, and for a model without
-        any; the model is then unchanged.
+    Raises: ValueError for a model without attention, or that names every layer that cannot be carried over, and why;
+        the model is then unchanged.
     """
     if cores(model):
         raise ValueError("the model has attention cores already: there is nothing to convert")
@@ -374,7 +372,7 @@ def convert(
             called = name.rpartition(".")[2] in ("attn", "attention", "self_attn", "self_attention")
             called = called or "attention" in type(module).__name__.lower()
             known = any(layout.matches(part) for part in module.modules() for layout in LAYOUTS)
-            if called and not known and any(True for _ in module.parameters()):
+            if called and not known and [*module.parameters()]:
                 wrong[name] = ["its layout is none of those known here"]
             continue
         found[name] = layout
@@ -403,8 +401,7 @@ def convert(
     new, report = {}, ConversionReport({})
     for name, layout in found.items():
         original = model.get_submodule(name)
-        core = layout(original, epsilon=epsilon, schedule=schedule, dconv=dconv)
-        new[original] = core
+        core = new[original] = layout(original, epsilon=epsilon, schedule=schedule, dconv=dconv)
         kept = [key for key, _ in original.named_parameters()]
         report.layers[name] = Conversion(
             kept=kept,
@@ -416,7 +413,7 @@ def convert(
             if child in new:
                 setattr(module, name, new[child])
         if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # which only its own attention can take
+            module.use_nested_tensor = False  # only its own attention takes nested tensors
     return report
 
 
@@ -426,9 +423,9 @@ def convert(
 def traced(model: nn.Module, image_size: int | tuple[int, int]) -> torch.export.ExportedProgram:
     """The castled model, its norms folded, as one graph for images (B, 3, H, W) of any number and size.
 
-    A model that itself takes one size only (as timm's do) gives a graph for `image_size`; one with an attribute
-    `images` a graph for that many. A grid is more than one token wide and high in the graph: LeViT's sides are 65
-    pixels or more. torch.export makes sure of that, ONNX does not ask.
+    A model that takes one size only (as timm's do) gives a graph for `image_size`, one with an attribute `images` a
+    graph for that many images. The graph needs token grids of more than one token in width and height: for LeViT,
+    sides of 65 pixels or more. A .pt2 file checks that, an ONNX file does not.
     """
     model = fuse(castle(copy.deepcopy(model)).eval()).cpu().float()
     (height, width), images = pair(image_size), getattr(model, "images", 2)
@@ -462,7 +459,7 @@ def flattened(outputs: Any) -> list[Tensor]:
 def export(model: nn.Module, path: str | Path, image_size: int | tuple[int, int]) -> tuple[list[tuple], float]:
     """Write `traced` to a .onnx or .pt2 file, read the file back and run it beside the model itself, castled.
 
-    Returns: the shapes that it was run on, and the largest difference, relative to outputs that are greater than 1.
+    Returns: the shapes that it was run on, and the largest difference, over the largest output if that is above 1.
     Raises: ValueError, see `check_export`.
     """
     check_export(path)
@@ -514,8 +511,8 @@ def damage(path: Path) -> str | None:
 def read_checkpoint(path: str | Path) -> dict:
     """The dictionary in a checkpoint file, on the CPU. Only tensors and plain data are ever unpickled.
 
-    Raises: ValueError that names the file if it is missing, damaged, needs arbitrary code to load,
-        is no dictionary, or has tensors that are not plain ones.
+    Raises: ValueError that names the file if it is missing or damaged, needs arbitrary code to load, is no dictionary,
+        or has tensors that are not plain ones.
     """
     path = Path(path)
     if not path.is_file():
@@ -535,8 +532,7 @@ def read_checkpoint(path: str | Path) -> dict:
         if isinstance(leaf, Tensor) and (
             leaf.layout != torch.strided or leaf.is_meta or leaf.is_quantized or leaf.is_nested
         ):
-            kinds = "sparse, meta, quantised or nested"
-            raise ValueError(f"{path} holds a {kinds} tensor, {keystr(place)}")
+            raise ValueError(f"{path} holds a sparse, meta, quantised or nested tensor, {keystr(place)}")
     return checkpoint
 
 
@@ -570,7 +566,7 @@ class LoadReport:
 
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)  # tables made for another image size
-    partly: list[str] = field(default_factory=list)  # only the rows of values carry over
+    partly: list[str] = field(default_factory=list)  # only the rows of V were loaded
     new: list[str] = field(default_factory=list)  # in the model only
     ignored: list[str] = field(default_factory=list)  # in the file only
 
@@ -588,10 +584,11 @@ class LoadReport:
 
 
 def official_levit_names(weights: dict[str, Tensor], depths: list[int]) -> dict[str, Tensor]:
-    """LeViT's released names to this project's (timm's).
+    """LeViT's released weights under this project's (timm's) names.
 
-    Released: one flat list, attention and MLP of a block in turn, a down-sampling attention and its MLP between stages;
-    `m` is a residual, `c`/`l` the linear part, `bn` its norm. Source: facebookresearch/LeViT @ 3772b8e, levit.py.
+    Released: one flat list. In it attention and MLP of a block take turns, and a down-sampling attention and its MLP
+    come between stages. `m` is a residual, `c`/`l` the linear part, `bn` its norm.
+    Source: facebookresearch/LeViT @ 3772b8e, levit.py.
     """
     places = []
     for stage, depth in enumerate(depths):
@@ -613,7 +610,7 @@ def official_levit_names(weights: dict[str, Tensor], depths: list[int]) -> dict[
 
 
 def official_mvit_names(weights: dict[str, Tensor], depths: list[int]) -> dict[str, Tensor]:
-    """MViTv2's released names, blocks in one flat list, to this project's (timm's)."""
+    """MViTv2's released weights, with blocks in one flat list, under this project's (timm's) names."""
     places = [f"stages.{stage}.blocks.{block}" for stage, depth in enumerate(depths) for block in range(depth)]
     renamed = {}
     for name, value in weights.items():
@@ -633,7 +630,7 @@ def square_side(entries: int) -> int | None:
 
 
 def resized_table(name: str, value: Tensor, own: Tensor, model: nn.Module, file_has_dist: bool) -> Tensor | None:
-    """A position table of a file in the shape of the model's own, or None if it is no such table or does not fit."""
+    """A file's position table, resampled to the shape of the model's own; None if it is none or does not fit."""
     layer, _, kind = name.rpartition(".")
     owner = model.get_submodule(layer)
     if value.ndim != own.ndim:
@@ -654,7 +651,7 @@ def resized_table(name: str, value: Tensor, own: Tensor, model: nn.Module, file_
 
 
 def value_rows(name: str, weights: dict[str, Tensor], own: Tensor, model: nn.Module) -> Tensor | None:
-    """A castling LeViT's qkv with V's rows from a published LeViT's qkv or kv, where Q and K are narrower."""
+    """A castling LeViT's qkv with V's rows from a published LeViT, whose Q and K are narrower; None if not possible."""
     match = re.fullmatch(r"(.*)\.qkv\.((?:linear|bn)\.\w+)", name)
     core = model.get_submodule(match[1]) if match else None
     if not isinstance(core, CastlingLeViTAttention) or own.ndim == 0:
@@ -672,20 +669,20 @@ def value_rows(name: str, weights: dict[str, Tensor], own: Tensor, model: nn.Mod
 def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None) -> LoadReport:
     """Load a checkpoint: this project's, timm's names, or the official files of DeiT, LeViT, MViTv2 and MAE.
 
-    A castling model takes over all that carries over from a published softmax one; what it has beyond that keeps its
-    initialisation, in which the MLP's DWConv is the identity. A dense model has no use for class token, final norm and
-    head. Tables for another image size are resized; files do not say their grid, so it is taken as square, or, if the
-    length is the model's, as the model's.
+    A castling model loads what it shares with a published softmax one. The rest keeps its initialisation, in which the
+    MLP's DWConv is the identity. A dense model ignores class token, final norm and head. Position tables for another
+    image size are resized. Files do not say their grid: it is taken as the model's if the length is the same, else as
+    square.
 
-    Args: fresh: what parameters' names start with that keep their initialisation, whatever the file has for them.
+    Args: fresh: parameters whose names start with this keep their initialisation, whatever the file has for them.
     Returns: what was loaded, resized, partly loaded, newly initialised and ignored; printing it lists them.
-    Raises: ValueError that names the file and whatever is missing, left over or of another shape without an
-        explanation; the model is then unchanged.
+    Raises: ValueError that names the file and what is missing, left over or of another shape, unless one of the
+        reasons above explains it; the model is then unchanged.
     """
     weights, own, report = weights_in(read_checkpoint(path)), model.state_dict(), LoadReport()
     if not all(isinstance(name, str) for name in weights):
         raise ValueError(f"{path} holds no parameters by name")
-    # How far training was is no weight: who loads says where the thresholds start.
+    # `progress` is no weight: the caller says where the thresholds start.
     weights, own = ({n: x for n, x in state.items() if not n.endswith("progress")} for state in (weights, own))
     if "patch_embed.0.c.weight" in weights and isinstance(model, LeViT):
         weights = official_levit_names(weights, [len(stage.blocks) for stage in model.stages])
@@ -697,18 +694,18 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None
     file_has_dist = "dist_token" in weights or any(name.startswith("head_dist.") for name in weights)
 
     def expected_new(name: str) -> bool:
-        """The model has it, the file need not."""
+        """Whether the file may lack what the model has."""
         if name.startswith(("head_dist.", "dist_token")):
             return not file_has_dist
         if name.startswith("head."):  # MAE's encoder has no classifier
             return published and not any(other.startswith(("head.", "fc_norm.")) for other in weights)
         if name.endswith(".dwconv.bias") and name.removesuffix("bias") + "weight" in weights:
-            return True  # a DeiT's DWConv has none: zero, as it starts, is the same
+            return True  # a DeiT's DWConv has no bias; the initial 0 is the same
         added = r"\.(dconv|dwconv|pool_[qkv]|norm_[qkv]|skip)\.|attn_downsample\.qkv\.bn\.num_batches_tracked"
         return castling and published and bool(re.search(added, name))
 
     def expected_rest(name: str) -> bool:
-        """The file has it, the model need not."""
+        """Whether the model may lack what the file has."""
         layer, kind = name.rpartition(".")[::2]
         if kind == "attention_bias_idxs" or name.startswith(("decoder_", "mask_token")):
             return True
@@ -752,12 +749,9 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None
             if name in HEADS and found.shape[:1] != value.shape[:1]:
                 wrong.insert(0, f"{(*found.shape, 0)[0]} classes in the file, {len(value)} in the model")
             wrong.append(f"{name} is {tuple(found.shape)} in the file, {tuple(value.shape)} in the model")
-    for name in weights:
-        if name not in own:
-            if expected_rest(name):
-                report.ignored.append(name)
-            else:
-                wrong.append(f"unknown {name}")
+    rest = [name for name in weights if name not in own]
+    report.ignored = [name for name in rest if expected_rest(name)]
+    wrong += [f"unknown {name}" for name in rest if not expected_rest(name)]
     if wrong:
         more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
         raise ValueError(f"{path} does not fit the model: {'; '.join(wrong[:8])}{more}")

@@ -18,7 +18,7 @@
     python figures.py table                     results/cifar10.jsonl and scenes.jsonl as Markdown tables
     python figures.py table --runs runs/cifar --collect mine.jsonl       the same of a folder of runs, kept as one file
 
-A function of its name draws each figure. Needs matplotlib.
+Each figure is drawn by the function of that name. Needs matplotlib.
 """
 
 import argparse
@@ -28,7 +28,6 @@ import json
 import math
 import re
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -75,7 +74,7 @@ MARKERS = "os^Dv"
 
 @contextlib.contextmanager
 def drawing(path: Path, width: float = 8.4, height: float = 3.5) -> Iterator:
-    """A matplotlib figure of width x height inches, written to `path` in 256 colours; no display, no globals."""
+    """A matplotlib figure of width x height inches, written to `path` in 256 colours. Needs no display."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -115,8 +114,8 @@ def kernel_embedding(x: Tensor, dims: int) -> tuple[Tensor, Tensor]:
 def feature_distances(angle: Tensor) -> dict[str, Tensor]:
     """{kernel: squared distance |phi(x) - phi(y)|^2 = K(x, x) + K(y, y) - 2 K(x, y)} of unit vectors `angle` apart.
 
-    angle: radians, rising from 0 to pi. Each is scaled to the angular kernel's 2 for opposed vectors. The exponential
-    and the RBF kernel (sigma = 1) are proportional on unit vectors, Eq. (2). The angular one is 2 theta / pi, Eq. (7).
+    angle: radians, rising from 0 to pi. The angular kernel's distance is 2 theta / pi, Eq. (7); all are scaled to its 2
+    for opposed vectors. The exponential and the RBF kernel (sigma = 1) are proportional on unit vectors, Eq. (2).
     """
     x = circle(angle) @ circle(angle[:1])[0]
     kernels = {
@@ -129,8 +128,8 @@ def feature_distances(angle: Tensor) -> dict[str, Tensor]:
 
 
 def turned(axes: Tensor) -> Tensor:
-    """(N, 2) coordinates of equal variance, rotated and mirrored so that the first point is at (+, 0), the second has
-    y > 0: the choice that a degenerate pair of axes leaves open."""
+    """(N, 2) coordinates, rotated and mirrored so that the first point is at (+, 0) and the second has y > 0. Axes of
+    equal variance leave that choice open."""
     z = torch.view_as_complex(axes.contiguous())
     z = z * z[0].conj() / z[0].abs()
     return torch.view_as_real(z if z[1].imag > 0 else z.conj().resolve_conj())
@@ -139,8 +138,9 @@ def turned(axes: Tensor) -> Tensor:
 def kernel(path: Path) -> None:
     """Fig. 3: the circle of directions, and where the angular kernel puts it.
 
-    Points of any length go to a closed curve on the unit sphere of the feature space: the harmonics 1, 3, 5... of the
-    angle, with 8 / (pi k)^2 of the variance each. Beside it the distance against the angle, with rival kernels.
+    Whatever their length, points go to a closed curve on the unit sphere of the feature space. Its axes are the
+    harmonics k = 1, 3, 5... of the angle, each with 8 / (pi k)^2 of the variance. Beside it: distance against angle,
+    for this kernel and its rivals.
     """
     angle = torch.arange(72, dtype=torch.float64) * 2 * math.pi / 72
     x = (1 + 0.2 * (3 * angle).sin())[:, None] * circle(angle)  # only directions matter
@@ -181,8 +181,8 @@ def series_errors(terms: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
 def series(path: Path) -> None:
     """Eq. (8): the error of the truncated series over the cosine, and over the number of terms.
 
-    The linear terms that Eq. (9) keeps (0 residual terms) are wrong by at most 0.18, at aligned and opposed vectors;
-    there more terms help slowly, as 1 / sqrt(terms), elsewhere geometrically.
+    The linear terms that Eq. (9) keeps (0 residual terms) are wrong by at most 0.18, for aligned and opposed vectors.
+    More terms help slowly there, as 1 / sqrt(terms), and geometrically elsewhere.
     """
     few, x = (0, 1, 3, 10, 30), torch.linspace(-1, 1, 401, dtype=torch.float64)
     error, bound = series_errors(few, x)
@@ -230,38 +230,33 @@ AP = [  # COCO AP in %: family, model, pixels, attention; Table 3, and without p
 ]  # fmt: skip
 
 
-def point(family: str, model: str, attention: str, macs_g: float, accuracy: float) -> dict:
-    """A row: family, model, attention, G MACs of one image, accuracy in %."""
-    return dict(family=family, model=model, attention=attention, macs_g=macs_g, accuracy=accuracy)
-
-
 def classifier_points() -> list[dict]:
-    """Table 2's top-1 at the MACs of one 224 px image, as executed.
+    """Table 2's top-1 at the MACs of one 224 px image: family, model, attention, macs_g (G), accuracy (%).
 
-    MViTv2's down-sampling blocks keep softmax: the paper's own MACs are those of that design, hence its accuracies.
+    The down-sampling blocks of a castled MViTv2 keep softmax: the paper's MACs, hence its accuracies, fit that design.
     """
     rows = []
     for (family, model), accuracies in TOP_1.items():
         for attention, accuracy in zip(("softmax", "castling"), accuracies, strict=True):
             options = dict(castle_downsample=False) if (family, attention) == ("MViTv2", "castling") else {}
-            cost = flops.count(*flops.meta_model(model, attention, **options))
-            rows.append(point(family, model, attention, cost.macs / 1e9, accuracy))
+            macs_g = flops.count(*flops.meta_model(model, attention, **options)).macs / 1e9
+            rows.append(dict(family=family, model=model, attention=attention, macs_g=macs_g, accuracy=accuracy))
     return rows
 
 
 def detector_points() -> list[dict]:
-    """AP at the detector's MACs of one image, castled, as executed."""
+    """AP at the castled detector's MACs of one image: rows as in `classifier_points`."""
     rows = []
     for family, model, pixels, attention, ap in AP:
-        macs = flops.detector_row(model, attention, pixels, (None, None), "")["pure_macs_g"]
-        rows.append(point(family, model, attention, macs, ap))
+        macs_g = flops.detector_row(model, attention, pixels, (None, None), "")["pure_macs_g"]
+        rows.append(dict(family=family, model=model, attention=attention, macs_g=macs_g, accuracy=ap))
     return rows
 
 
 def accuracy(path: Path) -> None:
     """Fig. 1 and Fig. 5: the paper's accuracies at the MACs counted here, softmax beside castling.
 
-    Up and to the left is better. The accuracies are quoted, nobody has reproduced them here; the MACs are counted.
+    Up and to the left is better. The accuracies are quoted, not reproduced here; the MACs are counted.
     """
     with drawing(path, height=4.0) as figure:
         plots = figure.subplots(1, 2)
@@ -305,9 +300,9 @@ def mask_trajectories(log: Path) -> dict[str, list]:
 def masks(path: Path) -> None:
     """Fig. 6: non-zeros of every layer's mask over a run, threshold ramped (above) and fixed at 0.02 (below).
 
-    A softmax row over N keys has an entry of at least 1/N, so where N < 50 a fixed 0.02 leaves one in every row: the
-    density never falls below 1/N (hatched), and castling such a layer loses it. The ramp starts at 4/N: a layer of four
-    tokens is empty from the first step. The logs are of
+    A softmax row over N keys has an entry of at least 1/N. So where N < 50, a fixed 0.02 keeps an entry in every row:
+    the density never falls below 1/N (hatched), and castling such a layer loses what is kept. The ramp starts at 4/N: a
+    layer of four tokens is empty from the first step. The logs are of
 
         python train.py --model levit128 --image-size 128 --shapes-length 4000 --epochs 3 --batch-size 64 \\
             --mask-schedule ramp            # and the same with fixed
@@ -413,7 +408,7 @@ PIXELS = (128, 224, 320, 448, 512, 640, 768, 896, 1024)
 def model_ratios(result: dict) -> dict[str, list[tuple[int, float]]]:
     """{model: [(pixels, softmax's time over the castled model's)]} of bench.py's `models` rows, all batch sizes.
 
-    Not of rows that compare two models, "levit256 / levit384".
+    Rows that compare two models, such as "levit256 / levit384", are left out.
     """
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in result["models"]:
@@ -482,23 +477,20 @@ def crossover(result: dict, path: Path) -> None:
 
 @contextlib.contextmanager
 def captured(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor, Tensor]]]:
-    """Context that keeps the q, k, v (B, H, N, D) that every core of a model last saw: {layer: (q, k, v)}.
+    """Context that gives {layer: (q, k, v)}, the (B, H, N, D) that each core of a model was last called with.
 
     with captured(model) as seen:
         model(images)
     """
     seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def watch(name: str, attend: Callable) -> Callable:
-        def watched(q: Tensor, k: Tensor, v: Tensor, *rest, **options) -> Tensor:
-            seen[name] = q, k, v
-            return attend(q, k, v, *rest, **options)
-
-        return watched
+    def watch(name: str, attend: Callable, q: Tensor, k: Tensor, v: Tensor, *rest, **options) -> Tensor:
+        seen[name] = q, k, v
+        return attend(q, k, v, *rest, **options)
 
     watched = cores(model)
     for name, core in watched.items():
-        core.attend = watch(name, core.attend)
+        core.attend = functools.partial(watch, name, core.attend)
     try:
         yield seen
     finally:
@@ -506,29 +498,14 @@ def captured(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor, Tenso
             del core.attend
 
 
-def check_queries(q: Tensor, queries: Sequence[int] | Tensor) -> Tensor:
-    """Token indices as a tensor (Q,). Raises ValueError for one that q, (B, H, N, D), does not have."""
-    try:
-        index = torch.as_tensor(queries, device=q.device)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"expected a list of token indices, got {queries!r}") from None
-    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool or index.numel() == 0:
-        raise ValueError(f"expected a list of token indices, got {queries}")
-    if index.min() < 0 or index.max() >= q.shape[-2]:
-        raise ValueError(f"queries must be within 0..{q.shape[-2] - 1}, got {queries}")
-    return index
-
-
 @torch.no_grad()
 def auxiliary_mask_rows(core: AttentionCore, q: Tensor, k: Tensor, queries: Sequence[int] | Tensor) -> Tensor:
     """Rows of M_sparse at the core's present threshold, (B, H, Q, N) for Q chosen queries; 0 once castled.  Eq. (10)
 
-    Args: q, k: (B, H, N, D), as `captured` gives them; queries: token indices.
-    Raises: ValueError if q and k do not fit, and for indices that are none.
+    Args: q, k: (B, H, N, D), as `captured` gives them; queries: Q token indices.
     """
-    check_qkv(q, k, k)
-    index, dtype = check_queries(q, queries), torch.promote_types(q.dtype, torch.float32)
-    q, k = q[..., index, :].to(dtype), k.to(dtype)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k = q[..., queries, :].to(dtype), k.to(dtype)
     if not (core.auxiliary and core.active):
         return q.new_zeros(*q.shape[:-1], k.shape[-2])
     threshold = mask_threshold(core.progress.float(), k.shape[-2], core.epsilon, core.schedule)
@@ -538,22 +515,25 @@ def auxiliary_mask_rows(core: AttentionCore, q: Tensor, k: Tensor, queries: Sequ
 
 @torch.no_grad()
 def attention_rows(
-    core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int] | Tensor, band: bool = True
+    core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int], band: bool = True
 ) -> Tensor:
     """The attention map that a linear-angular core never forms, for chosen queries: (B, H, Q, N), in O(Q N D).
 
-    Row i is (1/2 e_i + q_i K^T / pi [+ row i of M_sparse]) / |y_i|, plus the DWConv's taps around i. So in eval mode
+    Row i is (1/2 e_i + q_i K^T / pi [+ row i of M_sparse]) / |y_i|, plus the DWConv's taps around i; y_i is the row
+    before its division, times V. So in eval mode
     attention_rows(core, q, k, v, queries) @ v = core(q, k, v)[..., queries, :].  Entries may be negative.
 
     Args:
         q, k: (B, H, N, D); v: (B, H, N, E), as `captured` gives them.
-        queries: token indices. band: False leaves the DWConv out.
-    Raises: ValueError for a core of another kernel, q, k, v that do not fit, and for indices that are none.
+        queries: Q token indices, at least one. band: False leaves the DWConv out.
+    Raises: ValueError for a core of another kernel, for q, k, v that do not fit, and for an index that there is not.
     """
     check_qkv(q, k, v, per_token=True)
     if core.kernel != "linear_angular":
         raise ValueError(f"rows are those of the linear_angular kernel, not of {core.kernel!r}")
-    index, dtype = check_queries(q, queries), torch.promote_types(v.dtype, torch.float32)
+    index, dtype = torch.as_tensor(queries, device=q.device), torch.promote_types(v.dtype, torch.float32)
+    if index.min() < 0 or index.max() >= q.shape[-2]:
+        raise ValueError(f"tokens must be within 0..{q.shape[-2] - 1}, got {queries}")
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     own = (index[:, None] == torch.arange(k.shape[-2], device=q.device)).to(dtype)                # (Q, N)
     with without_autocast(q.device):                                                              # D3
@@ -573,15 +553,14 @@ def attention_rows(
 def effective_rank(q: Tensor, k: Tensor, diagonal: float = 0.5) -> Tensor:
     """Effective rank, 1..N, of diagonal I + Q K^T / pi, rows of Q and K on the unit sphere: (..., N, D) -> (...).
 
-    exp of the entropy of the singular values over their sum; of the map of Eq. (9) before its normalisation, of its
-    low-rank part alone with diagonal=0. In O(N D^2): outside the span of Q and K the matrix is `diagonal` times the
-    identity, inside it is one of at most 2 D x 2 D.
-    Raises: ValueError if the shapes do not fit, or for a negative diagonal.
+    It is exp of the entropy of the singular values over their sum. With diagonal 1/2 the matrix is the map of Eq. (9)
+    before its normalisation, with 0 the map's low-rank part alone. In O(N D^2): outside the span of Q and K the matrix
+    is `diagonal` times the identity, inside it has at most 2 D x 2 D entries.
+    Args: diagonal: at least 0.
+    Raises: ValueError if the shapes do not fit.
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
     """
     check_qkv(q, k, k, per_token=True)
-    if not diagonal >= 0:
-        raise ValueError(f"diagonal must be at least 0, got {diagonal}")
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k = unit(q.to(dtype)), unit(k.to(dtype))
     basis = torch.linalg.qr(torch.cat([q, k], dim=-1)).Q                                          # (..., N, r)
@@ -597,24 +576,12 @@ def effective_rank(q: Tensor, k: Tensor, diagonal: float = 0.5) -> Tensor:
 # ---- attention maps of a trained model -------------------------------------------------------------------------------
 
 
-def square_grid(tokens: int) -> tuple[int, int]:
-    """(prefix tokens, patches a side) of the tokens of a square image: 197 are 1 and 14 x 14, 49 are 0 and 7 x 7."""
-    side = math.isqrt(tokens)
-    return tokens - side**2, side
-
-
-def default_tokens(prefix: int, side: int) -> list[int]:
-    """The class token, if there is one, and three patches along the diagonal."""
-    places = dict.fromkeys(side * part // 4 for part in (1, 2, 3))
-    return [*range(min(prefix, 1)), *(prefix + place * side + place for place in places)]
-
-
 def attention(path: Path, args: argparse.Namespace) -> None:
-    """Of one layer, for chosen tokens: the image, the rows of the linear-angular map, of the same with the DWConv's
-    band, and of the auxiliary mask.
+    """What chosen tokens attend to in one layer: a column for each token, of a square image.
 
-    Rows are means over heads and show patches only. The scale of maps leaves out the token itself, whose 1/2 outshines
-    the others. Prints the effective rank of every layer's map.
+    From above: the image, the token's row of the linear-angular map, the same with the DWConv, and its row of the
+    auxiliary mask. Rows are means over heads and show patches only. The scale of the maps leaves out the token itself,
+    whose 1/2 outshines the others. Prints the effective rank of every layer's map.
     Raises: ValueError for a checkpoint, layer or token that there is not; DataError for the image.
     """
     options = train.parser().parse_args([f"--checkpoint={args.checkpoint}"])
@@ -635,8 +602,10 @@ def attention(path: Path, args: argparse.Namespace) -> None:
         full, low = (effective_rank(q, k, diagonal).mean().item() for diagonal in (0.5, 0.0))
         print(f"{name}: {q.shape[2]} tokens, effective rank {full:.1f}; of q k^T alone {low:.1f} of {min(q.shape[2:])}")
     q, k, v = seen[layer]
-    prefix, side = square_grid(q.shape[2])
-    tokens = args.tokens or default_tokens(prefix, side)
+    side = math.isqrt(q.shape[2])
+    prefix = q.shape[2] - side**2                          # 197 tokens are 1 and 14 x 14 patches
+    diagonal = dict.fromkeys(prefix + place * side + place for place in (side // 4, side // 2, 3 * side // 4))
+    tokens = args.tokens or [*range(min(prefix, 1)), *diagonal]
     maps, banded = (attention_rows(core, q, k, v, tokens, band)[0].mean(0) for band in (False, True))  # (Q, N)
     masks = auxiliary_mask_rows(core, q, k, tokens)[0].mean(0)
 
@@ -669,15 +638,15 @@ def attention(path: Path, args: argparse.Namespace) -> None:
 
 RUNS = [RESULTS / "cifar10.jsonl", RESULTS / "scenes.jsonl"]
 METRICS = {"train.py": ("acc1", "top-1, %"), "detect.py": ("AP", "AP"), "segment.py": ("mIoU", "mIoU")}
-VARIED = {  # may differ within a column
+VARIED = {  # settings that may differ within a column
     "attention", "mask_schedule", "dwconv", "dconv", "mlp_dwconv", "zero_dconv", "checkpoint", "seed", "output",
     "environment", "workers", "save_minutes", "eval_every", "log_wandb", "resume", "overwrite",
 }  # fmt: skip
 
 
 def read_runs(path: Path) -> list[dict]:
-    """[{"run": name, "config": config.json, "log": [records of log.jsonl]}], a dictionary for each run in a folder of
-    runs' folders, by name, or in a file that `collect` wrote.
+    """Runs as {"run": name, "config": config.json, "log": [records of log.jsonl]}, from a file of --collect or from a
+    folder that holds a folder for each run.
 
     Raises: ValueError for another file, for a run that is not complete, and if there is none.
     """
@@ -700,13 +669,8 @@ def read_runs(path: Path) -> list[dict]:
     return runs
 
 
-def collect(runs: list[dict], path: Path) -> None:
-    """Write runs to a file, a line each."""
-    path.write_text("".join(json.dumps(run) + "\n" for run in runs))
-
-
 def row_of(run: dict) -> str:
-    """What of a run is not common to its column."""
+    """A run's row in the table: its attention, and what else sets it apart."""
     config = renamed(run["config"])
     mlp = config.get("mlp_dwconv")
     name = config["attention"]
@@ -733,7 +697,7 @@ def token_counts(model: str, pixels: int, **options) -> tuple[int, ...]:
 
 
 def column_of(run: dict) -> tuple[str, str]:
-    """(model, pixels and tokens of its attention layers, metric). timm's models are not built for it."""
+    """A run's column: (model, pixels and tokens, metric). The tokens of timm's models are not given."""
     config, tokens = run["config"], ""
     if not config["model"].startswith("timm:"):
         name = config["model"] + ("_dense" if config["script"] == "segment.py" else "")
@@ -745,7 +709,7 @@ def column_of(run: dict) -> tuple[str, str]:
 
 
 def outcome(run: dict) -> dict[str, float | None]:
-    """The castled model's score and M MACs, points lost by castling (None without a branch), seconds of a step."""
+    """The castled model's score and MACs (M), points lost by castling (None without a branch), seconds of a step."""
     (report,) = (record["castling_report"] for record in run["log"] if "castling_report" in record)
     metric = METRICS[run["config"]["script"]][0]
     return dict(
@@ -763,13 +727,13 @@ def mean_and_spread(values: Sequence[float], form: str) -> str:
 
 
 def results_table(runs: list[dict], against: str = "softmax") -> str:
-    """A Markdown table: attentions down, models across. Scores are means and deviations over seeds.
+    """A Markdown table: attentions down, models across. Scores are means and standard deviations over seeds.
 
-    Row `against` is the reference. The next column has mean and standard deviation of a seed's score
-    minus the reference's of the same seed, and in brackets the number of such pairs. Times of a
-    training step are the first seed's over the reference's. Without such a row both are empty.
+    Row `against` is the reference. The column after the scores compares seed by seed: mean and standard deviation of
+    the score minus the reference's, and in brackets the number of pairs. Times of a training step are the first seed's
+    over the reference's. Both columns are empty for a model without that row.
 
-    Raises: ValueError if runs of one model differ in what matters beside attention and seed, or in nothing.
+    Raises: ValueError if runs of one model differ in more than VARIED, or if two of one row have the same seed.
     """
     columns: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for run in sorted(runs, key=lambda run: run["config"]["seed"]):
@@ -786,9 +750,7 @@ def results_table(runs: list[dict], against: str = "softmax") -> str:
     names = sorted(names, key=lambda name: (name != "softmax", not name.startswith("castling"), name))
     heads, lines = ["attention"], {name: [name] for name in names}
     for (model, metric), rows in columns.items():
-        results = {
-            row: {run["config"]["seed"]: outcome(run) for run in runs} for row, runs in rows.items()
-        }
+        results = {row: {run["config"]["seed"]: outcome(run) for run in runs} for row, runs in rows.items()}
         reference = results.get(against, {})
         heads += [f"{model}: {metric}", f"against {against}", "gap", "step", "M MACs"]
         for row, line in lines.items():
@@ -816,7 +778,7 @@ def tables(args: argparse.Namespace) -> None:
     if args.against != "softmax":
         look_up(dict.fromkeys(row_of(run) for runs in every for run in runs), args.against, "row")
     if args.collect:
-        collect([run for runs in every for run in runs], args.collect)
+        args.collect.write_text("".join(json.dumps(run) + "\n" for runs in every for run in runs))
     print(*(results_table(runs, args.against) for runs in every), sep="\n\n")
 
 
@@ -871,8 +833,7 @@ def main(args: argparse.Namespace) -> None:
                 FIGURES[name](path)
             print(path)
     except (OSError, ValueError, DataError) as error:
-        sys.stderr.write(f"figures.py: error: {error}\n")
-        sys.exit(2)
+        parser().exit(2, f"figures.py: error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python flops.py --model levit128 --attention castling,softmax --image-size 512
     python flops.py --curve --model deit_tiny                                   MACs against resolution, the crossover
 
-One MAC is one multiply-add, that is 2 FLOPs. Everything here is in MACs. Nothing is computed: models live on the meta
-device. Counts are of inference; the auxiliary branch is counted apart.
+One MAC is one multiply-add, that is 2 FLOPs; everything here is in MACs. Nothing is computed: models live on the meta
+device. Counts are of inference; the auxiliary branch is counted separately.
 """
 
 import argparse
@@ -39,37 +39,10 @@ from models import (
     pool_heads,
     subsample,
 )
-from run import at_least
+from run import Parser, at_least
 from segment import PIXEL_DECODERS, build_segmenter
 
 aten = torch.ops.aten
-
-
-# ---- closed formulas -------------------------------------------------------------------------------------------------
-
-
-def attention_macs(
-    kernel: str, heads: int, queries: int, keys: int, key_dim: int, value_dim: int
-) -> int:
-    """MACs of one attention's products, for one image.
-
-    Quadratic kernels: H N M (D + E). Linear ones, q (k^T v): H (N + M) D E. `relu_e` also sums its rows: H N D.
-    `identity` has none.
-    Raises: ValueError for an unknown kernel.
-    """
-    attention.look_up(attention.KERNELS, kernel, "kernel")
-    quadratic = heads * queries * keys * (key_dim + value_dim)
-    linear = heads * (queries + keys) * key_dim * value_dim
-    if kernel in ("softmax", "angular"):
-        return quadratic
-    if kernel == "identity":
-        return 0
-    return linear + (heads * queries * key_dim if kernel == "relu_e" else 0)
-
-
-def dwconv_macs(taps: int, channels: int, positions: int) -> int:
-    """MACs of a depthwise convolution: DWConv(9,1) on V has taps 9, channels H E, positions N; a 5x5 has taps 25."""
-    return taps * channels * positions
 
 
 # ---- counting --------------------------------------------------------------------------------------------------------
@@ -77,11 +50,11 @@ def dwconv_macs(taps: int, channels: int, positions: int) -> int:
 
 @dataclass
 class Cost:
-    """What `count` found, for the inputs it was given.
+    """What one forward costs, for the inputs that `count` was given.
 
-    params: all parameters. params_weights: weights of convolutions and linear layers, as the paper counts. macs: under
-    the convention. by_module: {module: MACs of its products and convolutions, children included}. attention: MACs of
-    the products between q, k and v in all attention cores, part of macs.
+    params: all parameters. params_weights: only the weights of convolutions and linear layers, as the paper counts.
+    macs: under the convention. attention: the part of macs that all attention cores spend on products of q, k and v.
+    by_module: {module: MACs of its products and convolutions, with its children's}.
     """
 
     params: int
@@ -108,8 +81,8 @@ FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: fused_attention, a
 NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
          "_batch_norm_with_update", "_batch_norm_no_update"}  # fmt: skip
 
-# Operations without a sum of products. Strict counting refuses whatever is neither counted, nor here, nor pointwise,
-# nor a view.
+# Operations without a sum of products. Strict counting refuses an operation that is not counted, not listed here, not
+# pointwise and no view.
 FREE = NORMS | {
     # softmax, norms, reductions
     "_softmax", "_log_softmax", "_safe_softmax", "native_layer_norm", "native_group_norm", "linalg_vector_norm",
@@ -130,20 +103,10 @@ FREE = NORMS | {
 }  # fmt: skip
 
 
-def out_numel(args: tuple, out) -> int:
-    """Elements of an operation's (first) result."""
-    return (out[0] if isinstance(out, tuple | list) else out).numel()
-
-
-def in_numel(args: tuple, out) -> int:
-    """Elements of an operation's first argument."""
-    return args[0].numel()
-
-
 def norm_terms(batch_norm: int, layer_norm: int) -> dict[str, Callable]:
-    """Elements times a factor for each kind of normalisation."""
-    terms = {name: lambda a, o: batch_norm * in_numel(a, o) for name in NORMS}
-    return terms | dict.fromkeys(("native_layer_norm", "native_group_norm"), lambda a, o: layer_norm * in_numel(a, o))
+    """For each operation that normalises: elements times its factor."""
+    terms = dict.fromkeys(NORMS, lambda a, o: batch_norm * a[0].numel())
+    return terms | dict.fromkeys(("native_layer_norm", "native_group_norm"), lambda a, o: layer_norm * a[0].numel())
 
 
 def global_pool(args: tuple, out) -> int:
@@ -151,20 +114,20 @@ def global_pool(args: tuple, out) -> int:
     return args[0].numel() if args[0].ndim == 4 and sorted(args[1]) == [-2, -1] else 0
 
 
-# Convention: operation -> what it adds to the MACs of products and convolutions.
+# Convention: operation -> what it adds to the MACs of products and convolutions, from its arguments and its result.
 CONVENTIONS: dict[str, dict[str, Callable]] = {
     # Every multiply-add of convolutions, linear layers and matrix products, as executed. Ours.
     "macs": {},
     # mobile-vision's counter, which the paper's classifiers fit: the same.
     "paper-cls": {},
-    # mmcv 1.4's get_flops.py, which the paper's detectors fit: also conv biases, norms, some activations, pools. It
-    # sees modules only; here products of functions count too, as with the paper's MatMul module.
+    # mmcv 1.4's get_flops.py, which the paper's detectors fit: also conv biases, norms, some activations, pools. mmcv
+    # sees modules only. Here products outside of modules count too: the paper wraps its own in a MatMul module.
     "paper-det": norm_terms(2, 2) | {
         "convolution": lambda a, o: o.numel() if a[2] is not None else 0,
-        **dict.fromkeys(("relu", "relu_", "hardswish", "hardswish_", "hardtanh", "hardtanh_"), out_numel),
-        # nearest-neighbour upsampling is decomposed to an index on its way here
-        **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d", "_unsafe_index"), out_numel),
-        **dict.fromkeys(("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d"), in_numel),
+        # _unsafe_index: what nearest-neighbour upsampling is decomposed to on its way here
+        **dict.fromkeys(("relu", "relu_", "hardswish", "hardswish_", "hardtanh", "hardtanh_", "upsample_nearest2d",
+                         "upsample_bilinear2d", "_unsafe_index"), lambda a, o: o.numel()),
+        **dict.fromkeys(("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d"), lambda a, o: a[0].numel()),
         "mean": global_pool,
     },
     # fvcore's FlopCountAnalysis (which counts MACs): also norms. Unlike it, fused attention is counted.
@@ -173,8 +136,7 @@ CONVENTIONS: dict[str, dict[str, Callable]] = {
 
 
 class Auditor(TorchDispatchMode):
-    """Sees every operation that the counter lets through: adds a convention's terms, and in strict mode refuses what
-    nobody counts."""
+    """Sees every operation; adds a convention's terms to `extra`. In strict mode it refuses what nobody counts."""
 
     def __init__(self, terms: dict[str, Callable], strict: bool):
         super().__init__()
@@ -193,7 +155,7 @@ class Auditor(TorchDispatchMode):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context in which a model is in eval mode, without gradients or mask statistics; then all is as it was."""
+    """Context in which a model is in eval mode, without gradients or mask statistics; afterwards all is as before."""
     modes = {module: module.training for module in model.modules()}
     recording = {core: core.record for core in attention.cores(model).values()}
     try:
@@ -209,30 +171,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def count(model: nn.Module, *inputs: Tensor, convention: str = "macs", strict: bool = True) -> Cost:
-    """Parameters and MACs of one forward in eval mode.
+    """Parameters and MACs of one forward in eval mode; the model's modes stay as they are.
 
     Args:
         inputs: of the model, on its device; the meta device is enough.
         convention: a key of CONVENTIONS.
-        strict: raise for an operation that nobody knows how to count, instead of taking it as 0.
+        strict: raise for an operation that has no count, instead of taking it as 0.
     Raises: ValueError for an unknown convention, or in strict mode for an operation without a count.
     """
     terms = attention.look_up(CONVENTIONS, convention, "convention")
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     auditor = Auditor(terms, strict)
-    # No mask passes for empty: a count does not depend on values.
+    # Values must not change a count: every branch is computed, as if no mask were certain to be empty.
     full = patch.object(attention, "certainly_empty", lambda q, k, threshold: threshold < 0)
     with evaluating(model), full, auditor, counter:
         model(*inputs)
     root = type(model).__name__
     flops = counter.get_flop_counts()
     modules = {name.removeprefix(root).removeprefix("."): ops for name, ops in flops.items() if name != "Global"}
-    products = {aten.mm, aten.addmm}  # linear layers; all else that multiplies in a core is between q, k and v
-    between = 0
-    for name, module in model.named_modules():
-        for op, value in modules.get(name, {}).items() if isinstance(module, attention.AttentionCore) else ():
-            if op not in products and op is not aten.convolution:
-                between += value // 2
+    layers = {aten.mm, aten.addmm, aten.convolution}  # whatever else multiplies in a core is between q, k and v
+    between = sum(
+        value // 2 for name in attention.cores(model) for op, value in modules.get(name, {}).items() if op not in layers
+    )
     return Cost(
         params=sum(p.numel() for p in model.parameters()),
         params_weights=sum(
@@ -269,10 +229,10 @@ class Storages(TorchDispatchMode):
 
 
 def peak_activation_bytes(model: nn.Module, *inputs: Tensor) -> int:
-    """Largest sum of bytes of intermediate results alive at once in one eval forward without gradients.
+    """Most bytes of intermediate results alive at once in one eval forward without gradients.
 
-    An estimate: eager execution of the formulas as written (attention.py holds less on a CPU), no allocator overhead or
-    scratch memory inside an operation; softmax attention is taken as the fused kernel, which allocates its output only.
+    An estimate: without the allocator's overhead and without scratch memory inside an operation. Softmax attention is
+    taken as the fused kernel, which allocates its output only.
     """
 
     def fused(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
@@ -289,8 +249,8 @@ def peak_activation_bytes(model: nn.Module, *inputs: Tensor) -> int:
 TABLE_1 = {1: 685, 2: 661, 3: 736, 4: 771, 5: 763, 6: 838}  # design: M MACs of LeViT-192
 
 # Table 1's attention designs by row. token_pooled: stages that pool keys and values by 2.
-# bottleneck: D < E in stage blocks. post_q: down-sampling blocks take every second query after its
-# projection, not every second token before it; queries are added to outputs of as many channels.
+# bottleneck: D < E in stage blocks. post_q: down-sampling blocks take every second query after the projection, instead
+# of every second token before it, and queries are added to the output where D = E.
 DESIGNS = {
     1: dict(token_pooled=(0, 1), bottleneck=False, post_q=False),
     2: dict(token_pooled=(), bottleneck=True, post_q=False),
@@ -474,8 +434,8 @@ def detector_row(
 
 
 def table_3() -> list[dict]:
-    """COCO detectors. The paper's ESNet-ViT rows come out with the auxiliary branch in the graph, which castling drops;
-    its LCNet-ViT row without it, and without the MLPs' DWConv."""
+    """COCO detectors. The paper's ESNet-ViT rows fit models with the auxiliary branch, which castling drops. Its
+    LCNet-ViT row fits one without the branch and without the MLPs' DWConv."""
     rows = []
     for name, size, *paper in TABLE_3:
         if name.startswith("esnet"):
@@ -488,8 +448,8 @@ def table_3() -> list[dict]:
 
 
 def table_6_or_7(table: int) -> list[dict]:
-    """Ablation of LCNet-ViT. The paper prints the same parameters with and without "DW.": only the DWConv on V fits
-    that; the last row is the model as built here, with the MLPs' DWConv too."""
+    """Ablation of LCNet-ViT. The paper prints the same parameters with and without "DW.", which only the DWConv on V
+    fits. The last row is the model as built here, with the MLPs' DWConv too."""
     size, pixels, lcnet, softmax, linear = TABLES_6_AND_7[table]
     vit = f"lcnet_vit_{size}"
     return [
@@ -506,7 +466,7 @@ def table_4() -> list[dict]:
     """ViT-B with Mask2Former on ADE20K: the whole model, and its backbone with the pyramid, for both pixel decoders.
 
     The paper names no input size. Its six numbers fit 512 x 704: the first validation image, 683 x 512, padded to /32,
-    and the commonest size there. Mask2Former's own counts also hold the sum over queries that turns masks into class
+    and the commonest size there. Mask2Former's own counts include the sum over queries that turns masks into class
     scores; the paper's do not.
     """
     rows, (height, width) = [], TABLE_4_SIZE
@@ -630,8 +590,7 @@ def print_curve(rows: list[dict]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of flops.py."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(prog="flops.py", description=__doc__, formatter_class=formatter)
+    p = Parser("flops.py", __doc__)
     add = p.add_argument
     add("--table", type=int, choices=list(TABLES), help="a table of the paper")
     add("--model", help="a model by name; default levit128")

@@ -1,4 +1,4 @@
-"""Backbones of Castling-ViT, each with `attention=`: the published softmax model, the paper's castling model, rivals.
+"""Backbones of Castling-ViT. `attention=` chooses: the paper's castling model, the published softmax model, or a rival.
 
     build_model("levit128")                         the paper's model: linear-angular attention + auxiliary branch
     build_model("levit128", attention="softmax")    LeViT as published, official weights and logits
@@ -13,8 +13,7 @@ ViT     He et al., arXiv:2111.06377 (MAE); dense, for segment.py: feature maps i
 Castling variants: arXiv:2211.10526v4, section 4, and the counts of its tables, which fix what the text leaves out: a
 depthwise convolution inside the MLPs (D7, D8), 3x3 depthwise pooling of q, k, v, queries added to the output.
 
-Parameter names are timm's, for all families but ESNet, which it lacks; plus `attn.dconv`, `attn.{pool,norm}_{q,k,v}`,
-`mlp.dwconv` and `skip`.
+Parameter names are timm's (which has no ESNet), plus `attn.dconv`, `attn.{pool,norm}_{q,k,v}`, `mlp.dwconv` and `skip`.
 Shapes: B images, N tokens, C channels, H heads, D channels per head; `grid` is the token grid (y, x), row-major.
 """
 
@@ -99,7 +98,7 @@ ESNET = {  # the stride-32 stage of ESNet-ViT is its stride-2 block and two tran
     "esnet_vit_l": dict(width=1.25, ratios=ESNET_RATIOS_ML, heads=16),
 }
 
-HIDDEN_BYTES = 3 * 2**19  # of an MLP's hidden layer, float32, that inference on a CPU works on at a time
+HIDDEN_BYTES = 3 * 2**19  # of an MLP's hidden layer, float32, that inference on a CPU computes at a time
 
 Grid = tuple[int, int]
 
@@ -116,7 +115,7 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def symbolic(sizes: Iterable[int]) -> bool:
-    """Whether a graph is being exported in which one of these sizes may be any: no branch can depend on it."""
+    """Whether an exported graph leaves one of these sizes open. It cannot branch on such a size."""
     return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
@@ -133,7 +132,7 @@ def halved(grid: Grid) -> Grid:
 
 
 def init_linear(module: nn.Module) -> None:
-    """Linear weights ~ N(0, 0.02), cut at two; biases 0: DeiT's and MViTv2's initialisation."""
+    """DeiT's and MViTv2's initialisation: linear weights ~ N(0, 0.02) within -2..2, biases 0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -141,7 +140,7 @@ def init_linear(module: nn.Module) -> None:
 
 
 def mlp_kernel(given: int | None, core: Mapping, castling: int = 5) -> int:
-    """Kernel size of the MLPs' DWConv: as given; else 0 in published architectures, `castling` in the other (D7)."""
+    """Kernel size of the MLPs' DWConv: as given; else 0 for the softmax kernel, `castling` for all others (D7)."""
     if given is not None:
         return given
     return 0 if core["kernel"] == "softmax" else castling
@@ -150,8 +149,8 @@ def mlp_kernel(given: int | None, core: Mapping, castling: int = 5) -> int:
 class TokenConv(nn.Conv2d):
     """Depthwise convolution on token maps, (B, C, y, x) -> (B, C, y', x'), padded by kernel // 2.
 
-    On a map so small that the outer taps meet padding only, they are left out: the same function, up
-    to 4 times as fast in training on a CPU where the map is a single token. Their gradient is 0.
+    On a small map the outer taps meet padding only and are left out; their gradient is 0. The function is the same.
+    Training on a CPU gets up to 4 times as fast on a map of one token.
     """
 
     def __init__(self, channels: int, kernel: int, stride: int = 1, bias: bool = False):
@@ -266,7 +265,7 @@ class SelfAttention(AttentionCore):
     """(B, N, C) -> (B, N, C): one linear layer to q, k, v (biased, laid out (3, H, D)), the core, one linear layer."""
 
     def __init__(self, dim: int, heads: int, **core):
-        channels_per_head(dim, heads)  # a whole number
+        channels_per_head(dim, heads)  # raises unless a whole number
         super().__init__(heads, **core)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -279,8 +278,8 @@ class SelfAttention(AttentionCore):
 class Mlp(nn.Module):
     """Linear, [DWConv, [BatchNorm,]] GELU, linear on (B, P + N, C); `conv` is the DWConv's kernel size, 0 for none.
 
-    The P prefix tokens pass the DWConv by (D6). Inference on a CPU takes as many images at a time as stay
-    in cache: hooks on its layers see parts of the batch.
+    The P prefix tokens bypass the DWConv (D6). Inference on a CPU takes only as many images at a time as stay in cache,
+    so that hooks on the layers see parts of the batch.
     """
 
     def __init__(self, dim: int, hidden: int, conv: int = 0, conv_bias: bool = False, conv_norm: bool = False):
@@ -292,7 +291,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         whole = self.training or torch.is_grad_enabled()
         whole = whole or torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if x.device.type != "cpu" or whole:  # exported graphs go this way: they compare no sizes
+        if x.device.type != "cpu" or whole:  # an exported graph cannot branch on a size
             return self.layers(x, grid)
         together = max(1, HIDDEN_BYTES // (4 * x.shape[1] * self.fc1.out_features))
         return torch.cat([self.layers(part, grid) for part in x.split(together)])
@@ -302,7 +301,7 @@ class Mlp(nn.Module):
         before = x.shape[1] - grid[0] * grid[1]
         if self.dwconv is None:
             return self.fc2(F.gelu(self.fc1(x)))
-        if before:  # apart from the start, because to cut and paste them in the hidden layer costs more
+        if before:  # split here, not in the hidden layer, where a copy costs more
             prefix, patches = self.fc2(F.gelu(self.fc1(x[:, :before]))), self.layers(x[:, before:], grid)    # D6
             return torch.cat([prefix, patches], dim=1)
         return self.fc2(F.gelu(self.dwconv(self.fc1(x), grid)))
@@ -356,22 +355,21 @@ class ViT(nn.Module):
         super().__init__()
         self.tokens, self.dim, self.patch_size = tokens, dim, patch_size
         self.grid = tuple(-(-side // patch_size) for side in pair(image_size))
-        # Rows of pos_embed before the patches'. Files of ViT and MAE have the class token's row, so
-        # a model without that token has it too; nothing reads it.
+        # Rows of pos_embed before the patches'. ViT's and MAE's files have one for the class token, so a model without
+        # that token has it too; nothing reads it.
         self.prefix = max(1, len(tokens))
         for name in tokens:
             self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, dim)))
         rows = self.prefix + self.grid[0] * self.grid[1]
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
-        proj = nn.Conv2d(3, dim, patch_size, patch_size)
-        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             ViTBlock(dim, heads, mlp_ratio, mlp_dwconv, rate, core, conv_bias) for rate in rates
         )
 
     def initialise(self) -> None:
-        """DeiT's initialisation, called when all layers are there."""
+        """DeiT's initialisation. Call it when all layers are there."""
         self.apply(init_linear)
         for parameter in self.parameters(recurse=False):
             nn.init.trunc_normal_(parameter, std=0.02)
@@ -399,9 +397,9 @@ class DeiT(ViT):
     """(B, 3, H, W) pixels -> (B, num_classes) logits; any H x W.
 
     Args:
-        distilled: second class token and head; in training the logits are a pair
-            (class, distillation), in eval their mean.
-        mlp_dwconv: None means 5 for every kernel but the softmax baseline (D7).
+        distilled: second class token and head; in training the logits are a pair (class, distillation), in eval their
+            mean.
+        mlp_dwconv: None means 5, for the softmax kernel 0 (D7).
         Others as in `ViT`.
     """
 
@@ -441,12 +439,13 @@ class DeiT(ViT):
 
 
 class DenseViT(ViT):
-    """(B, 3, H, W) pixels -> (B, C, h, w), the last block's features, h = ceil(H / patch_size): a plain ViT for dense
-    prediction, without class token, final norm or head. Any H x W.
+    """(B, 3, H, W) pixels -> (B, C, y, x), the last block's features, y = ceil(H / patch_size). Any H x W.
+
+    A plain ViT for dense prediction, without class token, final norm or head.
 
     Args:
-        mlp_dwconv: here with a bias; None: 3, for the softmax baseline 0. The paper's 118 M and
-            147 G for Castling-ViT-B leave no room for a 5x5 (D8).
+        mlp_dwconv: None means 3, for the softmax kernel 0: the paper's 118 M and 147 G for Castling-ViT-B leave no room
+            for a 5x5 (D8). It has a bias here.
         Others as in `ViT`.
     """
 
@@ -516,7 +515,7 @@ class NormLinear(nn.Module):
 
 
 def activated_projection(dim: int, out_dim: int, bn_weight: float = 1.0) -> nn.Sequential:
-    """Hardswish before the output projection of every LeViT attention."""
+    """Hardswish and the output projection, the end of every LeViT attention."""
     return nn.Sequential(OrderedDict(act=nn.Hardswish(), ln=LinearNorm(dim, out_dim, bn_weight)))
 
 
@@ -531,8 +530,7 @@ def offset_bias(table: Tensor, built: Grid, grid: Grid, stride: int) -> Tensor:
     """LeViT's attention bias (H, N, M) from one entry per head and absolute offset, |dy| * x + |dx|.
 
     Args:
-        table: (H, y x) learned for the key grid `built`; resampled where the image leads to another key grid, such
-            that the zero offset stays itself.
+        table: (H, y x) learned for the key grid `built`; resampled for another one, the entry of offset 0 kept.
         grid: key grid (y, x); stride: query (i, j) sits at key (stride i, stride j).
     """
     table = resize_offsets(rearrange(table, "h (y x) -> h y x", y=built[0]), grid)
@@ -591,9 +589,8 @@ class LeViTAttention(AttentionCore):
 class CastlingLeViTAttention(PooledAttention):
     """LeViT's attention in the castling architecture: no bottleneck, pooled q, k, v, residual query, any kernel.
 
-    (B, N, C), grid -> (B, N', C'), grid'. Queries and keys have as many channels as LeViT's
-    values. With `stride` 2 the queries are pooled, and so are the keys and values unless the
-    kernel is softmax, which then keeps LeViT's bias (D5).
+    (B, N, C), grid -> (B, N', C'), grid'. Queries and keys have as many channels as LeViT's values. With `stride` 2 the
+    queries are pooled, and so are keys and values unless the kernel is softmax. Softmax keeps LeViT's bias (D5).
 
     Args: key_dim, heads, grid: as in `LeViTAttention`.
     """
@@ -659,8 +656,8 @@ class LeViTBlock(nn.Module):
 class LeViTDownsample(nn.Module):
     """Attention onto every second token of every second row, then a residual MLP: (B, N, C) -> (B, N', C').
 
-    The published block has no way round its attention; the castling one has a linear `skip`, computed at full
-    resolution and then subsampled, as the MACs of Tables 1 and 2 require.
+    The published attention has no residual. The castling one has a linear `skip`, computed at full resolution and then
+    subsampled, as the MACs of Tables 1 and 2 require.
     """
 
     def __init__(self, attn: nn.Module, mlp: nn.Module, skip: nn.Module | None, drop_path: float):
@@ -693,11 +690,12 @@ class LeViTStage(nn.Module):
 class LeViT(nn.Module):
     """(B, 3, H, W) pixels -> (B, num_classes) logits; any H x W.
 
-    With the softmax kernel, LeViT as published (attention-bias tables are made for `image_size` and resampled for other
-    images). With any other, the castling architecture, which has none.
+    With the softmax kernel, LeViT as published: its tables of attention biases are made for `image_size` and resampled
+    for other images. With any other, the castling architecture, which has none.
 
     Args:
-        dims, heads, depths: per stage; key_dim: D. Down-sampling blocks have dims[i] // D heads and 4 D channels each.
+        dims, heads, depths: per stage; key_dim: D.
+            The down-sampling block after stage i has dims[i] // D heads, with 4 D channels of values each.
         image_size: pixels.
         distilled: second head; in training the logits are a pair (class, distillation), in eval their mean. None means
             as published for the softmax kernel (two heads) and as counted by the paper for the others (one).
@@ -708,8 +706,7 @@ class LeViT(nn.Module):
             (D7).
         core: options of AttentionCore.
     Raises: ValueError if dims, heads and depths differ in length.
-    Source: arXiv:2104.01136; facebookresearch/LeViT @ 3772b8e, levit.py; arXiv:2211.10526v4,
-        Table 2.
+    Source: arXiv:2104.01136; facebookresearch/LeViT @ 3772b8e, levit.py; arXiv:2211.10526v4, Table 2.
     """
 
     def __init__(
@@ -805,7 +802,7 @@ def relative_rows(table: Tensor, queries: int, keys: int) -> Tensor:
 class MViTAttention(PooledAttention):
     """MViTv2's pooling attention. With the softmax kernel, decomposed relative positions are added to its logits.
 
-    (B, N, C), grid -> (B, N', C'), grid'. Args: grid: of x, in the images that the tables are made for.
+    (B, N, C), grid -> (B, N', C'), grid'. Args: grid: x's, for images of the size that the tables are made for.
     """
 
     def __init__(self, dim: int, out_dim: int, heads: int, grid: Grid, stride_q: int, stride_kv: int, core: Mapping):
@@ -828,19 +825,16 @@ class MViTAttention(PooledAttention):
         if self.rel_pos_h is None:
             return None
         q = rearrange(q, "b h (y x) d -> b h y x d", y=q_grid[0])  # not scaled, unlike in the logits
-        rows, columns = (
-            relative_rows(table, n, m)
-            for table, n, m in zip((self.rel_pos_h, self.rel_pos_w), q_grid, k_grid, strict=True)
-        )
-        rows = torch.einsum("bhyxd,ykd->bhyxk", q, rows)
-        columns = torch.einsum("bhyxd,xkd->bhyxk", q, columns)
+        rows = torch.einsum("bhyxd,ykd->bhyxk", q, relative_rows(self.rel_pos_h, q_grid[0], k_grid[0]))
+        columns = torch.einsum("bhyxd,xkd->bhyxk", q, relative_rows(self.rel_pos_w, q_grid[1], k_grid[1]))
         return (rows[..., :, None] + columns[..., None, :]).flatten(4, 5).flatten(2, 3)
 
 
 class MViTBlock(nn.Module):
     """Pre-norm block, (B, N, C), grid -> (B, N', C'), grid'.
 
-    Where C changes, the way round attention is linear, after the norm; where the grid does, it is max-pooled.
+    The residual past attention is a linear layer of the normed tokens where C changes; it is max-pooled where the grid
+    changes.
     """
 
     def __init__(self, dim: int, attn: PooledAttention, out_dim: int, mlp: nn.Module, stride: int, drop_path: float):
@@ -868,9 +862,9 @@ class MViTBlock(nn.Module):
 class MViTv2(nn.Module):
     """(B, 3, H, W) pixels -> (B, num_classes) logits; any H x W.
 
-    With the softmax kernel, MViTv2 as published: keys and values pooled by 4, 2, 1, 1 in stages 1 to 4, decomposed
-    relative positions. With any other, the castling architecture: one value per query, so no such pooling; a DWConv in
-    the MLPs of blocks that do not down-sample (D7).
+    With the softmax kernel, MViTv2 as published: keys and values pooled by 4, 2, 1, 1 in stages 1 to 4, and decomposed
+    relative positions. With any other, the castling architecture: no such pooling, for every query needs a value; a
+    DWConv in the MLPs of blocks that do not down-sample (D7).
 
     Args:
         depths: blocks per stage; dim, heads: C and H of the first stage, both double from stage to stage.
@@ -982,8 +976,8 @@ class DepthSeparable(nn.Module):
 class MapBlock(MViTBlock):
     """Transformer block on a feature map, (B, C, y, x) -> (B, C, y, x): MViTv2's pooled attention, MLP ratio 2.
 
-    No position embedding, so any y x x. The MLP's DWConv has a BatchNorm. Source: recovered from the counts of the
-    paper's Tables 3, 6 and 7, which say what the text leaves out.
+    Without position embeddings, so any y and x. The MLP's DWConv has a BatchNorm. Source: the counts of the paper's
+    Tables 3, 6 and 7, which it fits; the text does not describe it.
     """
 
     def __init__(self, dim: int, heads: int, mlp_dwconv: int, drop_path: float, core: Mapping):
@@ -1001,8 +995,8 @@ class MapBlock(MViTBlock):
 class ConvBackbone(nn.Module):
     """(B, 3, H, W) pixels -> feature maps [C3, C4, C5] of strides 8, 16, 32, or, with `num_classes`, logits.
 
-    Subclasses make `channels`, those of the three maps, and `features(x)`, the maps. Sides need not be multiples of
-    32: each stride-2 step rounds up.
+    A subclass has `channels`, of the three maps, and `features(x)`, which gives the maps. Sides need not be multiples
+    of 32: each stride-2 step rounds up.
     """
 
     channels: tuple[int, int, int]
@@ -1019,10 +1013,6 @@ class ConvBackbone(nn.Module):
         pooled = F.hardswish(self.conv_head(F.adaptive_avg_pool2d(maps[-1], 1)))
         return self.classifier(pooled.flatten(1))
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that the published recipe exempts: none."""
-        return set()
-
 
 class LCNet(ConvBackbone):
     """LCNet, and LCNet-ViT where `heads` are given.
@@ -1030,7 +1020,7 @@ class LCNet(ConvBackbone):
     Args:
         width: factor on all channels.
         heads: of the transformer block at stride 16, and at stride 32.
-        mlp_dwconv: kernel of the MLPs' DWConv, 0 for none; None means 5 for every kernel but the softmax baseline (D7).
+        mlp_dwconv: kernel of the MLPs' DWConv, 0 for none; None means 5, for the softmax kernel 0 (D7).
         drop_path: stochastic depth of the transformer blocks.
     """
 
@@ -1192,8 +1182,8 @@ def build_model(
         name: one of `list_models()`.
         attention: "castling" (linear-angular with the auxiliary branch), "softmax" (the published architecture), or
             another kernel of Table 5 in the castling architecture, without the branch unless `auxiliary=True`.
-        num_classes: length of the logits. None means 1000, and for the detection backbones LCNet and ESNet, that the
-            model returns its feature maps [C3, C4, C5] instead; no effect on dense models, which have no logits.
+        num_classes: length of the logits; no effect on dense models, which have none. None means 1000, but LCNet and
+            ESNet then return their feature maps [C3, C4, C5].
         image_size: pixels, one number or (height, width); the model runs at other sizes too.
         castle_downsample: see `LeViT`; no effect on families without down-sampling blocks.
         overrides: further arguments of the model (dims, depth, drop_path, distilled, mlp_dwconv, ...) or of its
@@ -1208,11 +1198,10 @@ def build_model(
     core |= {key: overrides.pop(key) for key in core_options & set(overrides)}
     known = set(inspect.signature(family).parameters) - {"core"}
     for key in set(overrides) - known:
-        choices = sorted(core_options | known)
-        raise ValueError(f"{name} has no option {key!r}: choose from {', '.join(choices)}")
-    for key in {"mlp_dwconv"} & set(overrides):
-        if overrides[key] and (overrides[key] < 0 or overrides[key] % 2 == 0):
-            raise ValueError(f"{key} must be odd, or 0 for none, got {overrides[key]}")
+        raise ValueError(f"{name} has no option {key!r}: choose from {', '.join(sorted(core_options | known))}")
+    mlp_dwconv = overrides.get("mlp_dwconv")
+    if mlp_dwconv and (mlp_dwconv < 0 or mlp_dwconv % 2 == 0):
+        raise ValueError(f"mlp_dwconv must be odd, or 0 for none, got {mlp_dwconv}")
     common = dict(image_size=image_size, castle_downsample=castle_downsample)
     if num_classes is not None:
         common["num_classes"] = num_classes

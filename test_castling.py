@@ -1010,8 +1010,8 @@ def test_captured_shows_what_each_layer_saw():
     model(torch.zeros(2, 3, 64, 64))
     assert seen["blocks.0.attn"][0] is before
     core, (q, k, v) = attention.cores(model)["blocks.0.attn"], seen["blocks.0.attn"]
-    for queries, message in [([17], "0..16"), ([-1], "0..16"), ([], "indices"), ([0.5], "indices"), ([[0]], "indices")]:
-        with pytest.raises(ValueError, match=message):
+    for queries in ([17], [0, -1]):
+        with pytest.raises(ValueError, match="within 0..16"):
             figures.attention_rows(core, q, k, v, queries)
     with pytest.raises(ValueError, match="cosine"):
         figures.attention_rows(AttentionCore(2, "cosine"), q, k, v, [0])
@@ -1319,7 +1319,8 @@ def test_exempt_parameters_exist(family):
     wanted = {n for n in names if n.rsplit(".", 1)[-1] in (
         "cls_token", "dist_token", "pos_embed", "attention_biases", "rel_pos_h", "rel_pos_w",
     )}  # fmt: skip
-    assert bool(wanted) == (family not in ("lcnet", "esnet")) and model.no_weight_decay() & names == wanted
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    assert bool(wanted) == (family not in ("lcnet", "esnet")) and exempt & names == wanted
 
 
 def test_relative_rows_equal_a_loop():
@@ -3787,15 +3788,23 @@ def test_detection_tables(capsys):
     assert table(7) == [(3.3199, 2.1462, 2.0815), (7.5330, 3.5075, 3.4477), lin, dw, dw, (7.5955, 3.1746, 3.1132)]
 
 
+def attention_macs(kernel, heads, tokens, key_dim, value_dim):
+    """Products of q, k and v in closed form: N^2 (D + E) per head, or 2 N D E where k^T v comes first."""
+    if kernel in ("softmax", "angular"):
+        return heads * tokens**2 * (key_dim + value_dim)
+    sums = key_dim if kernel == "relu_e" else 0  # its rows' sums
+    return 0 if kernel == "identity" else heads * tokens * (2 * key_dim * value_dim + sums)
+
+
 @given(st.sampled_from(sorted(KERNELS)), st.integers(1, 3), st.integers(1, 40), st.integers(1, 24), st.integers(1, 24))
 def test_counted_attention_equals_its_formula(kernel, heads, tokens, key_dim, value_dim):
     """Each kernel's products, as counted on the running core, are the closed formula; with them the DWConv; on the CPU,
     whose fused softmax torch counts as 0, as on the meta device. The paper's convention counts the same."""
     core = AttentionCore(heads, kernel).eval()
     shapes = [(2, heads, tokens, d) for d in (key_dim, key_dim, value_dim)]
-    conv = 0 if kernel == "softmax" else 2 * flops.dwconv_macs(9, heads * value_dim, tokens)
+    conv = 0 if kernel == "softmax" else 2 * 9 * heads * value_dim * tokens
     for convention in ("macs", "paper-cls"):
-        expected = 2 * flops.attention_macs(kernel, heads, tokens, tokens, key_dim, value_dim)
+        expected = 2 * attention_macs(kernel, heads, tokens, key_dim, value_dim)
         for device in ("cpu", "meta"):
             cost = flops.count(core.to(device) if device == "cpu" else copy.deepcopy(core).to(device),
                                *(torch.zeros(s, device=device) for s in shapes), convention=convention)  # fmt: skip
@@ -3834,8 +3843,6 @@ def test_strict_counting_refuses_the_unknown():
         flops.count(deformed, torch.zeros(1, 2, 4, 4))
     with pytest.raises(ValueError, match="paper-cls"):
         flops.count(fourier, torch.zeros(8), convention="paper_cls")
-    with pytest.raises(ValueError, match="sofmax"):
-        flops.attention_macs("sofmax", heads=1, queries=4, keys=4, key_dim=2, value_dim=2)
 
 
 def test_conventions_add_their_terms():
@@ -3863,7 +3870,7 @@ def test_branch_and_parts_are_counted(family):
     flops.peak_activation_bytes(model, x)
     assert model.training and not frozen.training and attention.mask_statistics(model) == before
     sizes = [(*q.shape[1:], v.shape[-1]) for q, _, v in seen.values()]
-    branch = sum(flops.attention_macs("softmax", h, n, n, d, e) for h, n, d, e in sizes)
+    branch = sum(attention_macs("softmax", h, n, d, e) for h, n, d, e in sizes)
     assert whole.macs - castled.macs == branch == whole.attention - castled.attention
     assert castled.by_module[""] == castled.macs
     assert castled.params == parameters(model) and castled.params_weights == weights_only(model)
@@ -5100,7 +5107,8 @@ def test_points_are_the_counted_macs(monkeypatch):
     (row,) = figures.detector_points()
     with torch.device("meta"):
         model, image = detect.build_detector("lcnet_vit_s", "softmax", image_size=64), torch.empty(1, 3, 64, 64)
-    assert row == figures.point("LCNet-ViT", "lcnet_vit_s", "softmax", flops.count(model, image).macs / 1e9, 5)
+    assert row == dict(family="LCNet-ViT", model="lcnet_vit_s", attention="softmax",
+                       macs_g=flops.count(model, image).macs / 1e9, accuracy=5)  # fmt: skip
 
 
 def test_mask_figure_reads_every_layer(monkeypatch, tmp_path):
@@ -5286,12 +5294,6 @@ def test_attention_figure(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         draw()
     assert "no linear-angular attention" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("tokens", "prefix", "side"), [(197, 1, 14), (198, 2, 14), (49, 0, 7), (17, 1, 4), (1, 0, 1)])
-def test_square_grid(tokens, prefix, side):
-    assert figures.square_grid(tokens) == (prefix, side)
-    assert all(0 <= token < tokens for token in figures.default_tokens(prefix, side))
 
 
 # ---- faults: what a run survives -------------------------------------------------------------------------------------

@@ -214,7 +214,7 @@ def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> n
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay for matrices and filters; none for biases, norms and what the model exempts by name."""
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # not all of timm's
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         (others if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
