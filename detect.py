@@ -5,11 +5,10 @@
     python detect.py --eval --checkpoint runs/X/best.pt                AP with and without the auxiliary branch
     python detect.py --checkpoint runs/X/best.pt --image photo.jpg --output boxes.png
 
-The same command again continues a run where it was stopped. `train` below is the loop; run.py has
-what it calls.
+The same command again continues a run where it was stopped. `train` below is the loop; run.py has what it calls.
 PicoDet v1 on ESNet-ViT or LCNet-ViT: arXiv:2211.10526v4, section 4.2, which follows "PicoDet's detection head design as
 well as their training recipe". PicoDet: Yu et al., arXiv:2111.00902; PaddleDetection @ v2.6.0; its PyTorch port,
-github.com/Bo396543018/Picodet_Pytorch. The paper's Tables 3, 6 and 7 fix what the text leaves out, by their counts.
+github.com/Bo396543018/Picodet_Pytorch. Where the text is silent, the counts of its Tables 3, 6 and 7 decide.
 
 Shapes: B images, P points (feature map cells of all levels), K classes, G ground-truth boxes of an image.
 Boxes are xyxy in pixels everywhere but in COCO's files. A point is (x, y, stride): the centre of its cell, in pixels.
@@ -26,6 +25,7 @@ import reprlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ from torchvision.utils import draw_bounding_boxes
 
 import run
 from attention import cores, look_up, set_threshold
-from convert import LoadReport, check_export, load_pretrained, read_checkpoint, weights_in
+from convert import load_pretrained
 from data import (
     SHAPES,
     Augmented,
@@ -54,7 +54,7 @@ from data import (
     to_model_input,
 )
 from models import ESNET, LCNET, ConvBackbone, DepthSeparable, build_model, conv_norm
-from run import at_least, autocast, rank, say, share, world_size
+from run import agreed, at_least, autocast, rank, say, share, world_size
 
 METRICS = {"AP": "AP", "AP50": "AP50", "AP75": "AP75"}  # of `evaluate`; best.pt is best in the first
 STRIDES = (8, 16, 32, 64)  # of the levels, pixels
@@ -86,7 +86,7 @@ DATA_DEFAULTS = {
 
 
 class CSPBlock(nn.Module):
-    """(B, 2C, y, x) -> (B, C, y, x): half of the width is mixed further.  CSP-PAN, arXiv:2111.00902"""
+    """(B, 2C, y, x) -> (B, C, y, x): convolutions on half of the channels.  CSP-PAN, arXiv:2111.00902"""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -137,9 +137,9 @@ def enlarged(x: Tensor, like: Tensor) -> Tensor:
 
 
 class Head(nn.Module):
-    """PicoDet's first head: per level a tower shared by both outputs and one 1x1 convolution; levels share nothing.
+    """[(B, C, y, x)] -> logits (B, P, K), bins (B, P, 4, 8): the distributions of left, top, right, bottom, as logits.
 
-    [(B, C, y, x)] -> logits (B, P, K), bins (B, P, 4, 8): the distributions of left, top, right, bottom, as logits.
+    PicoDet's first head. Each level has a tower of its own, and one 1x1 convolution for both outputs.
     """
 
     def __init__(self, channels: int, convs: int, num_classes: int):
@@ -153,7 +153,7 @@ class Head(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
         for layer in self.predict:
-            nn.init.constant_(layer.bias, -math.log(99))  # every class starts at 1%; to the bins it is no difference
+            nn.init.constant_(layer.bias, -math.log(99))  # every class starts at 1%; the bins' softmax cancels it
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         layers = zip(self.predict, self.towers, maps, strict=True)
@@ -225,7 +225,7 @@ def build_detector(
 def varifocal_elements(logits: Tensor, targets: Tensor, *, alpha: float = 0.75, gamma: float = 2.0) -> Tensor:
     """Varifocal loss of each logit: cross entropy to q = `targets` in 0..1, weighted by q, or alpha p^gamma if q = 0.
 
-    Source: VarifocalNet, arXiv:2008.13367, Eq. (2). Its gradient flows through p in the weight too, as in PicoDet.
+    Source: VarifocalNet, arXiv:2008.13367, Eq. (2). The weight has a gradient too, as in PicoDet.
     """
     weight = torch.where(targets > 0, targets, alpha * logits.sigmoid() ** gamma)
     return weight * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
@@ -236,11 +236,11 @@ def simota(
     logits: Tensor, boxes: Tensor, points: Tensor, gt_boxes: Tensor, gt_labels: Tensor,
     *, radius: float = 2.5, top: int = 10, iou_weight: float = 6.0,
 ) -> Tensor:
-    """Which ground-truth box each point of one image is to predict: (P,) index into gt_boxes, -1 for background.
+    """Which ground-truth box each point of an image is to predict: (P,) index into gt_boxes, -1 for background.
 
-    Each box takes its k points of least cost, classification plus `iou_weight` (1 - GIoU), among those that are inside
-    some box or within `radius` strides of its centre, first of all those that are both for the box itself; k is the sum
-    of its `top` largest IoUs, at least 1. A point taken by several boxes keeps the one it costs least for.
+    A candidate is a point inside some box, or within `radius` strides of its centre. Each box takes the k candidates of
+    least cost: classification plus `iou_weight` (1 - GIoU). Those both inside it and near its centre come first. k is
+    the sum of its `top` largest IoUs, at least 1. A point that several boxes take goes to the one it costs least for.
 
     Args: logits: (P, K); boxes: (P, 4) predicted; points: (P, 3); gt_boxes: (G, 4); gt_labels: (G,).
     Source: SimOTA, YOLOX, arXiv:2107.08430, with PicoDet's varifocal cost, arXiv:2111.00902, section 3.3.
@@ -255,7 +255,7 @@ def simota(
         return matched
     logits, boxes, inside, near = (x[candidates] for x in (logits, boxes, inside, near))
     iou = box_iou(boxes, gt_boxes)                                                           # (V, G)
-    # Varifocal loss of every pair, were the point to predict the box: of all classes as background, but for the box's.
+    # Varifocal loss of every pair: the box's class is to predict their IoU, all other classes are background.
     background = varifocal_elements(logits, torch.zeros_like(logits))                        # (V, K)
     own = logits[:, gt_labels]                                                               # (V, G)
     cost = background.sum(1, keepdim=True) - background[:, gt_labels] + varifocal_elements(own, iou)
@@ -290,25 +290,16 @@ def paired_iou(a: Tensor, b: Tensor) -> Tensor:
     return overlap / (area_a + area_b - overlap).clamp_min(1e-7)
 
 
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean over processes, so that their averaged gradients are those of one process with the whole batch."""
-    if dist.is_initialized():
-        value = value.clone()
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value
-
-
 def detection_losses(
     logits: Tensor, bins: Tensor, points: Tensor, targets: list[tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
-    """The three losses of a batch, weighted; their sum is what is minimised. In float32 whatever comes in.
+    """The three losses of a batch, weighted; training minimises their sum. Computed in float32.
 
     Args:
         logits: (B, P, K); bins: (B, P, 4, 8); points: (P, 3).
-        targets: of each image, boxes (G, 4) and labels (G,); G may be 0, in all images too.
+        targets: of each image, boxes (G, 4) and labels (G,); G may be 0.
     Returns: cls: varifocal loss of all points; box: GIoU loss, dfl: distribution focal loss, both of positive points
-        and weighted by their score. Normalisers are averaged over ranks and at least 1.
+        and weighted by their score. Normalisers are at least 1.
     Source: Picodet_Pytorch, mmdet/models/dense_heads/pico_head.py; PaddleDetection @ v2.6.0, pico_head.py.
     """
     logits, bins, points = logits.float(), bins.float(), points.float()
@@ -325,11 +316,12 @@ def detection_losses(
     quality = torch.zeros_like(logits)
     image, point = positive.nonzero(as_tuple=True)
     quality[image, point, gt_labels] = paired_iou(boxes.detach(), gt_boxes).clamp_min(1e-6)
-    count = mean_over_ranks(positive.sum(1).clamp_min(1).sum().float()).clamp_min(1)
+    # Normalisers are means over ranks: so the mean of the ranks' gradients is that of one process with all images.
+    count = max(1.0, agreed(logits.device, positive.sum(1).clamp_min(1).sum())[0])
     losses = dict(cls=varifocal_elements(logits, quality).sum() / count)
 
     weight = logits.detach()[positive].sigmoid().amax(-1)                                    # (N,)
-    total = mean_over_ranks(weight.sum()).clamp_min(1)
+    total = max(1.0, agreed(logits.device, weight.sum())[0])
     giou = generalized_box_iou_loss(boxes, gt_boxes, eps=1e-7)
     losses["box"] = BOX_WEIGHT * (weight * giou).sum() / total
     centre, stride = points[:, :2], points[:, 2:]
@@ -365,8 +357,8 @@ def detections(
 
 
 class Boxes(nn.Module):
-    """What `--export` writes of a detector: (B, 3, H, W) normalised pixels -> boxes (B, P, 4), corners in pixels, and
-    scores (B, P, K) in 0..1 of all points. Low scores and overlaps are left to whoever runs it, see `detections`."""
+    """What `--export` writes of a detector: (B, 3, H, W) normalised pixels -> boxes (B, P, 4), xyxy in pixels, and
+    scores (B, P, K) in 0..1, of all points. Who runs it drops low scores and overlaps, as `detections` does."""
 
     def __init__(self, detector: Detector):
         super().__init__()
@@ -379,22 +371,19 @@ class Boxes(nn.Module):
 
 # ---- data: COCO files and rendered scenes ----------------------------------------------------------------------------
 
-def is_number(value) -> bool:
-    """A number within -1e10..1e10, which is as far as COCO's metrics see, but no truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e10
+
+def within(low: float, high: float = 1e10, kind: type = int | float) -> Callable:
+    """Whether a value is a number, no truth value, within low..high. COCO's metrics see as far as 1e10."""
+    return lambda value: isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
-AN_ID = (
-    lambda value: isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63,
-    "an integer of 64 bits",
-)
+coordinate = within(-1e10)
+AN_ID = (within(1 - 2**63, 2**63 - 1, int), "an integer of 64 bits")
 A_TEXT = (lambda value: isinstance(value, str), "a text")
-A_SIDE = (lambda value: is_number(value) and value >= 1, "a number of pixels within 1..1e10")
-AN_AREA = (
-    lambda value: is_number(value) and value >= 0, "a number within 0..1e10, as COCO's metrics see"
-)
+A_SIDE = (within(1), "a number of pixels within 1..1e10")
+AN_AREA = (within(0), "a number within 0..1e10, as COCO's metrics see")
 A_BOX = (
-    lambda value: isinstance(value, list) and len(value) == 4 and all(map(is_number, value)),
+    lambda value: isinstance(value, list) and len(value) == 4 and all(map(coordinate, value)),
     "four numbers within -1e10..1e10: x, y, width, height",
 )
 A_SWITCH = (lambda value: value in (0, 1), "0 or 1")
@@ -403,16 +392,16 @@ COCO_FIELDS = {  # of each part of an annotation file: field, and what it has to
     "categories": dict(id=AN_ID, name=A_TEXT),
     "annotations": dict(id=AN_ID, image_id=AN_ID, category_id=AN_ID, bbox=A_BOX, area=AN_AREA, iscrowd=A_SWITCH),
 }
-OPTIONAL = {"area": lambda row: row["bbox"][2] * row["bbox"][3], "iscrowd": lambda row: 0}  # and what they are then
+OPTIONAL = {"area": lambda row: row["bbox"][2] * row["bbox"][3], "iscrowd": lambda row: 0}  # where there is none
 
 
 def read_annotations(path: Path) -> dict:
-    """A COCO annotation file. Raises ValueError that names the file, the record and the field that is wrong."""
+    """A COCO annotation file. Raises ValueError that names the file, record and field that is wrong."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # the second where lists are nested without end
+    except (ValueError, RecursionError) as error:  # RecursionError: lists nested too deep
         raise ValueError(f"{path} is no JSON that can be read: {error}") from None
     for part, fields in COCO_FIELDS.items():
         rows = content.get(part) if isinstance(content, dict) else None
@@ -427,8 +416,7 @@ def read_annotations(path: Path) -> dict:
                     raise ValueError(f"{path}: {part}[{i}] has no {name!r}{hint}")
                 elif not fits(row[name]):
                     found = reprlib.repr(row[name])  # shortened
-                    where = f"{path}: {part}[{i}]"
-                    raise ValueError(f"{where} has {name!r} {found}, expected {expected}")
+                    raise ValueError(f"{path}: {part}[{i}] has {name!r} {found}, expected {expected}")
         key, times = Counter(row["id"] for row in rows).most_common(1)[0] if rows else (None, 1)
         if times > 1:
             raise ValueError(f"{path}: {part} has {times} records of 'id' {key}")
@@ -440,20 +428,14 @@ def read_annotations(path: Path) -> dict:
     return content
 
 
-def existing(name: str, images: Path) -> Path | None:
-    """The file of that name in the folder of images, or in the one above; None if it is in neither."""
-    return next((path for path in (images / name, images.parent / name) if path.is_file()), None)
-
-
 class CocoFolder(Dataset):
     """Images and boxes of one COCO annotation file, with the file's own classes.
 
-    For training, boxes are clipped to their image; those of no area then are dropped and counted
-    in `dropped`. Crowds are no targets, and images without a target are left out. Evaluation keeps
-    all images and boxes as the file has them: one that cannot be found counts as missed.
+    For training, boxes are clipped to their image; `dropped` counts those that have no area then, which are left out.
+    So are crowds, and images without a box. Evaluation keeps all images and boxes as the file has them.
 
-    Args: images: the folder that file names are relative to; else they are to the folder above.
-    classes: [{"id", "name"}] by id; a label is an index into it. An item is as `sample` makes it.
+    Args: images: the folder that file names are relative to, or else the one above it.
+    classes: [{"id", "name"}] by id; a label is an index into it. An item is as `make_item` makes it.
     Raises: ValueError for what is wrong in the file, or an image that is not there.
     """
 
@@ -466,8 +448,7 @@ class CocoFolder(Dataset):
         self.targets, self.annotations, self.dropped = {key: ([], []) for key in sizes}, [], 0
         for row in content["annotations"]:
             if not training:
-                fields = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-                self.annotations.append({field: row[field] for field in fields})
+                self.annotations.append({field: row[field] for field in COCO_FIELDS["annotations"]})
             (x, y, width, height), (right, bottom) = row["bbox"], sizes[row["image_id"]]
             box = max(0, x), max(0, y), min(right, x + width), min(bottom, y + height)
             if box[2] <= box[0] or box[3] <= box[1]:
@@ -482,7 +463,10 @@ class CocoFolder(Dataset):
         self.images = [image for image in content["images"] if self.targets[image["id"]][0] or not training]
         there = set(os.listdir(images)) if images.is_dir() else set()  # one look instead of 100,000
         names = [image["file_name"] for image in self.images]
-        self.paths = [images / name if name in there else existing(name, images) for name in names]
+        self.paths = [
+            next((path for path in (images / name, images.parent / name) if name in there or path.is_file()), None)
+            for name in names
+        ]
         missing = [name for name, path in zip(names, self.paths, strict=True) if path is None]
         if missing:
             raise ValueError(f"{len(missing)} images of {annotations} are not in {images}: {missing[0]}, ...")
@@ -498,7 +482,7 @@ class CocoFolder(Dataset):
                 f"{path} is {image.shape[2]} x {image.shape[1]} pixels as stored, its annotations say "
                 f"{row['width']} x {row['height']}"
             )
-        return sample(image, *self.targets[row["id"]], row["id"])
+        return make_item(image, *self.targets[row["id"]], row["id"])
 
     def ground_truth(self) -> dict:
         """COCO's dictionary of what is to be found, as in the file; for a set that is not for training."""
@@ -507,13 +491,13 @@ class CocoFolder(Dataset):
 
 
 class SceneBoxes(Scenes):
-    """Rendered scenes with their boxes, as `sample` makes them."""
+    """Rendered scenes with their boxes, as `make_item` makes them."""
 
     classes = [{"id": i + 1, "name": name} for i, name in enumerate(SHAPES)]
 
     def __getitem__(self, index: int) -> dict:
         scene = self.scene(index)
-        return sample(torch.from_numpy(scene.image).permute(2, 0, 1), scene.boxes, scene.labels, index)
+        return make_item(torch.from_numpy(scene.image).permute(2, 0, 1), scene.boxes, scene.labels, index)
 
     def ground_truth(self) -> dict:
         """COCO's dictionary of what is to be found in these images."""
@@ -527,7 +511,7 @@ class SceneBoxes(Scenes):
         return dict(images=[{"id": i} for i in range(len(self))], annotations=annotations, categories=self.classes)
 
 
-def sample(image: Tensor, boxes, labels, image_id: int) -> dict:
+def make_item(image: Tensor, boxes, labels, image_id: int) -> dict:
     """What data sets give: image uint8 (3, H, W), boxes (G, 4), labels (G,), image_id and the file's size (H, W)."""
     size = tuple(image.shape[1:])
     boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
@@ -562,7 +546,7 @@ def collate(items: list[dict]) -> tuple[Tensor, list[dict]]:
 
 
 class CropWithBoxes(v2.RandomIoUCrop):
-    """torchvision's crop, which needs boxes, and sides that it leaves a pixel of, keeps other images as they are."""
+    """torchvision's crop; but images without boxes, or so small that a crop might have no pixel, stay as they are."""
 
     def forward(self, item: dict) -> dict:
         large = min(item["image"].shape[1:]) * self.min_scale >= 1
@@ -570,7 +554,7 @@ class CropWithBoxes(v2.RandomIoUCrop):
 
 
 def augmentation(augment: bool) -> Callable:
-    """Flips; with `augment` also crops that keep a box, and colours. Boxes under a pixel wide or high then go.
+    """Flips; with `augment` also crops that keep a box, and colours. Boxes less than a pixel wide or high go.
 
     Brightness, contrast, saturation and hue each change in half of the images, in a random order.
     Source: PaddleDetection @ v2.6.0, RandomCrop and RandomDistort.
@@ -604,7 +588,7 @@ class ScaleSampler(EpochSampler):
 
 
 def coco_files(root: Path, split: str) -> tuple[Path, Path]:
-    """Annotation file and image folder of "train" or "val" in a COCO folder: 2017, or else the only ones there."""
+    """Annotation file and image folder of "train" or "val" in a COCO folder: those of 2017, or the only ones."""
     found = sorted((root / "annotations").glob(f"instances_{split}*.json"))
     found = [path for path in found if path.stem.endswith("2017")] or found
     if len(found) != 1:
@@ -636,7 +620,7 @@ STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def coco_library() -> tuple[type, type]:
-    """COCO and its evaluator from faster-coco-eval, else from pycocotools, which gives the same numbers, slower."""
+    """COCO and its evaluator: from faster-coco-eval, or from pycocotools: the same numbers, slower."""
     with contextlib.suppress(ImportError):
         from faster_coco_eval import COCO, COCOeval_faster
 
@@ -660,9 +644,9 @@ def coco_metrics(ground_truth: dict, results: list[dict], library: tuple[type, t
     with contextlib.redirect_stdout(io.StringIO()):
         truth, found = COCO(), COCO()
         truth.dataset = ground_truth | {"annotations": truths}
-        extra = [dict(id=i + 1, area=row["bbox"][2] * row["bbox"][3], iscrowd=0) for i, row in enumerate(results)]
-        results = [row | more for row, more in zip(results, extra, strict=True)]
-        found.dataset = ground_truth | {"annotations": results}
+        found.dataset = ground_truth | {"annotations": [
+            row | dict(id=i + 1, area=row["bbox"][2] * row["bbox"][3], iscrowd=0) for i, row in enumerate(results)
+        ]}  # fmt: skip
         truth.createIndex()
         found.createIndex()
         evaluator = Evaluator(truth, found, "bbox")
@@ -683,8 +667,8 @@ def restored(boxes: Tensor, size: tuple[int, int], original: tuple[int, int]) ->
 def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, device: torch.device) -> dict:
     """COCO's metrics in percent over the whole set, each image once over all ranks.
 
-    Rank 0 writes what was found to coco_results.json, or, where a model with a branch has been castled, to
-    coco_results_castled.json, in COCO's result format.
+    Rank 0 writes the boxes to coco_results.json in COCO's format; those of a castled model, without its branch, to
+    coco_results_castled.json.
     """
     model.eval()
     dataset, found = loader.dataset.base, []
@@ -707,12 +691,7 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
     if rank() == 0:
         results = sorted((row for part in parts for row in part), key=lambda row: row["image_id"])
         castled = args.attention == "castling" and not any(core.auxiliary for core in cores(model).values())
-        path = Path(args.output) / f"coco_results{'_castled' if castled else ''}.json"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results))
-        except OSError as error:
-            raise DataError(f"cannot write {path}: {error}") from None
+        run.rewrite(Path(args.output) / f"coco_results{'_castled' if castled else ''}.json", json.dumps(results))
         metrics = [coco_metrics(dataset.ground_truth(), results)]
     if dist.is_initialized():
         dist.broadcast_object_list(metrics, 0)
@@ -723,7 +702,7 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
 
 
 def learning_rate(args: argparse.Namespace, step: int, total_steps: int) -> float:
-    """Learning rate of optimiser step `step` (0-based): linear warm-up from a tenth, and a cosine to 0 over the run."""
+    """Learning rate of step `step` (0-based): linear warm-up from a tenth of the peak, and a cosine to 0."""
     peak = args.lr * args.global_batch / LR_BATCH
     if step < args.warmup_steps:
         return peak * (0.1 + 0.9 * step / args.warmup_steps)
@@ -749,7 +728,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
         torch.manual_seed(args.seed)  # the same first weights on every rank
         model = make_model(args, len(train_set.classes), args.image_size)
-        run.start_from(model, args, load_start)
+        run.start_from(model, args, partial(run.load_start, layers="head.predict."))
         if args.backbone and run.begins_anew(args):
             report = load_pretrained(model.backbone, args.backbone)
             if rank() == 0:
@@ -759,9 +738,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         # Weight decay is on all parameters, norms included, as in Picodet_Pytorch.
         optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
 
-        order = dict(rank=rank(), world=world_size())
         sampler = ScaleSampler(
-            len(train_set), seed=args.seed, multiple=args.global_batch, **order,
+            len(train_set), seed=args.seed, multiple=args.global_batch, rank=rank(), world=world_size(),
             sides=[args.image_size + 32 * i for i in range(-args.multi_scale, args.multi_scale + 1)],
             per_step=args.batch_size * args.accumulate,
         )  # fmt: skip
@@ -811,10 +789,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def check_sides(args: argparse.Namespace) -> None:
-    """The smallest images of --multi-scale have 32 px or more, and BatchNorm gets more than a single value.
-
-    Raises: ValueError.
-    """
+    """Raise ValueError if --multi-scale gives images below 32 px, or BatchNorm would get a single value."""
     least = 32 + 32 * args.multi_scale
     if args.image_size < least:
         raise ValueError(f"--image-size must be at least {least} with --multi-scale {args.multi_scale}, got "
@@ -823,17 +798,9 @@ def check_sides(args: argparse.Namespace) -> None:
         raise ValueError(f"BatchNorm needs --batch-size 2 or more where images are {STRIDES[-1]} px or smaller")
 
 
-def load_start(model: Detector, path: str) -> LoadReport:
-    """A detector's weights to start from; all but the last layers if it knows another number of classes."""
-    head = weights_in(read_checkpoint(path)).get(HEAD)
-    other = head is not None and len(head) != len(model.head.predict[0].weight)
-    return load_pretrained(model, path, fresh="head.predict." if other else None)
-
-
 def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
     """This rank's share of the validation set, at the image size."""
-    order = dict(rank=rank(), world=world_size())
-    sampler = ScaleSampler(len(val_set), sides=[args.image_size], per_step=1, **order)
+    sampler = ScaleSampler(len(val_set), sides=[args.image_size], per_step=1, rank=rank(), world=world_size())
     return make_loader(Resized(val_set, None, args.seed), sampler, args.batch_size, args.workers, collate)
 
 
@@ -874,19 +841,6 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     run.print_evaluation(args, record)
 
 
-def draw(image: Tensor, rows: list[dict], labels: list[int]) -> Tensor:
-    """The image (3, H, W) uint8 with the labelled box of each row; the colours are the classes'."""
-    if not rows:
-        return image
-    return draw_bounding_boxes(
-        image,
-        torch.tensor([row["box"] for row in rows]),
-        [f"{row['label']} {row['score']:.2f}" for row in rows],
-        colors=[COLOURS[label % len(COLOURS)] for label in labels],
-        width=2,
-    )
-
-
 @torch.inference_mode()
 def predict(args: argparse.Namespace, device: torch.device) -> None:
     """--image: the boxes of each file are drawn to --output, or printed with --json, or both."""
@@ -913,20 +867,16 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
             ]
             printed.append(dict(image=str(path), boxes=rows))
             if drawn:
-                run.write_image(v2.functional.to_pil_image(draw(pixels, rows, labels)), targets[path])
+                if rows:
+                    texts = [f"{row['label']} {row['score']:.2f}" for row in rows]
+                    colours = [COLOURS[label % len(COLOURS)] for label in labels]
+                    pixels = draw_bounding_boxes(pixels, torch.tensor(boxes), texts, colors=colours, width=2)
+                run.write_image(v2.functional.to_pil_image(pixels), targets[path])
             if not args.json:
                 say(f"{path}: {len(rows)} boxes, drawn to {targets[path]}")
     finally:  # also where an image could not be read
         if args.json and rank() == 0:
             say(json.dumps(printed, indent=1))
-
-
-def export(args: argparse.Namespace) -> None:
-    """--export: writes the checkpoint's castled model to a file, as `Boxes`."""
-    with run.checked(args):
-        check_export(args.export)
-        model, _ = load(args)
-    run.write_export(Boxes(model), args)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -968,17 +918,17 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    with run.session(args, "detect.py") as device:
-        with run.checked(args):
-            what = run.asked(args)
-        if what == "train":
+    with run.session(args, "detect.py") as (task, device):
+        if task == "train":
             train(args, device)
-        elif what == "eval":
+        elif task == "eval":
             evaluate_checkpoint(args, device)
-        elif what == "image":
+        elif task == "image":
             predict(args, device)
         else:
-            export(args)
+            with run.checked(args):
+                model, _ = load(args)
+            run.write_export(Boxes(model), args)
 
 
 if __name__ == "__main__":

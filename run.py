@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import SCHEDULES, castle, cores, mask_statistics, mask_threshold, record_masks, set_threshold
-from convert import damage, export, load_pretrained, read_checkpoint, weights_in
+from convert import LoadReport, check_export, damage, export, load_pretrained, read_checkpoint, weights_in
 from data import DataError, mixed_seed, read_image
 from models import ATTENTIONS
 
@@ -128,8 +128,9 @@ def checked(args: argparse.Namespace) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def session(args: argparse.Namespace, script: str) -> Iterator[torch.device]:
-    """Around a script's work: its processes begin and end here. Gives this process's device.
+def session(args: argparse.Namespace, script: str) -> Iterator[tuple[str, torch.device]]:
+    """Around a script's work: its processes begin and end here. Gives what is `asked` for,
+    and this process's device.
 
     Work that fails for a reason of its own, such as a damaged image, ends in one line and status 1. A process that
     fails leaves its group without ceremony: the others may be waiting in it, and torchrun ends them.
@@ -138,9 +139,10 @@ def session(args: argparse.Namespace, script: str) -> Iterator[torch.device]:
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes need not be text
     with checked(args):
         device = start_processes()
+        task = asked(args)
     try:
         with contextlib.suppress(Stopped):
-            yield device
+            yield task, device
     except (DataError, NonFiniteLoss, SaveError) as error:
         # From a loader process the message is a whole traceback, which ends in what was raised.
         say(f"{script}: {str(error).strip().rpartition('DataError: ')[2]}", sys.stderr)
@@ -309,9 +311,10 @@ def hold(folder: Path) -> IO:
 
 
 def rewrite(path: Path, text: str) -> None:
-    """Write a text file that is whole at any time. Raises SaveError."""
+    """Write a text file that is whole at any time, in a folder that is made if need be. Raises SaveError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text)
         os.replace(temporary, path)
     except OSError as error:
@@ -897,12 +900,15 @@ def fill_in(args: argparse.Namespace, defaults: Mapping) -> None:
 
 
 def asked(args: argparse.Namespace) -> str:
-    """What a script is to do: "train", "eval", "image" or "export". Raises ValueError for a contradiction."""
+    """What a script is to do: "train", "eval", "image" or "export". Raises ValueError for what
+    cannot be done."""
     wanted = [flag for flag in ("eval", "image", "export") if getattr(args, flag)]
     if wanted and not args.checkpoint:
         raise ValueError("--eval, --image and --export need --checkpoint")
     if len(wanted) > 1:
         raise ValueError(f"--{' and --'.join(wanted)} are different things to do")
+    if args.export:
+        check_export(args.export)
     return wanted[0] if wanted else "train"
 
 
@@ -1040,6 +1046,15 @@ def write_export(model: nn.Module, args: argparse.Namespace) -> None:
         say(f"{args.export}: run on {shapes}; largest difference {difference:.1e}")
         if not difference < 1e-4:
             raise DataError(f"{args.export} is not the model that it was made from")
+
+
+def load_start(model: nn.Module, path: str | Path, layers: str) -> LoadReport:
+    """Weights to start from; without the class `layers`, named by what their parameters start with, where the file
+    knows another number of classes. Raises ValueError as `load_pretrained` does."""
+    name = next(name for name in model.state_dict() if name.startswith(layers) and name.endswith("weight"))
+    found = weights_in(read_checkpoint(path)).get(name)
+    other = found is not None and len(found) != len(model.get_parameter(name))
+    return load_pretrained(model, path, fresh=layers if other else None)
 
 
 # ---- pictures in and out ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@
 Mask2Former  Cheng et al., arXiv:2112.01527;  facebookresearch/Mask2Former @ 161be51, mask2former/ and the
              ADE20K semantic-segmentation/maskformer2_R50_bs16_160k.yaml of its configs/: architecture, losses, recipe
 Pyramid      Li et al., arXiv:2203.16527 (ViTDet), section 3;  detectron2, modeling/backbone/vit.py
-Castling     arXiv:2211.10526v4, section 4.2 and Table 4, whose counts fix what its text leaves out (D8)
+Castling     arXiv:2211.10526v4, section 4.2 and Table 4; where the text is silent, the table's counts decide (D8)
 
 Shapes: B images, K classes, Q queries, C channels, N tokens; maps are (B, C, y, x), token grids row-major. Strides are
 those of a 16-pixel patch: 4, 8, 16, 32. The pyramid of another patch size p has strides p/4, p/2, p, 2p.
@@ -38,7 +38,7 @@ from torchvision.transforms import v2
 
 import run
 from attention import look_up, set_threshold, without_autocast
-from convert import LoadReport, check_export, load_pretrained, read_checkpoint, weights_in
+from convert import LoadReport, load_pretrained, read_checkpoint, weights_in
 from data import (
     SHAPES,
     Augmented,
@@ -51,7 +51,7 @@ from data import (
     to_model_input,
 )
 from models import DenseViT, build_model
-from run import all_sum, at_least, autocast, rank, say, share, world_size
+from run import agreed, all_sum, at_least, autocast, rank, say, share, world_size
 
 METRICS = {"mIoU": "mIoU", "mAcc": "mAcc", "pAcc": "pAcc"}  # of `evaluate`; best.pt is best in the first
 
@@ -85,7 +85,7 @@ LR_BATCH = 16  # `lr` is the first learning rate at a global batch of this size;
 
 
 def widened(x: Tensor) -> Tensor:
-    """In float32 or wider: sampling positions, mask products and losses are not for half precision."""
+    """In float32 or wider, as sampling positions, mask products and losses need it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -103,7 +103,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class PyramidBackbone(nn.Module):
-    """(B, 3, H, W) pixels -> four maps of `width` channels, strides 4, 8, 16, 32, all from the ViT's last one.
+    """(B, 3, H, W) pixels -> four maps of `width` channels, strides 4, 8, 16, 32, all from the ViT's last map.
 
     H and W are multiples of twice the patch.  ViTDet, arXiv:2203.16527, section 3, "simple feature pyramid"
     """
@@ -159,14 +159,14 @@ def tokens_of(x: Tensor) -> Tensor:
 
 
 def init_xavier(module: nn.Module) -> None:
-    """Xavier-uniform matrices, the rest as it is: what Mask2Former starts attention and feed-forward from."""
+    """Xavier-uniform matrices, the rest as it is, as Mask2Former initialises attention and feed-forward."""
     for parameter in module.parameters():
         if parameter.ndim > 1:
             nn.init.xavier_uniform_(parameter)
 
 
 def init_convs(module: nn.Module) -> None:
-    """Kaiming-uniform filters with a = 1, biases 0: detectron2's c2_xavier_fill, of the pixel decoders."""
+    """Kaiming-uniform filters with a = 1, biases 0: detectron2's c2_xavier_fill, for the pixel decoders."""
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d):
             nn.init.kaiming_uniform_(conv.weight, a=1)
@@ -174,7 +174,7 @@ def init_convs(module: nn.Module) -> None:
                 nn.init.zeros_(conv.bias)
 
 
-def conv_norm(channels: int, kernel: int) -> nn.Sequential:
+def conv_group_norm(channels: int, kernel: int) -> nn.Sequential:
     """Convolution without bias and GroupNorm of 32 groups."""
     conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False)
     return nn.Sequential(conv, nn.GroupNorm(32, channels))
@@ -219,8 +219,8 @@ class EncoderLayer(nn.Module):
 class FPNTransformer(nn.Module):
     """Four maps, finest first -> (mask features at stride 4, [maps at strides 32, 16, 8]).
 
-    A plain transformer encoder on the coarsest map, then a top-down FPN with nearest-neighbour steps. The paper's
-    Table 4 fits this pixel decoder, not Mask2Former's default one (D8).
+    A transformer encoder on the coarsest map, then a top-down FPN. The counts in the paper's Table 4 fit this pixel
+    decoder, not Mask2Former's default (D8).
     Source: Mask2Former, pixel_decoder/fpn.py, TransformerEncoderPixelDecoder.
     """
 
@@ -228,8 +228,8 @@ class FPNTransformer(nn.Module):
         super().__init__()
         self.input = nn.Conv2d(width, width, 1)
         self.encoder = nn.ModuleList(EncoderLayer(Attention(width, heads), width, 8 * width) for _ in range(layers))
-        self.lateral = nn.ModuleList(conv_norm(width, 1) for _ in range(3))      # coarse to fine, as all that follows
-        self.output = nn.ModuleList(conv_norm(width, 3) for _ in range(4))
+        self.lateral = nn.ModuleList(conv_group_norm(width, 1) for _ in range(3))  # coarse to fine, as what follows
+        self.output = nn.ModuleList(conv_group_norm(width, 3) for _ in range(4))
         self.mask_features = nn.Conv2d(width, width, 3, padding=1)
         init_convs(self)
         init_xavier(self.encoder)
@@ -273,8 +273,8 @@ def sample_levels(value: Tensor, grids: list[tuple[int, int]], locations: Tensor
 class DeformableAttention(nn.Module):
     """Each token attends to `points` learned places on each map, (B, T, C) -> (B, T, C).
 
-    Offsets are in pixels of the map they are on. Initially a head looks in one of 8 directions, its points at distances
-    1, 2, 3, ... with equal weights.  Source: Deformable DETR, arXiv:2010.04159, section 4.1.
+    Offsets are in pixels of their map. At first a head looks in one direction, its points 1, 2, 3, ... pixels away,
+    with equal weights.  Source: Deformable DETR, arXiv:2010.04159, section 4.1.
     """
 
     def __init__(self, dim: int, heads: int, levels: int = 3, points: int = 4):
@@ -283,11 +283,6 @@ class DeformableAttention(nn.Module):
         self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.offsets = nn.Linear(dim, heads * levels * points * 2)
         self.weights = nn.Linear(dim, heads * levels * points)
-        self.reset()
-
-    def reset(self) -> None:
-        """The initial weights."""
-        heads, levels, points = self.split
         for layer, init in ((self.value, nn.init.xavier_uniform_), (self.out, nn.init.xavier_uniform_),
                             (self.offsets, nn.init.zeros_), (self.weights, nn.init.zeros_)):  # fmt: skip
             init(layer.weight)
@@ -342,7 +337,7 @@ class DeformableEncoder(nn.Module):
         self.encoder = nn.ModuleList(
             DeformableLayer(DeformableAttention(width, heads), width, 4 * width) for _ in range(layers)
         )
-        self.lateral, self.output = conv_norm(width, 1), conv_norm(width, 3)
+        self.lateral, self.output = conv_group_norm(width, 1), conv_group_norm(width, 3)
         self.mask_features = nn.Conv2d(width, width, 1)
         init_convs(self)
         for projection in self.input:
@@ -405,10 +400,10 @@ class DecoderLayer(nn.Module):
 
 
 class MaskedDecoder(nn.Module):
-    """Queries that look at the levels in turn, each inside its latest mask.  Mask2Former, section 3.2
+    """Queries that look at the levels in turn, each only where its latest mask is.  Mask2Former, section 3.2
 
-    Returns a prediction of the initial queries and one after every layer: pairs of class logits (B, Q, K + 1), the last
-    for "no object", and mask logits (B, Q, y, x) at stride 4.
+    Returns the predictions of the initial queries and of every layer's: pairs of class logits (B, Q, K + 1), the last
+    class for "no object", and mask logits (B, Q, y, x) at stride 4.
     """
 
     def __init__(self, width: int, num_classes: int, heads: int = 8, queries: int = 100, layers: int = 9):
@@ -423,7 +418,7 @@ class MaskedDecoder(nn.Module):
         self.mask_head = nn.Sequential(FeedForward(width, width), nn.ReLU(), nn.Linear(width, width))
 
     def predict(self, x: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes and masks of queries (B, Q, C). The norm is the heads' own: layers go on with x as it is."""
+        """Classes and masks of queries (B, Q, C). Only the heads see them normalised, not the next layer."""
         y = self.norm(x)
         embed = self.mask_head(y)
         with without_autocast(x.device):
@@ -510,16 +505,12 @@ def build_segmenter(
 
 
 def load_start(model: Segmenter, path: str | Path) -> LoadReport:
-    """Weights to start from: a segmenter's, but for the class layer if it knows another number of classes; or those of
-    a ViT (MAE, DeiT, timm) for the backbone.
+    """Weights to start from: a segmenter's, as `run.load_start` does; or a ViT's (MAE, DeiT, timm) for the backbone.
 
     Raises: ValueError as `load_pretrained` does.
     """
-    weights = weights_in(read_checkpoint(path))
-    if any(name.startswith("backbone.") for name in weights):
-        head = weights.get("decoder.class_head.weight")
-        other = head is not None and len(head) != len(model.decoder.class_head.weight)
-        return load_pretrained(model, path, fresh="decoder.class_head." if other else None)
+    if any(name.startswith("backbone.") for name in weights_in(read_checkpoint(path))):
+        return run.load_start(model, path, "decoder.class_head.")
     prefix = "backbone.vit."
     report = load_pretrained(model.backbone.vit, path)
     for group in (report.loaded, report.resized, report.partly, report.new):
@@ -534,9 +525,9 @@ Targets = list[tuple[Tensor, Tensor]]  # per image: labels (n,) and masks (n, H,
 
 
 def targets_of(labels: Tensor, padded: tuple[int, int]) -> Targets:
-    """Label maps (B, H, W) -> one target for each class that occurs in an image. Ignored pixels are in no mask.
+    """Label maps (B, H, W) -> per image, a target for each class in it. Ignored pixels and padding are in no mask.
 
-    Masks have the `padded` size (height, width) that the model sees, as their predictions do; padding is in none.
+    Masks have the `padded` size (height, width), which the model sees.
     """
     edges = (0, padded[1] - labels.shape[2], 0, padded[0] - labels.shape[1])
     targets = []
@@ -558,15 +549,15 @@ def sample(maps: Tensor, points: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def uncertain_points(logits: Tensor, points: int, oversample: int = 3, share: float = 0.75) -> Tensor:
+def uncertain_points(logits: Tensor, points: int, oversample: int = 3, uncertain: float = 0.75) -> Tensor:
     """Places at which to compare masks (M, y, x) with their targets, (M, points, 2).
 
-    Of `oversample` times as many uniform ones, those with the smallest sampled |logit|, `share` of what is wanted; the
-    rest uniform.  PointRend, arXiv:1912.08193, section 3.1
+    The share `uncertain` of them are those of least |logit| among `oversample` times as many uniform places; the rest
+    are uniform.  PointRend, arXiv:1912.08193, section 3.1
     """
     candidates = random_points(len(logits), oversample * points, logits.device)
     certainty = sample(logits[:, None], candidates)[:, 0].abs()
-    kept = certainty.topk(int(share * points), largest=False).indices
+    kept = certainty.topk(int(uncertain * points), largest=False).indices
     chosen = candidates.gather(1, kept[..., None].expand(-1, -1, 2))
     return torch.cat([chosen, random_points(len(logits), points - kept.shape[1], logits.device)], dim=1)
 
@@ -611,9 +602,8 @@ def prediction_loss(classes: Tensor, masks: Tensor, targets: Targets, num_masks:
     """Loss of one prediction (class logits (B, Q, K + 1), mask logits (B, Q, y, x)) against its own matching.
 
     Mask losses are sums over matched pairs, divided by `num_masks`; without any target they are 0, with a gradient.
-    The class loss is a weighted mean over queries. The sum of weights is averaged over ranks, so
-    that DDP's mean of gradients is that of one process with the whole batch. Mask2Former divides
-    by each rank's own sum.
+    The class loss is a weighted mean over queries, with the sum of weights averaged over ranks: so DDP's mean of
+    gradients is that of one process with the whole batch. Mask2Former divides by each rank's own sum.
     """
     classes, masks = widened(classes), widened(masks)
     pairs = [match(classes[i], masks[i], *target, points) for i, target in enumerate(targets)]
@@ -636,12 +626,8 @@ def prediction_loss(classes: Tensor, masks: Tensor, targets: Targets, num_masks:
 
 
 def mean_masks(targets: Targets, device: torch.device) -> float:
-    """Targets of a batch, averaged over ranks, at least 1: DDP's mean of gradients is then a mean over masks.
-
-    With --accumulate each part of a step has a number of its own.
-    """
-    count = torch.tensor([sum(len(labels) for labels, _ in targets)], dtype=torch.float64, device=device)
-    return max(1.0, all_sum(count)[0] / world_size())
+    """Targets of a batch, averaged over ranks, at least 1: DDP's mean of gradients is then a mean over masks."""
+    return max(1.0, agreed(device, sum(len(labels) for labels, _ in targets))[0])
 
 
 def set_loss(outputs: list[tuple[Tensor, Tensor]], targets: Targets, num_masks: float, points: int) -> Tensor:
@@ -656,7 +642,7 @@ def set_loss(outputs: list[tuple[Tensor, Tensor]], targets: Targets, num_masks: 
 def class_scores(output: tuple[Tensor, Tensor], padded: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Sum over queries of p(class) sigmoid(mask), (B, K, *size), from one prediction; "no object" is left out.
 
-    Masks are resized to the padded image before the sigmoid; what was padding is cut off afterwards.
+    Masks are resized to the padded image before the sigmoid; then the padding is cut off.
     """
     classes, masks = (widened(x) for x in output)
     masks = F.interpolate(masks, size=padded, mode="bilinear", align_corners=False).sigmoid()
@@ -669,22 +655,20 @@ def resized_argmax(scores: Tensor, size: tuple[int, int], at_once: int = 16) -> 
 
     A few classes at a time: at the size of a photograph all 150 would not fit into memory.
     """
-    best = labels = None
+    best = scores.new_full((len(scores), *size), -math.inf)
+    labels = torch.zeros_like(best, dtype=torch.int64)
     for first in range(0, scores.shape[1], at_once):
         part = F.interpolate(scores[:, first : first + at_once], size=size, mode="bilinear", align_corners=False)
         highest, arg = part.max(dim=1)
-        if best is None:
-            best, labels = highest, arg
-        else:
-            labels = torch.where(highest > best, first + arg, labels)
-            best = torch.maximum(best, highest)
+        labels = torch.where(highest > best, first + arg, labels)
+        best = torch.maximum(best, highest)
     return labels
 
 
 def segment(
     model: Segmenter, images: Tensor, size: tuple[int, int], args: argparse.Namespace, device: torch.device
 ) -> Tensor:
-    """Labels (B, *size) of uint8 images (B, 3, h, w), which have the size the model is to see them at."""
+    """Labels (B, *size) of uint8 images (B, 3, h, w), which the model sees at their own size."""
     with autocast(args, device):
         outputs = model(to_model_input(images, device))
     with without_autocast(device):
@@ -694,7 +678,7 @@ def segment(
 
 class Scores(nn.Module):
     """What `--export` writes of a segmenter: (1, 3, H, W) normalised pixels -> class scores (1, K, H, W). H and W are
-    multiples of `stride`: padding is left to whoever runs it."""
+    multiples of `stride`: who runs it pads images."""
 
     images = 1  # at a time: to torch.export one image and more are two graphs of torch's multi-head attention
 
@@ -717,9 +701,8 @@ def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 def metrics_of(matrix: Tensor, classes: list[str]) -> dict:
     """mIoU, mAcc and pAcc in percent, and the IoU of each class, None where it does not occur.
 
-    IoU and accuracy are averaged over the classes that have pixels in the ground truth, each over all images at once.
-    With a class "background" also iou_background, and mIoU_foreground: the mean over the others.
-    Either is None without such pixels.
+    Means are over the classes that occur in the ground truth. With a class "background" also iou_background, and
+    mIoU_foreground, the mean over the others; each is None where there are no such pixels.
     """
     hits, truth, guessed = matrix.diagonal().double(), matrix.sum(dim=0).double(), matrix.sum(dim=1).double()
     present = truth > 0
@@ -784,12 +767,6 @@ def annotation_file(path: Path) -> Iterator[Image.Image]:
         raise DataError(f"cannot read annotation {path}: {error}") from None
 
 
-def read_annotation(path: Path) -> np.ndarray:
-    """The numbers in a PNG, (H, W) uint8: palette images are read as indices, never as colours."""
-    with annotation_file(path) as image:
-        return np.array(image)
-
-
 class SegmentationFolder(Dataset):
     """ADE20K's layout, images/SPLIT and annotations/SPLIT with PNGs of the same stem: (uint8 (3, H, W), uint8 (H, W)).
 
@@ -831,7 +808,9 @@ class SegmentationFolder(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image_path, annotation_path = self.pairs[index]
-        image, numbers = read_image(image_path, upright=True), read_annotation(annotation_path)
+        image = read_image(image_path, upright=True)
+        with annotation_file(annotation_path) as annotation:
+            numbers = np.array(annotation)  # of a palette's image the indices, never colours
         if numbers.shape != (image.height, image.width):
             raise DataError(
                 f"annotation {annotation_path} is {numbers.shape[1]} x {numbers.shape[0]} pixels, its image "
@@ -898,7 +877,7 @@ def random_resize(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Ten
     """Short edge one of 0.5, 0.6, ..., 2.0 times `size`, long edge up to 4 times."""
     edges = [int(0.1 * k * size) for k in range(5, 21)]
     shape = fitted(tuple(labels.shape), edges[torch.randint(len(edges), ())], 4 * size)
-    # Not as a Mask, whose nearest pixel is up to one too far left and up: half an output pixel on average.
+    # Not as a Mask: torchvision takes its pixels from half an output pixel too far left and up, on average.
     plain, exact = labels.as_subclass(Tensor)[None], v2.InterpolationMode.NEAREST_EXACT
     resized = v2.functional.resize(plain, shape, interpolation=exact)[0]
     return v2.functional.resize(image, shape), tv_tensors.Mask(resized)
@@ -926,10 +905,10 @@ def shift_brightness(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def colour_jitter() -> v2.Transform:
-    """SSD's colour augmentation, arXiv:1512.02325, section 2.2: each change in half of the images, in either order.
+    """SSD's colour augmentation, arXiv:1512.02325, section 2.2: each change in half of the images, in two orders.
 
-    Its contrast is a factor on pixel values, which torchvision calls brightness; saturation blends with grey, where
-    Mask2Former scales HSV's S. Hue moves by up to 36 degrees.
+    SSD's contrast is torchvision's brightness, a factor on pixel values. Saturation blends with grey, where Mask2Former
+    scales HSV's S. Hue moves by up to 36 degrees.
     """
 
     def half(**ranges) -> v2.Transform:
@@ -940,42 +919,33 @@ def colour_jitter() -> v2.Transform:
 
 
 def train_transform(args: argparse.Namespace) -> Callable:
-    """(uint8 image (3, H, W), labels (H, W)) -> augmented uint8 (3, S, S) and (S, S)."""
+    """(uint8 Image (3, H, W), Mask (H, W)) -> augmented ones, (3, S, S) and (S, S)."""
     flip = v2.RandomHorizontalFlip()
     steps = [flip]
     if args.data != "shapes":  # rendered at the size they are wanted
         resize, crop, pad = (partial(step, size=args.image_size) for step in (random_resize, random_crop, pad_to))
         steps = [resize, crop, shift_brightness, colour_jitter(), flip, pad]
-    return partial(transformed, v2.Compose(steps))
+    return v2.Compose(steps)
 
 
-def transformed(compose: Callable, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """What `compose` makes of an image and its labels, as plain tensors."""
-    return tuple(x.as_subclass(Tensor) for x in compose(tv_tensors.Image(image), tv_tensors.Mask(labels)))
-
-
-def eval_transform(args: argparse.Namespace) -> Callable:
-    """(image, labels) -> the whole image with its short edge at the crop's size; labels as they are."""
-    return partial(resized_whole, size=args.image_size)
-
-
-def resized_whole(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The image with its short edge at `size`, long edge up to 4 times that; labels as they are."""
+def resized_whole(image: Tensor, labels: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
+    """For evaluation: the image with its short edge at `size`, long edge up to 4 times that; labels as they are."""
     return v2.functional.resize(image, fitted(tuple(image.shape[1:]), size, 4 * size)), labels
 
 
 class Pairs(Augmented):
-    """`Augmented` whose transform changes image and labels together."""
+    """`Augmented` whose transform changes image and labels together; its items are plain tensors."""
 
     def apply(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform(image, labels)
+        pair = self.transform(tv_tensors.Image(image), tv_tensors.Mask(labels))
+        return tuple(x.as_subclass(Tensor) for x in pair)
 
 
 class IntervalSampler(EpochSampler):
-    """This rank's items between two evaluations, by number of items instead of passes over the data.
+    """This rank's items, as (pass, index), of an interval: of so many items, whatever the length of the data set.
 
-    Training order is an endless sequence of permutations, one per pass; interval `epoch` is its items from
-    epoch * interval on, so nothing is left out and sets smaller than a batch do. Yields (pass, index).
+    Training order is an endless sequence of permutations, one per pass. Interval `epoch` is its items from
+    epoch * interval on: nothing is left out, and a set may be smaller than a batch.
     """
 
     def __init__(self, length: int, interval: int, *, rank: int = 0, world: int = 1, seed: int = 0):
@@ -1015,10 +985,8 @@ def interval_and_run(args: argparse.Namespace, images: int) -> tuple[int, int]:
 
 
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> Segmenter:
-    """The model that resolved flags describe. Raises ValueError as `build_segmenter` does.
-
-    Also where a GroupNorm would have one number to normalise: one channel, on a map of one pixel.
-    """
+    """The model that resolved flags describe. Raises ValueError as `build_segmenter` does, and where a GroupNorm would
+    have a single number to normalise."""
     coarsest = 2 * args.patch_size  # stride of the coarsest map, pixels
     if args.width == 32 and image_size <= coarsest:
         raise ValueError(
@@ -1119,7 +1087,8 @@ def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
     """This rank's share of the validation set; images of a folder one by one, since their sizes differ."""
     sampler = EpochSampler(len(val_set), rank=rank(), world=world_size())
     batch_size = args.batch_size if args.data == "shapes" else 1
-    return make_loader(Pairs(val_set, eval_transform(args), args.seed), sampler, batch_size, args.workers)
+    pairs = Pairs(val_set, partial(resized_whole, size=args.image_size), args.seed)
+    return make_loader(pairs, sampler, batch_size, args.workers)
 
 
 def describe_recipe(state: run.Run) -> str:
@@ -1206,10 +1175,10 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
             args.data = "folder"  # somebody else's model: the size of photographs
         model, classes = load(args)
     model.to(device)
-    transform, found = eval_transform(args), []
+    found = []
     try:
         for path, image in run.read_each(targets):
-            pixels, _ = transform(v2.functional.pil_to_tensor(image), None)
+            pixels, _ = resized_whole(v2.functional.pil_to_tensor(image), None, args.image_size)
             labels = segment(model, pixels[None], (image.height, image.width), args, device)[0].cpu().numpy()
             shares = shares_of(labels, classes)
             found.append(dict(image=str(path), shares=shares))
@@ -1221,14 +1190,6 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     finally:
         if args.json and rank() == 0:
             say(json.dumps(found, indent=1))
-
-
-def export(args: argparse.Namespace) -> None:
-    """--export: writes the checkpoint's castled model, as `Scores`, to a file."""
-    with run.checked(args):
-        check_export(args.export)
-        model, _ = load(args)
-    run.write_export(Scores(model), args)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -1277,17 +1238,17 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    with run.session(args, "segment.py") as device:
-        with run.checked(args):
-            what = run.asked(args)
-        if what == "train":
+    with run.session(args, "segment.py") as (task, device):
+        if task == "train":
             train(args, device)
-        elif what == "eval":
+        elif task == "eval":
             evaluate_checkpoint(args, device)
-        elif what == "image":
+        elif task == "image":
             predict(args, device)
         else:
-            export(args)
+            with run.checked(args):
+                model, _ = load(args)
+            run.write_export(Scores(model), args)
 
 
 if __name__ == "__main__":

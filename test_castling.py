@@ -2379,9 +2379,9 @@ def test_data_sets_can_be_sent_to_loader_processes():
     for dataset, key in (
         (data.Augmented([(image, 0)], train.train_transform(args), 0), (0, 0)),
         (data.Augmented([(train.v2.functional.to_pil_image(image), 0)], train.eval_transform(args), 0), (0, 0)),
-        (detect.Resized([detect.sample(image, [[0, 0, 9, 9]], [0], 1)], detect.augmentation(True), 0), (0, 0, 32)),
+        (detect.Resized([detect.make_item(image, [[0, 0, 9, 9]], [0], 1)], detect.augmentation(True), 0), (0, 0, 32)),
         (segment.Pairs([(image, labels)], segment.train_transform(args), 0), (0, 0)),
-        (segment.Pairs([(image, labels)], segment.eval_transform(args), 0), (0, 0)),
+        (segment.Pairs([(image, labels)], functools.partial(segment.resized_whole, size=32), 0), (0, 0)),
     ):
         sent = pickle.loads(pickle.dumps((dataset, data.leave_group, detect.collate)))[0]
         for before, after in zip(*(pytree.tree_leaves(one[key]) for one in (dataset, sent)), strict=True):
@@ -3377,7 +3377,7 @@ def test_augmentation_keeps_boxes_on_their_objects(coco):
                 kept += 1
                 assert inside.mean() > outside.max() - 60
     assert kept > 5
-    empty = detect.sample(torch.zeros(3, 9, 9, dtype=torch.uint8), [], [], 1)
+    empty = detect.make_item(torch.zeros(3, 9, 9, dtype=torch.uint8), [], [], 1)
     assert len(detect.augmentation(True)(empty)["boxes"]) == 0
 
 
@@ -3388,7 +3388,7 @@ def test_colours_change_as_cited():
     hues, unchanged, count = [], 0, 400
     torch.manual_seed(0)
     for _ in range(count):
-        pixel = detect.augmentation(True)(detect.sample(red, [], [], 1))["image"][:, 0, 0]
+        pixel = detect.augmentation(True)(detect.make_item(red, [], [], 1))["image"][:, 0, 0]
         unchanged += pixel.tolist() == [200, 40, 40]
         hue = colorsys.rgb_to_hsv(*(pixel / 255).tolist())[0]
         hues.append(min(hue, 1 - hue) * 255)
@@ -3514,7 +3514,7 @@ def test_evaluation_restores_boxes(tmp_path):
 
         def __getitem__(self, i):
             image = torch.full((3, 40 + 10 * i, 90 - 7 * i), 10 * i + 10, dtype=torch.uint8)
-            return detect.sample(image, [[3, 4, 20, 30], [30, 2, 60, 33]], [0, 1], 70 + i)
+            return detect.make_item(image, [[3, 4, 20, 30], [30, 2, 60, 33]], [0, 1], 70 + i)
 
         def ground_truth(self):
             rows = [dict(id=2 * i + j + 1, image_id=70 + i, category_id=(5, 9)[j], bbox=b, area=b[2] * b[3], iscrowd=0)
@@ -4605,9 +4605,9 @@ def test_augmentation_moves_labels_with_pixels():
 
     def results(count):
         """Per seed: is there padding, and the share of the other pixels that still show their label."""
-        transform = segment.train_transform(args)
-        for seed in range(count):
-            (pixels, truth), (again, _) = (torch.manual_seed(seed) and transform(image, labels) for _ in range(2))
+        pairs = segment.Pairs([(image, labels)], segment.train_transform(args), 0)
+        for epoch in range(count):
+            (pixels, truth), (again, _) = (pairs[epoch, 0] for _ in range(2))
             assert type(pixels) is type(truth) is torch.Tensor and torch.equal(pixels, again)
             assert pixels.shape == (3, 32, 32) and truth.shape == (32, 32)
             assert pixels.dtype == truth.dtype == torch.uint8 and (pixels[:, truth == 255] == 128).all()
@@ -4907,7 +4907,8 @@ def test_segmentation_folder_trains_and_names_what_is_wrong(tmp_path, streets, c
     assert "is a JPEG file" in refused(1)
     grey = Image.fromarray(np.zeros((good.height, good.width), np.uint8)).convert("P", palette=0, colors=4)
     grey.save(annotation / "2.png", bits=4)  # few bits with a palette are numbers all the same
-    assert segment.read_annotation(annotation / "2.png").shape == (good.height, good.width)
+    with segment.annotation_file(annotation / "2.png") as numbers:
+        assert numbers.size == good.size
     row = b"\0" + bytes((good.width + 1) // 2)  # grey of 4 bits, which Pillow would stretch
     chunk = lambda kind, data: (  # noqa: E731
         len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big"))
@@ -5912,11 +5913,12 @@ def test_odd_images_are_read(tmp_path):
         tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         box = [[0, 0, image.width, image.height]]
         for transform in (detect.augmentation(True), None):
-            resized = detect.Resized([detect.sample(tensor, box, [0], 1)], transform, 0)
+            resized = detect.Resized([detect.make_item(tensor, box, [0], 1)], transform, 0)
             assert resized[0, 0, 64]["image"].shape == (3, 64, 64), name
         labels = torch.zeros(tensor.shape[1:], dtype=torch.uint8)
-        assert [x.shape[-2:] for x in segment.train_transform(segmenting)(tensor, labels)] == [(32, 32), (32, 32)]
-        seen = segment.eval_transform(segmenting)(tensor, labels)[0]
+        pairs = segment.Pairs([(tensor, labels)], segment.train_transform(segmenting), 0)
+        assert [x.shape[-2:] for x in pairs[0, 0]] == [(32, 32), (32, 32)], name
+        seen = segment.resized_whole(tensor, labels, 32)[0]
         assert 1 <= min(seen.shape[1:]) <= 32 and max(seen.shape[1:]) <= 128, name
 
 

@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 
 import run
 from attention import look_up, set_threshold
-from convert import HEADS, check_export, convert, load_pretrained
+from convert import HEADS, convert, load_pretrained
 from data import MEAN, Augmented, EpochSampler, Shapes, make_loader, open_folder, to_model_input
 from models import DEIT, ESNET, LCNET, LEVIT, MODELS, VIT_DENSE, build_model
 from run import at_least, autocast, ema_decay_for, rank, say, share, world_size
@@ -467,14 +467,6 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
         say(f"{path}: " + ", ".join(f"{classes[i]} {probability:.1%}" for i, probability in found))
 
 
-def export(args: argparse.Namespace) -> None:
-    """--export: writes the checkpoint's castled model to a file."""
-    with run.checked(args):
-        check_export(args.export)
-        model, _ = load(args)
-    run.write_export(model, args)
-
-
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
@@ -535,17 +527,17 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    with run.session(args, "train.py") as device:
-        with run.checked(args):
-            what = run.asked(args)
-        if what == "train":
+    with run.session(args, "train.py") as (task, device):
+        if task == "train":
             train(args, device)
-        elif what == "eval":
+        elif task == "eval":
             evaluate_checkpoint(args, device)
-        elif what == "image":
+        elif task == "image":
             predict(args, device)
         else:
-            export(args)
+            with run.checked(args):
+                model, _ = load(args)
+            run.write_export(model, args)
 
 
 if __name__ == "__main__":
