@@ -395,57 +395,41 @@ def kept_and_mass(sparse: Tensor) -> Tensor:
     return torch.stack([(sparse != 0).sum().to(sparse.dtype), sparse.sum()])
 
 
-class Recomputed(torch.autograd.Function):
-    """function(*inputs) -> (out, extra). It keeps the inputs only; backward computes the rest again.
+class RecomputedRows(torch.autograd.Function):
+    """M_sparse V and `kept_and_mass`. It keeps its inputs only; backward computes M_sparse again.
 
-    torch.utils.checkpoint does the same, but not under torch.func. `extra` has no gradient.
+    torch.utils.checkpoint does the same, but not under torch.func.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(function: Callable, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        return function(*inputs)
+    def forward(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, sparse = branch_rows(*inputs)
+        return out, kept_and_mass(sparse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        ctx.function = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
-        ctx.save_for_forward(*inputs[1:])
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def again(ctx: Any) -> tuple[list[Tensor | None], list[int], Tensor, Callable]:
-        """The inputs, which of them are numbers, `out`, and the function from its gradient to theirs."""
-        inputs = list(ctx.saved_tensors)
-        numbers = [i for i, x in enumerate(inputs) if x is not None and x.is_floating_point()]
-
-        def out(*values: Tensor) -> Tensor:
-            changed = dict(zip(numbers, values))
-            with without_autocast(values[0].device):
-                return ctx.function(*(changed.get(i, x) for i, x in enumerate(inputs)))[0]
-
-        return inputs, numbers, *torch.func.vjp(out, *(inputs[i] for i in numbers))
+    def gradients(inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, Callable]:
+        """M_sparse V again, and the function from its gradient to those of q, k and v."""
+        return torch.func.vjp(lambda *qkv: branch_rows(*qkv, *inputs[3:])[0], *inputs[:3])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, numbers, _, gradients = Recomputed.again(ctx)
-        found = dict(zip(numbers, gradients(grad)))
-        return None, *(found.get(i) for i in range(len(inputs)))
+        return *RecomputedRows.gradients(ctx.saved_tensors)[1](grad), None, None
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, None]:
-        inputs, numbers, out, gradients = Recomputed.again(ctx)
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
+        out, gradients = RecomputedRows.gradients(ctx.saved_tensors)
         # `gradients` multiplies by the transposed Jacobian, its own vjp by the Jacobian itself.
         _, transposed = torch.func.vjp(gradients, torch.zeros_like(out))
-        moved = (torch.zeros_like(inputs[i]) if tangents[i] is None else tangents[i] for i in numbers)
-        return transposed(tuple(moved))[0], None
-
-
-def rows_and_totals(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-    """M_sparse V of `branch_rows`, and `kept_and_mass`."""
-    out, sparse = branch_rows(*inputs)
-    return out, kept_and_mass(sparse)
+        qkv = zip(ctx.saved_tensors[:3], tangents)
+        return transposed(tuple(torch.zeros_like(x) if t is None else t for x, t in qkv))[0], None
 
 
 def auxiliary_branch(
@@ -484,23 +468,13 @@ def auxiliary_branch(
     parts = [repeat(None) if x is None else x.split(heads) for x in (q, k, v, threshold, hidden)]
     for qs, ks, vs, ts, hs in zip(*parts):
         for q_rows, t_rows in zip(qs.split(rows, dim=1), ts.split(rows, dim=1)):
-            out, seen = Recomputed.apply(rows_and_totals, q_rows, ks, vs, t_rows, hs)
+            out, seen = RecomputedRows.apply(q_rows, ks, vs, t_rows, hs)
             outs.append(out.flatten(0, 1))
             totals = totals + seen
     out = torch.cat(outs).unflatten(0, (len(q), N))
     if live is not None:
         out = out.new_zeros(B * H, *out.shape[1:]).index_copy(0, live, out)
     return out.unflatten(0, (B, H)), totals
-
-
-def recomputed_castling_attention(*inputs: Any) -> Tensor:
-    """`castling_attention` that keeps q, k and v for backward, and nothing else of their size."""
-    *tensors, kernel = inputs
-
-    def form(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        return castling_attention(*tensors, kernel), tensors[0].new_zeros(0)
-
-    return Recomputed.apply(form, *tensors)[0]
 
 
 # ---- modules -------------------------------------------------------------------------------------
@@ -619,10 +593,7 @@ class AttentionCore(nn.Module):
             if self.auxiliary and self.active:
                 q, k, v = (x.contiguous() for x in (q, k, v))  # one copy for Eq. (9) and (10)
                 branch = self.branch(q, k, v, padding)
-            inputs = q, k, v, weight, branch, KERNELS[self.kernel]
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                return recomputed_castling_attention(*inputs).to(dtype)
-            return castling_attention(*inputs).to(dtype)
+            return castling_attention(q, k, v, weight, branch, KERNELS[self.kernel]).to(dtype)
 
     def check(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padding: Tensor | None
