@@ -1,0 +1,707 @@
+"""run.py: what a run survives. Kills, signals, full disks, damaged files, several processes."""
+
+import contextlib
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import convert
+import data
+import detect
+import run
+import segment
+import train
+from conftest import (
+    ROOT,
+    SMALL,
+    TINY_RUNS,
+    Malicious,
+    examples,
+    in_group,
+    outcome,
+    records_of,
+    refused,
+    run_detect,
+    run_tiny,
+    run_train,
+    tiny_segmenter,
+)
+from models import build_model
+
+# ---- faults --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def after(event, act):
+    """Within, act() at the event-th thing that matters: a step done, a file about to be written or
+    renamed, the middle of an evaluation."""
+    events = itertools.count(1)
+
+    def hooked(function):
+        def call(*args, **options):
+            if next(events) == event:
+                act()
+            return function(*args, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (run.Progress, "step"), (torch, "save"), (os, "replace"), (run, "castle"):
+            patch.setattr(owner, name, hooked(getattr(owner, name)))
+        yield events
+
+
+def killed(script, folder, event, *options):
+    """Whether a run in a process of its own, killed with -9 at that event, was."""
+
+    def die():
+        with after(event, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+            run_tiny(script, folder, *options)
+
+    process = multiprocessing.get_context("fork").Process(target=die)
+    process.start()
+    process.join(300)
+    return process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("script", TINY_RUNS)
+@given(data=st.data())
+# A failure is not shrunk: a run a try is too slow for that.
+@settings(max_examples=examples(2), phases=[Phase.generate])
+def test_nothing_is_lost_when_killed(script, undisturbed, tmp_path_factory, data):
+    """kill -9 within an epoch, before its first checkpoint or after, then at any moment, a save and
+    an evaluation among them; then another number of workers: weights, average and log are those of
+    the run that was never disturbed, bit for bit."""
+    folder = tmp_path_factory.mktemp("killed")
+    assert killed(script, folder, data.draw(st.integers(1, 13), "event"))
+    every = data.draw(st.sampled_from(["1e-9", "0"]), "--save-minutes")  # at every step, or at the ends of epochs only
+    killed(script, folder, data.draw(st.integers(1, 30), "event"), f"--save-minutes={every}")
+    run_tiny(script, folder, f"--workers={data.draw(st.integers(0, 1), 'workers')}", f"--save-minutes={every}")
+    assert outcome(folder) == undisturbed(script)
+
+
+def test_a_kill_during_an_evaluation_repeats_it(undisturbed, tmp_path, monkeypatch):
+    """The epoch that was trained is not trained again, the whole evaluation is made again."""
+    draw, seen = data.Shapes.scene, []
+
+    def look(shapes, index):
+        seen.append("val" if shapes.split else "train")
+        if len(seen) == 18 and (tmp_path / "kill").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(shapes, index)
+
+    monkeypatch.setattr(data.Shapes, "scene", look)
+    (tmp_path / "kill").touch()
+    # An epoch reads 16 images; its evaluation reads the only other one twice, with and without branch.
+    process = multiprocessing.get_context("fork").Process(target=run_tiny, args=("train", tmp_path))
+    process.start()
+    process.join(300)
+    (tmp_path / "kill").unlink()
+    assert process.exitcode == -signal.SIGKILL and (tmp_path / "log.jsonl").read_text() == ""
+    run_tiny("train", tmp_path)
+    assert seen == 2 * ["val"] + 16 * ["train"] + 2 * ["val"]
+    assert outcome(tmp_path) == undisturbed("train")
+
+
+@pytest.mark.parametrize(("script", "number"), [
+    ("train", signal.SIGTERM), ("train", signal.SIGINT), ("detect", signal.SIGTERM), ("segment", signal.SIGTERM),
+])  # fmt: skip
+def test_signals_stop_after_the_step(script, number, undisturbed, tmp_path, capsys, monkeypatch):
+    """SIGTERM and SIGINT, as preemption sends them, finish the step, save, print how to go on, and end with status 0;
+    in an evaluation they wait for its end. The run goes on as if nothing had been."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--output", "a folder", "--overwrite"])
+    with after(6, lambda: os.kill(os.getpid(), number)):  # the second step is done
+        run_tiny(script, tmp_path, "--overwrite")
+    printed = capsys.readouterr().out
+    assert convert.read_checkpoint(tmp_path / "last.pt")["step"] == 3
+    assert "stopped at step 3 of 8; continue with: python" in printed
+    assert "train.py --output 'a folder'\n" in printed
+    evaluate = run.evaluate_castling
+
+    def interrupted(*given):
+        os.kill(os.getpid(), number)
+        return evaluate(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate_castling", interrupted)
+        run_tiny(script, tmp_path)
+    printed = capsys.readouterr().out
+    assert "last.pt at step 3 of 8" in printed
+    assert "stopped at step 4 of 8; continue with: " in printed
+    assert len(records_of(tmp_path)) == 1
+    run_tiny(script, tmp_path)
+    assert outcome(tmp_path) == undisturbed(script)
+
+
+def test_a_second_ctrl_c_interrupts_at_once(undisturbed, tmp_path, monkeypatch):
+    """Who does not want to wait for the end of an evaluation need not, and loses nothing but it."""
+    def interrupted(*given):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the evaluation went on")
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate_castling", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_tiny("train", tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+    run_tiny("train", tmp_path)
+    assert outcome(tmp_path) == undisturbed("train")
+
+
+def test_runs_are_not_mixed_up(undisturbed, tmp_path, capsys, monkeypatch):
+    """A complete run is not trained further; other flags, data or scripts are refused with what
+    differs, and what is left of a run is not thrown away without --overwrite."""
+    folder = tmp_path / "a"
+    run_tiny("train", folder)
+    run_tiny("train", folder)
+    assert "resumed from" in capsys.readouterr().out and outcome(folder) == undisturbed("train")
+    again = (capsys, 2, run_tiny, "train", folder)
+    said = refused(*again, "--seed=1", "--shapes-length=17")
+    assert "seed 0 -> 1" in said and "training images 16 -> 17" in said and "--overwrite" in said
+    assert "script 'train.py' -> 'detect.py'" in refused(capsys, 2, run_tiny, "detect", folder)
+    assert outcome(folder) == undisturbed("train")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # after a failure torchrun starts the same command again
+    run_tiny("train", folder, "--overwrite")
+    assert "resumed from" in capsys.readouterr().out and outcome(folder) == undisturbed("train")
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    shutil.copytree(folder, tmp_path / "b")
+    for name in run.CHECKPOINTS:
+        (tmp_path / "b" / name).unlink()
+    said = refused(capsys, 2, run_tiny, "train", tmp_path / "b")
+    assert "parts of a run (best.pt, castled.pt, log.jsonl) but no checkpoint" in said
+    # starting over leaves nothing of the old run to be continued, even if the new one dies at once
+    anew = ("--overwrite", "--lr=1e30", "--save-minutes=0")
+    assert "no checkpoint before it" in refused(capsys, 1, run_tiny, "train", folder, *anew)
+    assert {p.name for p in folder.iterdir()} == {"config.json", "log.jsonl", "lock"}
+    run_tiny("train", folder)  # of other flags, but nothing was trained
+    assert outcome(folder) == undisturbed("train")
+
+
+@pytest.mark.parametrize("lost", [Path.unlink, lambda log: log.write_text('{"epoch": 0, "cut o')])
+def test_the_log_is_written_anew_from_the_checkpoint(undisturbed, tmp_path, lost):
+    """log.jsonl deleted or cut while a run trains is whole at the end of the next epoch; deleted or
+    cut later, when the run is started again."""
+    log = tmp_path / "log.jsonl"
+    with after(25, lambda: lost(log)):  # within the second epoch
+        run_tiny("train", tmp_path)
+    assert outcome(tmp_path) == undisturbed("train")
+    lost(log)
+    run_tiny("train", tmp_path)
+    assert outcome(tmp_path) == undisturbed("train")
+
+
+# A run of commit 183af44: train.py --model levit_mini --image-size 32, narrowed to make small files.
+FIRST_VERSION = ROOT / "tests" / "first_version"
+
+
+def test_checkpoints_of_the_first_version_load(tmp_path, capsys, monkeypatch):
+    """Each file of a run of the first version gives the metrics that were logged then, and can start
+    a run. It cannot be continued, and this is said."""
+    narrow = dict(dims=(8, 8, 16), heads=(1, 1, 2), key_dim=4, depths=(1, 1, 1))
+    monkeypatch.setattr(train, "make_model", lambda args, classes, size: build_model(
+        args.model, args.attention, classes, size, **narrow, **run.core_options(args)))  # fmt: skip
+    *_, logged, _ = records_of(FIRST_VERSION)
+    for name in ("best.pt", "castled.pt", "last.pt"):
+        options = ["--eval", f"--checkpoint={FIRST_VERSION / name}", f"--output={tmp_path}"]
+        train.main(train.parser().parse_args([*options, "--workers=0"]))
+        record = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert record["test_loss"] == pytest.approx(logged["test_loss"], rel=1e-5), name
+        assert record["test_acc1"] == logged["test_acc1"]
+    shutil.copytree(FIRST_VERSION, tmp_path / "run")
+    same = ("--epochs=4", "--max-steps=6", "--lr=100", "--mask-schedule=anneal")
+    said = refused(capsys, 2, run_train, tmp_path / "run", "--model=levit_mini", *same)
+    assert f"{tmp_path}/run/last.pt cannot be continued, only evaluated" in said
+    assert "older version" in said
+    start = f"--checkpoint={FIRST_VERSION / 'best.pt'}"
+    run_train(tmp_path / "new", "--model=levit_mini", "--lr=0", "--max-steps=1", start)
+    new, first = (
+        convert.read_checkpoint(folder / "best.pt")["ema"] for folder in (tmp_path / "new", FIRST_VERSION)
+    )
+    assert all(torch.equal(new[name], x) for name, x in first.items() if name.endswith(".weight"))
+
+
+@given(data=st.data())
+@settings(max_examples=examples(3), phases=[Phase.generate])
+def test_damaged_checkpoints_fall_back(undisturbed, tmp_path_factory, data):
+    """One wrong byte of a tensor, or a cut, in last.pt: said, and the run goes on from previous.pt to the same end. A
+    damaged file is not evaluated, and with both damaged nothing goes on."""
+    folder, said = tmp_path_factory.mktemp("damaged"), io.StringIO()
+    killed("train", folder, data.draw(st.integers(20, 30), "event"))
+    last, previous = folder / "last.pt", folder / "previous.pt"
+    if not last.exists():  # killed between the two renames
+        os.replace(previous, last)
+        shutil.copyfile(last, previous)
+    with zipfile.ZipFile(last) as file:
+        record = max(file.infolist(), key=lambda info: info.file_size)
+    content = bytearray(last.read_bytes())
+    if data.draw(st.booleans(), "cut"):
+        content = content[: data.draw(st.integers(0, len(content) - 1), "length")]
+    else:
+        content[record.header_offset + 200 + data.draw(st.integers(0, record.file_size - 300), "byte")] ^= 1
+    last.write_bytes(content)
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit, match="2"):
+        run_tiny("train", folder, "--eval", f"--checkpoint={last}")
+    assert f"error: {last} " in said.getvalue()
+    with contextlib.redirect_stderr(said):
+        run_tiny("train", folder)
+    assert f"warning: {last} is damaged" in said.getvalue() and outcome(folder) == undisturbed("train")
+    for path in (last, previous):
+        path.write_bytes(b"cut")
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit, match="2"):
+        run_tiny("train", folder)
+    assert "nothing to continue from" in said.getvalue()
+
+
+def test_two_processes_do_not_train_into_one_folder(tmp_path, capsys):
+    """Who does already, such as a worker that outlived its torchrun, is named and loses nothing, nor is its checkpoint
+    read, here one of other flags; when it ends, the folder is free at once."""
+    holds = """
+import fcntl, sys
+lock = open(sys.argv[1], "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("process 7", file=lock, end="", flush=True)
+print(flush=True)
+sys.stdin.read()
+"""
+    empty, full = tmp_path / "empty", tmp_path / "full"
+    empty.mkdir()
+    run_tiny("train", full)
+    (empty / "log.jsonl").write_text("")
+    for folder in empty, full:
+        before = sorted(path.name for path in folder.iterdir())
+        command = [sys.executable, "-c", holds, folder / "lock"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            other.stdout.readline()
+            assert f"process 7 trains into {folder}" in refused(capsys, 2, run_tiny, "train", folder, "--seed=3")
+            assert sorted(path.name for path in folder.iterdir()) == sorted({*before, "lock"})
+            other.kill()
+    run_tiny("train", empty)
+    assert (empty / "lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_disk_without_locks_will_do(tmp_path, monkeypatch):
+    """Where locking is an error of another kind than being locked, training goes on without."""
+    monkeypatch.setattr(run.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError("No locks available")))
+    assert run.hold(tmp_path / "run").name == str(tmp_path / "run" / "lock")
+
+
+def test_full_disk_leaves_the_old_checkpoint(undisturbed, tmp_path, capsys):
+    """A save that the disk has no place for stops the run, says so, leaves the checkpoint before it and no debris."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # noqa: E731
+    try:
+        with after(6, limit):
+            said = refused(capsys, 1, run_tiny, "train", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"cannot save the checkpoint {tmp_path}/last.pt" in said and "the one before it is still there" in said
+    assert not list(tmp_path.glob("*.tmp")) and 0 < convert.read_checkpoint(tmp_path / "last.pt")["step"] < 8
+    run_tiny("train", tmp_path)
+    assert outcome(tmp_path) == undisturbed("train")
+    with pytest.raises(run.SaveError, match="there is none yet"):
+        run.save(tmp_path / "gone" / "x.pt", {})
+
+
+def test_a_rename_that_fails_says_where_the_old_checkpoint_is(tmp_path, monkeypatch):
+    """Between the two renames of a save what was `last` is `previous`: the message names it."""
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    run.save(last, {"step": 1}, previous)
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: rename(a, b if Path(a) == last else tmp_path / "no" / "x"))
+    with pytest.raises(run.SaveError, match=f"still there: {previous}"):
+        run.save(last, {"step": 2}, previous)
+    assert convert.read_checkpoint(previous) == {"step": 1}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_stops_the_run(undisturbed, tmp_path, capsys, monkeypatch, workers):
+    """The first image that cannot be read ends the run in one line that names it, wherever it was
+    read. Once mended, the run goes on as if nothing had been."""
+    draw = data.Shapes.__getitem__
+    _, bad = list(data.EpochSampler(16, seed=0))[9]  # in the third step of four images
+
+    def read(shapes, index):
+        if index == bad and shapes.split == 0:
+            raise data.DataError(f"cannot read image {bad}")
+        return draw(shapes, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Shapes, "__getitem__", read)
+        said = refused(capsys, 1, run_tiny, "train", tmp_path, f"--workers={workers}")
+    assert said == f"train.py: cannot read image {bad}\n"
+    assert convert.read_checkpoint(tmp_path / "last.pt")["step"] == 2
+    run_tiny("train", tmp_path)
+    assert outcome(tmp_path) == undisturbed("train")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("script", TINY_RUNS)
+def test_half_precision_stays_finite(script, dtype, tmp_path):
+    """Steps under autocast have finite losses, and move the weights; only float16 scales its loss. 64 pixels, because
+    at 32 LeViT's last down-sampling is a stride-2 convolution of a map one pixel wide, whose bfloat16 weight gradient
+    on a CPU is random memory (torch 2.6 to 2.15)."""
+    size = "--image-size=64"
+    run_tiny(script, tmp_path, "--amp", f"--amp-dtype={dtype}", "--clip-grad=1", "--save-minutes=0", size)
+    state = convert.read_checkpoint(tmp_path / "last.pt")
+    assert bool(state["scaler"]) == (dtype == "float16")
+    assert all(math.isfinite(record["train_loss"]) for record in state["records"])
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_gradients_that_always_overflow_stop_the_run(tmp_path, capsys, monkeypatch):
+    """Float16 steps whose gradients overflow are left out, so that none may be left: the run says so. One step does not
+    end it."""
+    scale, steps, overflowing = torch.amp.GradScaler.scale, itertools.count(), set(range(50))
+
+    def overflow(scaler, loss):
+        return scale(scaler, loss) * (math.inf if next(steps) in overflowing else 1)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", overflow)
+    options = ("--amp", "--amp-dtype=float16", "--epochs=25", "--eval-every=25", "--save-minutes=0")
+    said = refused(capsys, 1, run_tiny, "train", tmp_path / "a", *options)
+    assert "gradients overflow at every loss scale of float16 at step 41, learning rate" in said
+    steps, overflowing = itertools.count(), {3}
+    run_tiny("train", tmp_path / "b", *options, "--max-steps=6")
+    state = convert.read_checkpoint(tmp_path / "b" / "last.pt")
+    assert 0 < state["scaler"]["scale"] < 2.0**16 and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_processes_stop_and_go_on_together(tmp_path, capfd):
+    """Two processes: a signal to one stops both after the same step, and they go on bit for bit; one may take over with
+    the same global batch, told what is no longer exact; another global batch is refused."""
+    half = ("--batch-size=2", "--accumulate=1")
+    assert in_group(2, lambda rank: run_tiny("train", tmp_path / "whole", *half)) == [0, 0]
+
+    def stopped(rank):
+        with after(3, lambda: os.kill(os.getpid(), signal.SIGTERM)) if rank else contextlib.nullcontext():
+            run_tiny("train", tmp_path / "two", *half)
+
+    assert in_group(2, stopped) == [0, 0]
+    assert convert.read_checkpoint(tmp_path / "two" / "last.pt")["step"] == 4
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    assert in_group(2, lambda rank: run_tiny("train", tmp_path / "two", *half)) == [0, 0]
+    assert outcome(tmp_path / "two") == outcome(tmp_path / "whole")
+    capfd.readouterr()
+    run_tiny("train", tmp_path / "one")
+    assert "not bit for bit" in (said := capfd.readouterr().out) and "processes 2 -> 1" in said
+    losses = [[r["train_loss"] for r in outcome(tmp_path / name)[1] if "epoch" in r] for name in ("one", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+    with pytest.raises(SystemExit, match="2"):
+        run_tiny("train", tmp_path / "one", "--batch-size=2")
+    assert "global_batch 4 -> 2" in capfd.readouterr().err
+
+
+def test_processes_continue_from_one_step(tmp_path, capfd):
+    """A process that does not see the checkpoint of the others, as it is on no shared disk, is found
+    before any of them trains."""
+    run_tiny("train", tmp_path / "0", "--max-steps=1", "--batch-size=4")
+    options = ("--max-steps=1", "--batch-size=2")
+    assert in_group(2, lambda rank: run_tiny("train", tmp_path / str(rank), *options)) == [2, 2]
+    assert capfd.readouterr().err.count("processes would continue from different steps") == 2
+    assert not (tmp_path / "1").exists()
+
+
+def test_nan_on_one_process_stops_all(tmp_path, capfd, monkeypatch):
+    """NaN pixels on one rank stop all of them in the same step, before the weights have changed."""
+    prepare, calls = train.to_model_input, itertools.count()
+
+    def spoilt(images, *options):
+        x = prepare(images, *options)
+        return x * math.nan if os.environ["RANK"] == "1" and next(calls) == 2 else x
+
+    monkeypatch.setattr(train, "to_model_input", spoilt)
+    assert in_group(2, lambda rank: run_tiny("train", tmp_path, "--batch-size=2")) == [1, 1]
+    assert capfd.readouterr().err.count("loss is nan at step 2") == 2
+    state = convert.read_checkpoint(tmp_path / "last.pt")
+    assert state["step"] == 2 and all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize("script", TINY_RUNS)
+@pytest.mark.parametrize("pixels", [math.nan, math.inf])
+def test_pixels_that_are_no_numbers_stop(script, pixels, tmp_path, capsys, monkeypatch):
+    """NaN and Inf in the input of a step are found in that step."""
+    module, *_ = TINY_RUNS[script]
+    prepare = data.to_model_input
+    monkeypatch.setattr(module, "to_model_input", lambda *given: prepare(*given) * pixels)
+    assert "loss is nan at step 0" in refused(capsys, 1, run_tiny, script, tmp_path)
+
+
+def test_checkpoints_that_do_not_fit_the_run_are_refused(tmp_path, capsys):
+    """--eval of lost weights is an error, not a score; a step beyond the end is no complete run."""
+    run_tiny("train", tmp_path / "a")
+    state = convert.read_checkpoint(tmp_path / "a" / "last.pt")
+    for part in ("model", "ema"):
+        for x in state[part].values():
+            x.fill_(math.nan) if x.is_floating_point() else None
+    torch.save(state, tmp_path / "nan.pt")
+    asked = ("--eval", f"--checkpoint={tmp_path}/nan.pt")
+    said = refused(capsys, 2, run_tiny, "train", tmp_path / "b", *asked)
+    assert "nan.pt" in said and "holds nan or inf" in said and "{" not in capsys.readouterr().out
+    state = convert.read_checkpoint(tmp_path / "a" / "last.pt")
+    torch.save(state | {"step": 9}, tmp_path / "a" / "last.pt")
+    said = refused(capsys, 2, run_tiny, "train", tmp_path / "a")
+    assert "last.pt is at step 9, the run ends at 8" in said
+
+
+def test_evaluation_without_a_finite_loss_fails(tmp_path, capsys):
+    """Finite weights may still overflow: --eval then names the checkpoint, a line break in its name
+    or not, and prints no JSON, which has no NaN."""
+    run_tiny("train", tmp_path)
+    state = convert.read_checkpoint(tmp_path / "best.pt")
+    for x in state["ema"].values():
+        x.mul_(1e30) if x.is_floating_point() else None
+    torch.save(state, tmp_path / "hu\nge.pt")
+    asked = ("--eval", f"--checkpoint={tmp_path}/hu\nge.pt")
+    said = refused(capsys, 1, run_tiny, "train", tmp_path / "b", *asked)
+    assert "hu\nge.pt: the loss is" in said
+
+
+def test_names_that_are_not_text(tmp_path, capsys):
+    """A file name that is not UTF-8 is predicted as any other, and so is what comes after it; a name
+    with a line break is whole in the message about an image that cannot be read."""
+    run_train(tmp_path / "run", "--max-steps=1")
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in (b"a\xff.png", b"b.png"):
+        Image.new("RGB", (40, 40)).save(images / os.fsdecode(name))
+    (images / "c\nd.png").write_text("no picture")
+    capsys.readouterr()
+    files = ["--image", *map(str, sorted(images.iterdir()))]
+    with pytest.raises(SystemExit) as stopped:
+        run_train(tmp_path / "x", f"--checkpoint={tmp_path}/run/best.pt", *files)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 1 and "a\\udcff.png: " in printed.out and "b.png: " in printed.out
+    with pytest.raises(data.DataError, match=r"c\\nd\.png") as error:
+        data.read_image(images / "c\nd.png")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_run_outlives_its_reader(tmp_path, both):
+    """`train.py | head -1` trains to the end, with its errors in the same pipe or not."""
+    command = [sys.executable, "train.py", *SMALL, "--max-steps=2", f"--output={tmp_path}/run"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT if both else subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes) as process:
+        assert "levit128" in process.stdout.readline()
+        process.stdout.close()
+        said = "" if both else process.stderr.read()
+        assert process.wait(120) == 0 and "BrokenPipe" not in said
+    assert "castling_report" in (tmp_path / "run" / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("variables", "message"), [
+    (dict(WORLD_SIZE="abc"), "WORLD_SIZE=abc"), (dict(WORLD_SIZE="0"), "WORLD_SIZE=0"),
+    (dict(RANK="-1"), "RANK=-1"), (dict(LOCAL_RANK="x"), "LOCAL_RANK=x"),
+    (dict(LOCAL_WORLD_SIZE="0"), "LOCAL_WORLD_SIZE=0"),
+    (dict(RANK="2", WORLD_SIZE="2"), "RANK=2 in the environment: expected less than WORLD_SIZE=2"),
+    (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="abc"), "MASTER_PORT=abc"),
+    (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"), "MASTER_PORT=taken"),
+])  # fmt: skip
+def test_variables_of_processes_are_checked(tmp_path, capsys, monkeypatch, variables, message):
+    """What torchrun would have set is refused by name and value where it makes no sense, or the port
+    is taken."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in {"MASTER_PORT": port, **variables}.items():
+            monkeypatch.setenv(name, value)
+        said = refused(capsys, 2, run_tiny, "train", tmp_path)
+    assert message.replace("taken", port) in said and len(said.splitlines()) == 1
+
+
+def test_each_process_has_a_gpu(monkeypatch):
+    """A process takes the GPU of its number on the machine; without one it says so."""
+    torchrun, joined = dict(RANK="7", WORLD_SIZE="8", LOCAL_RANK="3"), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(run.dist, "init_process_group", lambda kind, device_id: joined.append((kind, device_id)))
+    for env, gpus, index in ((torchrun, 4, 3), ({}, 4, 0), (torchrun, 1, None)):
+        monkeypatch.setattr(os, "environ", dict(env))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        if index is None:
+            with pytest.raises(ValueError, match="process 3 of this machine has no GPU: there are 1"):
+                run.start_processes()
+        else:
+            assert run.start_processes() == torch.device("cuda", index)
+    assert joined == [("nccl", torch.device("cuda", 3))]
+
+
+@pytest.mark.parametrize("script", TINY_RUNS)
+def test_no_code_of_a_checkpoint_runs(script, tmp_path, capsys):
+    """A pickle that would write a file is refused wherever a checkpoint is read: by its own folder too."""
+    evil = tmp_path / "run" / "last.pt"
+    evil.parent.mkdir()
+    torch.save({"model": Malicious(tmp_path / "owned")}, evil)
+    ways = [(), (f"--checkpoint={evil}", "--eval"),
+            (f"--checkpoint={evil}", f"--image={evil}", f"--output={tmp_path}/x.png")]  # fmt: skip
+    teacher = ("--distillation=hard", "--teacher=levit128", f"--teacher-checkpoint={evil}")
+    more = {"train": (*teacher, "--overwrite"), "detect": (f"--backbone={evil}", "--overwrite")}
+    ways += [more[script]] if script in more else []
+    for options in ways:
+        assert "last.pt" in refused(capsys, 2, run_tiny, script, evil.parent, *options)
+    assert not (tmp_path / "owned").exists()
+
+
+# ---- hosts, processes and scripts ----------------------------------------------------------------
+
+
+def start(*command):
+    """A command in the repository's folder, on the CPU, as a running process."""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    # After a restart gloo would else find, now and then, the addresses of before it: torchrun keeps them in one store.
+    env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(*processes):
+    """What processes have printed once all have come to their end, which must be a good one."""
+    printed = ""
+    try:
+        for process in processes:
+            printed += process.communicate(timeout=120)[0]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.terminate()  # torchrun ends its workers
+            printed += process.communicate()[0]
+    assert [process.returncode for process in processes] == [0] * len(processes), printed
+    return printed
+
+
+@contextlib.contextmanager
+def two_hosts():
+    """(command prefix of each, address of the first): network namespaces with a cable between them, where the platform
+    lets us make them; else this machine twice."""
+    names = [f"castling{os.getpid()}{end}" for end in "ab"]
+    setup = [f"ip netns add {names[0]}", f"ip netns add {names[1]}",
+             f"ip -n {names[0]} link add eth0 type veth peer name eth0 netns {names[1]}"]  # fmt: skip
+    for name, address in zip(names, ("10.77.0.1/24", "10.77.0.2/24"), strict=True):
+        setup += [f"ip -n {name} address add {address} dev eth0", f"ip -n {name} link set lo up",
+                  f"ip -n {name} link set eth0 addrgenmode none up"]  # fmt: skip
+    try:
+        made = all(subprocess.run(command.split(), capture_output=True).returncode == 0 for command in setup)
+    except OSError:
+        made = False
+    try:
+        inside = [["ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=eth0"] for name in names]
+        yield (inside, "10.77.0.1") if made else ([[], []], "127.0.0.1")
+    finally:
+        for name in names if made else ():
+            subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+def test_two_hosts_equal_one_process(tmp_path):
+    """Five steps of DeiT on two machines that meet by c10d, gradients accumulated, one worker killed in the third step
+    and all restarted by torchrun: weights within 1e-5 of one process with the whole batch, the same validation metrics
+    and mask statistics."""
+    common = ["--model=deit_tiny", "--image-size=32", "--shapes-length=60", "--max-steps=5", "--workers=0",
+              "--mask-schedule=anneal"]  # fmt: skip
+    (tmp_path / "dies_once.py").write_text(f"""
+import os, pathlib, signal, sys; sys.path.insert(0, {str(ROOT)!r})
+import run, train
+step, mark = run.Progress.step, pathlib.Path({str(tmp_path / "killed")!r})
+def dies(self, *args, **values):
+    if self.done == 2 and run.rank() == 1 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self, *args, **values)
+run.Progress.step = dies
+train.main(train.parser().parse_args())
+""")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with two_hosts() as (prefixes, address):
+        agents = []
+        for number, prefix in enumerate(prefixes):
+            launch = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3",
+                      "--rdzv-backend=c10d", f"--rdzv-endpoint={address}:{port}", f"--rdzv-conf=is_host={1 - number}",
+                      f"--local-addr=10.77.0.{1 + number}" if prefix else "--local-addr=127.0.0.1"]  # fmt: skip
+            two = ["--batch-size=2", "--accumulate=2", "--save-minutes=1e-9", f"--output={tmp_path}/two"]
+            agents.append(start(*prefix, sys.executable, *launch, str(tmp_path / "dies_once.py"), *common, *two))
+        printed = finished(*agents)
+    assert (tmp_path / "killed").exists() and re.search("resumed from .* at step [23] of 5", printed)
+    run_alone = train.parser().parse_args([*common, "--batch-size=8", f"--output={tmp_path}/one"])
+    train.main(run_alone)
+    one, two = (convert.read_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
+    for key in ("model", "ema"):
+        assert max((one[key][name] - two[key][name]).abs().max().item() for name in one[key]) < 1e-5
+    one, two = (json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0]) for name in ("one", "two"))
+    for key in ("train_loss", "test_loss", "test_acc1", "test_acc5", "test_loss_castled"):
+        assert one[key] == pytest.approx(two[key], abs=1e-4)
+    assert one["mask_density"] == pytest.approx(two["mask_density"], abs=1e-4)
+
+
+def test_mask_statistics_add_up_over_processes(tmp_path):
+    """Two ranks with different images report the mean over all, as one process with all images would."""
+    script = tmp_path / "masks.py"
+    script.write_text(f"""
+import gc, sys, torch; sys.path.insert(0, {str(ROOT)!r})
+import torch.distributed as dist
+from attention import AttentionCore, mask_density
+from torch.nn.parallel import DistributedDataParallel
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+core, x = AttentionCore(2, auxiliary=True), torch.randn(3, 4, 2, 20, 8) * 2
+whole = AttentionCore(2, auxiliary=True); whole(*x); expected = whole.tally[0] / whole.tally[3]
+ddp = DistributedDataParallel(core)
+for part in (0, 1):
+    ddp(*x[:, [2 * dist.get_rank() + part]])
+assert abs(mask_density(ddp)[""] - expected) < 1e-6, (mask_density(ddp), expected)
+dist.barrier(); del ddp; gc.collect()
+dist.destroy_process_group()
+""")
+    assert in_group(2, lambda rank: exec(script.read_text(), {})) == [0, 0]
+
+
+def test_every_script_exports_what_is_deployed(tmp_path, capsys, monkeypatch):
+    """Boxes and scores of a detector, class scores of a segmenter; a file that is not the model is a failure."""
+    detector, segmenter = detect.build_detector("lcnet_vit_s"), tiny_segmenter()
+    written = []
+    for script, model in ((detect, detector), (segment, segmenter)):
+        monkeypatch.setattr(script, "load", lambda args, model=model: (model, []))
+        monkeypatch.setattr(run, "export", lambda graph, *_: written.append(graph) or ([(1, 3, 64, 64)], 1e-6))
+        args = ["--checkpoint=x", f"--export={tmp_path / 'model.pt2'}"]
+        script.main(script.parser().parse_args(args))
+        assert "run on 1x3x64x64; largest difference 1.0e-06" in capsys.readouterr().out
+    with torch.no_grad():
+        boxes, scores = written[0].eval()(torch.zeros(1, 3, 64, 64))
+        assert boxes.shape == (1, 85, 4) and scores.shape == (1, 85, 80) and 0 <= scores.min() <= scores.max() <= 1
+        assert written[1].eval()(torch.zeros(1, 3, 48, 64)).shape == (1, 5, 48, 64)
+    monkeypatch.setattr(run, "export", lambda *_: ([(1, 3, 64, 64)], math.nan))
+    with pytest.raises(SystemExit) as stopped:
+        segment.main(segment.parser().parse_args(args))
+    assert stopped.value.code == 1 and "not the model" in capsys.readouterr().err
+
+
+def test_checkpoints_know_their_script(tmp_path, capsys):
+    """A classifier's checkpoint is no detector's, and the other way round; a classifier's backbone is."""
+    run_train(tmp_path / "c", "--model=lcnet_vit_s", "--max-steps=1")
+    *_, report = run_detect(tmp_path / "d", "--max-steps=1", f"--backbone={tmp_path}/c/best.pt")
+    assert "castling_report" in report
+    for module, folder, other in ((detect, "c", "train.py"), (train, "d", "detect.py")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            module.main(module.parser().parse_args(["--eval", f"--checkpoint={tmp_path}/{folder}/best.pt"]))
+        assert f"is a checkpoint of {other}" in capsys.readouterr().err

@@ -1,0 +1,387 @@
+"""train.py: recipes, and the script from its arguments to its checkpoints."""
+
+import itertools
+import json
+import math
+import re
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.testing import assert_close
+
+import convert
+import data
+import run
+import train
+from conftest import SMALL, flags, outcome, refused, run_tiny, run_train, tiny
+
+
+def test_recipe_of_the_optimizer():
+    """A data set's own learning rate belongs to its own optimiser: another brings its recipe's; flags win over both."""
+    assert (flags().optimizer, flags().schedule, flags().lr) == ("sgd", "cosine", 3.2)
+    adamw, own = flags("--optimizer=adamw"), flags("--optimizer=adamw", "--lr=1e-3", "--schedule=exponential")
+    assert (adamw.lr, adamw.schedule, adamw.weight_decay) == (5e-4, "cosine", 0.025)
+    assert (own.lr, own.schedule) == (1e-3, "exponential")
+    folder = flags("--data=.")
+    assert (folder.lr, folder.schedule, folder.epochs, folder.image_size) == (2.0, "exponential", 1000, 224)
+    folder.warmup_epochs, folder.global_batch = 11.0, 4096
+    assert train.learning_rate(folder, 11 * 313, 313, 313_000) == 2.0
+    assert train.learning_rate(folder, 999 * 313, 313, 313_000) == pytest.approx(8.0e-6, rel=0.01)
+    folder.global_batch = 512
+    assert train.learning_rate(folder, 0, 2502, 2_502_000) == pytest.approx(0.01 / 8)
+    folder.lr = 0.001  # below where warm-up starts: it does not run backwards
+    rates = [train.learning_rate(folder, step, 10, 1000) for step in range(1000)]
+    assert max(rates) == pytest.approx(0.001 / 8)
+
+
+@pytest.mark.parametrize(("model", "images"), [
+    ("levit128", 64), ("levit384", 64), ("esnet_vit_m", 64),
+    ("deit_tiny", 32), ("deit_base", 32), ("mvitv2_small", 32),
+])  # fmt: skip
+def test_peak_learning_rate_is_the_papers(model, images):
+    """Section 4.1 on a folder: 2.0, warmed up from 0.01, on 64 GPUs of 64 images for LeViT and of 32
+    for DeiT and MViTv2; linear from there. shapes and cifar have one batch for every model: 3.2 and
+    2.0 at 4096."""
+    folder = flags("--data=.", model=model, warmup_epochs=11)
+    assert folder.batch_size == images
+    for gpus, times in ((64, 1.0), (8, 1 / 8)):
+        folder.global_batch = gpus * folder.batch_size
+        assert train.learning_rate(folder, 0, 100, 100_000) == 0.01 * times
+        assert train.learning_rate(folder, 1100, 100, 100_000) == 2.0 * times
+    for name, peak in (("shapes", 3.2), ("cifar10", 2.0), ("cifar100", 2.0)):
+        args = flags(model=model, data=name, warmup_epochs=11)
+        assert args.batch_size == 128
+        assert train.learning_rate(args, 1100, 100, 100_000) == peak * 128 / 4096
+
+
+def test_averaged_weights():
+    """The horizon is 4% of the run: LeViT's and DeiT's 0.99996 at 626,000 steps. The average follows its recursion, and
+    integer buffers survive it."""
+    assert train.ema_decay_for(626_000) == pytest.approx(0.99996, abs=1e-6) and 0 <= train.ema_decay_for(1) < 1
+    model = nn.BatchNorm1d(2)
+    ema, expected = run.averaged(model, 0.5), None
+    for n, value in enumerate((1.0, 3.0, -2.0, 7.0)):
+        nn.init.constant_(model.weight, value)
+        model.num_batches_tracked.fill_(n)
+        ema.update_parameters(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = value if expected is None else decay * expected + (1 - decay) * value
+        assert ema.module.weight[0].item() == pytest.approx(expected)
+
+
+def test_weight_decay_skips_norms_biases_and_tables():
+    model = tiny("levit", "softmax")
+    decayed, others = train.parameter_groups(model, 0.1)
+    assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decayed["params"])
+    tables = [p for name, p in model.named_parameters() if name.endswith("attention_biases")]
+    assert tables and all(any(p is q for q in others["params"]) for p in tables)
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_script_trains_castles_and_evaluates(tmp_path, capsys):
+    """A whole run: files, log, report with gap 0.0 and empty masks; then --eval of each checkpoint gives the logged
+    metrics, and --image names classes."""
+    *epochs, report = run_train(tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "castling gap          0.00" in printed and "the masks are empty" in printed
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.json", "lock", "log.jsonl", "last.pt", "best.pt", "castled.pt",
+    }  # fmt: skip
+    assert [r["step"] for r in epochs] == [4] and epochs[0]["epoch"] == 0
+    keys = {"epoch", "train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "n_parameters"}
+    assert keys <= epochs[0].keys()  # as DeiT's logs call them
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["seed"] == 0 and config["environment"].items() >= {"torch": torch.__version__, "processes": 1}.items()
+    assert re.fullmatch("None|[0-9a-f]{40}(-dirty)?", str(config["environment"]["commit"]))
+    curve = epochs[0]["mask_curve"]  # at every step of so short a run, per layer
+    assert curve.pop("step") == [0, 1, 2, 3] and curve.keys() == epochs[0]["mask_density"].keys()
+    assert all(len(densities) == 4 and densities[0] >= densities[3] for densities in curve.values())
+    report = report["castling_report"]
+    assert report["castling_gap"] == 0 and not any(report["mask_density"].values())
+    assert report["macs"]["castled"] < report["macs"]["with branch"]
+    assert report["test_acc1"] == epochs[0]["test_acc1"] == epochs[0]["test_acc1_castled"]
+    for name in ("last.pt", "best.pt", "castled.pt"):
+        train.main(train.parser().parse_args(["--eval", f"--checkpoint={tmp_path / 'run' / name}", "--workers=0"]))
+        record = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert record["test_loss"] == pytest.approx(epochs[0]["test_loss"], rel=1e-5)
+        assert record.get("castling_gap") == (None if name == "castled.pt" else 0)  # castled: nothing left to lose
+    Image.fromarray(data.Shapes("val", 12, 50).scene(3).image).save(tmp_path / "one.png")
+    train.main(train.parser().parse_args([f"--image={tmp_path}/one.png", f"--checkpoint={tmp_path}/run/best.pt"]))
+    named = capsys.readouterr().out
+    assert sum(name in named for name in data.SHAPES) >= 5 and named.startswith(str(tmp_path / "one.png"))
+
+
+def test_log_follows_the_masks(tmp_path):
+    """`mask_curve` is the density at each step's own threshold: a fixed threshold of 0 keeps every entry."""
+    epoch, _ = run_train(tmp_path, "--max-steps=2", "--epsilon=0", "--mask-schedule=fixed")
+    assert epoch["mask_curve"].pop("step") == [0, 1]
+    assert all(densities == [1, 1] for densities in epoch["mask_curve"].values())
+
+
+@pytest.mark.parametrize(("options", "lines"), [
+    (["--mask-schedule=anneal", "--image-size=64"], [  # levit128 at 64 px: stages of 4 x 4, 2 x 2 and 1 x 1 tokens
+        r"14 of 14 masks hold entries", r"4 layers of 16 tokens, threshold 0\.0156: .*% of entries kept",
+    ]),
+    (["--image-size=64"], [r" of 14 masks hold", r"of 4 tokens, threshold 1: 0 to 0%",
+          r"of 1 tokens, threshold 1: 0 to 0%", r"never any.*stages\.1\.downsample\.attn_downsample \(4 tokens\)"]),
+    (["--model=deit_mini"], [r": 0 of 6 masks hold", r"6 layers of 65 tokens, threshold 0\.0615: 0 to 0%"]),
+    (["--attention=linear_angular"], []),
+])  # fmt: skip
+def test_a_run_says_once_what_its_masks_hold(tmp_path, capsys, options, lines):
+    """The first step's masks by token count; layers of at most 4 tokens, whose ramp starts at 1, can never hold any."""
+    run_train(tmp_path, "--max-steps=2", *options)
+    out = capsys.readouterr().out
+    assert out.count("auxiliary branch:") == bool(lines)
+    for line in lines:
+        assert re.search(line, out), line
+
+
+@pytest.mark.parametrize(("attention_name", "dconv", "mlp_dwconv"), [
+    ("castling", 9, 5), ("castling", 0, 5), ("castling", 9, 0), ("castling", 0, 0), ("softmax", 9, 5),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["deit_mini", "levit_mini", "lcnet_vit_s"])
+def test_the_two_dwconvs_are_switched_apart(name, attention_name, dconv, mlp_dwconv):
+    """--dconv is the one on V, --mlp-dwconv the ones in the MLPs, which softmax models can have too."""
+    args = flags(f"--model={name}", f"--attention={attention_name}", f"--dconv={dconv}", f"--mlp-dwconv={mlp_dwconv}")
+    names = [n for n, _ in train.make_model(args, 3, 64).named_parameters()]
+    assert any(".dconv." in n for n in names) == (dconv > 0 and attention_name == "castling")
+    assert any("mlp.dwconv." in n for n in names) == (mlp_dwconv > 0)
+
+
+def test_softmax_weights_start_a_castling_run_without_its_dconv(tmp_path):
+    """--zero-dconv: a run from a softmax checkpoint starts with DWConv(V) = 0; without the flag it starts at random.
+    What the checkpoint holds is taken."""
+    run_train(tmp_path / "softmax", "--model=deit_mini", "--image-size=32", "--attention=softmax", "--max-steps=1")
+    start = f"--checkpoint={tmp_path / 'softmax' / 'best.pt'}"
+    for zero in (True, False):
+        folder = tmp_path / str(zero)
+        options = ["--model=deit_mini", "--image-size=32", start, "--max-steps=1", "--lr=0", *["--zero-dconv"] * zero]
+        run_train(folder, *options)
+        weights = torch.load(folder / "last.pt")["model"]
+        assert (weights["blocks.0.attn.dconv.weight"].abs().max() == 0) == zero
+        theirs = torch.load(tmp_path / "softmax" / "best.pt")["ema"]
+        assert_close(weights["blocks.0.attn.qkv.weight"], theirs["blocks.0.attn.qkv.weight"])
+
+
+def test_settings_of_the_first_version_are_understood():
+    """Its DWConvs had other names in each script: checkpoints with those settings build the same model."""
+    for then, now in [
+        (dict(dwconv=False), dict(dconv=0, mlp_dwconv=0)), (dict(dwconv=None), {}), (dict(dwconv=True), {}),
+        (dict(mlp_dw=None, v_dconv=True), {}), (dict(mlp_dw=0, v_dconv=False), dict(dconv=0, mlp_dwconv=0)),
+        (dict(mlp_conv=5), dict(mlp_dwconv=5)), (dict(dconv=3, mlp_dwconv=0), dict(dconv=3, mlp_dwconv=0)),
+    ]:  # fmt: skip
+        assert run.renamed(dict(model="deit_tiny") | then) == dict(model="deit_tiny") | now
+
+
+def test_evaluation_can_be_rarer(tmp_path):
+    """--eval-every N: every N-th epoch and the last are evaluated, every epoch is logged and can be resumed."""
+    *epochs, report = run_train(tmp_path, "--epochs=3", "--max-steps=15", "--eval-every=2")
+    assert ["test_acc1" in record for record in epochs] == [False, True, True]
+    assert report["castling_report"]["test_acc1"] == epochs[-1]["test_acc1"]
+
+
+@pytest.mark.parametrize("options", [
+    ("--attention=softmax", "--amp"),
+    ("--attention=relu_e", "--optimizer=adamw", "--clip-grad=1", "--accumulate=2", "--batch-size=4"),
+    ("--model=deit_tiny", "--mixup=0.8", "--cutmix=1", "--smoothing=0.1", "--erasing=0.5", "--channels-last"),
+    ("--mask-schedule=fixed", "--no-castle-downsample", "--drop-path=0.1", "--schedule=exponential"),
+    ("--amp", "--mask-schedule=anneal", "--image-size=64"),  # see test_half_precision_stays_finite
+    ("--model=lcnet_vit_s", "--drop-path=0.1"),
+    ("--model=esnet_vit_s", "--dconv=0", "--mlp-dwconv=0"),
+])  # fmt: skip
+def test_every_option_trains(tmp_path, capsys, options):
+    """Each combination runs to its report; a model without a branch has no threshold and reports no gap."""
+    *_, report = run_train(tmp_path, "--max-steps=2", *options)
+    branch = all("attention=" not in o for o in options)
+    assert ("castling_gap" in report["castling_report"]) == branch
+    assert ("mask: threshold" in capsys.readouterr().out) == branch
+
+
+def teacher_of(*source):
+    """The teacher that these flags of distillation name."""
+    return train.load_teacher(flags(*SMALL, *source), list(data.SHAPES), torch.device("cpu"))
+
+
+def test_patches_of_any_size_train(tmp_path, capsys):
+    """--patch-size P makes a DeiT of ceil(S / P)^2 tokens and the class token. The checkpoint answers for it where
+    weights are evaluated or taught from; another size is another run; other models refuse it by name."""
+    for patch, tokens in ((2, 257), (8, 17)):
+        folder, small = tmp_path / str(patch), ("--max-steps=1", "--model=deit_mini", f"--patch-size={patch}")
+        epoch, _ = run_train(folder, *small)
+        kept = convert.read_checkpoint(folder / "best.pt")
+        assert kept["ema"]["pos_embed"].shape == (1, tokens, 96) and kept["args"]["patch_size"] == patch
+        capsys.readouterr()
+        train.main(train.parser().parse_args(["--eval", f"--checkpoint={folder}/best.pt", "--workers=0"]))
+        assert json.loads(capsys.readouterr().out)["test_loss"] == pytest.approx(epoch["test_loss"], rel=1e-5)
+    source = ("--distillation=hard", "--teacher=deit_mini", f"--teacher-checkpoint={folder}/best.pt")
+    assert teacher_of(*source).patch_size == 8
+    said = refused(capsys, 2, run_train, folder, "--max-steps=1", "--model=deit_mini", "--patch-size=4")
+    assert "patch_size 8 -> 4" in said
+    for model in ("levit128", "timm:vit_tiny_patch16_224"):
+        said = refused(capsys, 2, run_train, tmp_path / "x", f"--model={model}", "--patch-size=4")
+        assert "--patch-size is for deit_mini, deit_tiny, deit_small, deit_base, not " + model in said
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_distillation_trains(tmp_path, kind):
+    """From a torchvision model, and from a run of this script, each loaded from a local file."""
+    import torchvision
+
+    teacher = torchvision.models.get_model("mobilenet_v3_small", weights=None, num_classes=len(data.SHAPES))
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    source = (f"--distillation={kind}", "--teacher=mobilenet_v3_small", f"--teacher-checkpoint={tmp_path}/teacher.pt")
+    run_train(tmp_path / "a", "--max-steps=1", *source, "--distilled")
+    own = (f"--distillation={kind}", "--teacher=levit128", f"--teacher-checkpoint={tmp_path}/a/best.pt")
+    run_train(tmp_path / "b", "--max-steps=1", *own)  # a teacher with two heads, as its checkpoint says
+    teacher = teacher_of(*own)
+    assert teacher.head_dist is not None and not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_folder_trains_and_names_what_is_wrong(tmp_path, photos, capsys):
+    """Folders train and predict; missing splits, empty classes, differing classes and unreadable images are named."""
+    run_train(tmp_path / "run", f"--data={photos}", "--batch-size=4", "--max-steps=2")
+    images = ["--image", *map(str, (photos / "test" / "dark").iterdir())]
+    train.main(train.parser().parse_args([*images, f"--checkpoint={tmp_path}/run/best.pt"]))
+    assert capsys.readouterr().out.count("bright") == 3
+
+    def refused(code, *options):
+        with pytest.raises(SystemExit) as stopped:
+            run_train(tmp_path / "refused", "--batch-size=4", "--max-steps=2", *options)
+        assert stopped.value.code == code
+        return capsys.readouterr().err
+
+    assert "classes" in refused(2, "--eval", f"--checkpoint={tmp_path}/run/best.pt", "--data=shapes")
+    (photos / "test" / "dark").rename(photos / "test" / "dusk")
+    assert "dark, dusk" in refused(2, f"--data={photos}")
+    (photos / "test" / "dusk").rename(photos / "test" / "dark")
+    (photos / "train" / "hollow").mkdir()
+    assert "hollow" in refused(2, f"--data={photos}")
+    (photos / "train" / "hollow").rmdir()
+    bad = photos / "train" / "dark" / "0.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    for workers in (0, 1):
+        assert str(bad) in refused(1, f"--data={photos}", f"--workers={workers}", "--max-steps=3")
+    (photos / "test").rename(photos / "elsewhere")
+    assert f"{photos}/test" in refused(2, f"--data={photos}")
+    assert "no-such-folder" in refused(2, "--data=no-such-folder")
+
+
+def test_bad_arguments_exit_with_2(tmp_path, capsys):
+    """Every wrong value stops before work starts, with status 2 and the value in the message."""
+    cases = [
+        (["--model=levit_128"], "levit128"), (["--attention=softmx"], "softmax"), (["--epochs=0"], "at least 1"),
+        (["--lr=x"], "'x'"), (["--epsilon=2"], "0..1"), (["--mask-schedule=up"], "up"), (["--batch-size=41"], "40"),
+        (["--eval"], "--checkpoint"), (["--checkpoint=none.pt"], "none.pt"),
+        (["--distillation=hard"], "--teacher"), (["--teacher=deit_tiny"], "--distillation"),
+        (["--batch-size=1"], "BatchNorm"), (["--model=lcnet_s", "--batch-size=1"], "BatchNorm"),
+        (["--randaugment=31"], "0..30"), (["--seed=99999999999999999999"], "seed"),
+        (["--eval", "--image=x", "--checkpoint=y"], "different things"), (["--output=/dev/null/x"], "/dev/null/x"),
+        (["--distillation=hard", "--teacher=vgg99", "--teacher-checkpoint=x"], "vgg99"),
+        (["--frobnicate"], "frobnicate"),
+    ]  # fmt: skip
+    for options, message in cases:
+        with pytest.raises(SystemExit) as stopped:
+            run_train(tmp_path / "x", *options)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err, options
+    assert not (tmp_path / "x" / "last.pt").exists()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--image", "", "--checkpoint=x"], "--image has an empty value"),
+    (["--output="], "--output has an empty value"), (["--data", ""], "--data has an empty value"),
+    (["--lr=1e308"], "--lr: must be within 0..1e+30, got 1e308"), (["--lr=inf"], "got inf"),
+    (["--lr=nan"], "got nan"), (["--weight-decay=inf"], "got inf"),
+    (["--mixup=1e-300"], "must be 0 or at least 0.001, got 1e-300"), (["--cutmix=1e-9"], "got 1e-9"),
+    (["--image-size=1000000"], "--image-size: must be within 1..4096, got 1000000"),
+    (["--workers=100000"], "--workers: must be within 0..128, got 100000"),
+])  # fmt: skip
+def test_values_out_of_bounds_are_named(capsys, options, message):
+    """The parser refuses a value that is empty, or that no run could use, and names flag and value."""
+    with pytest.raises(SystemExit) as stopped:
+        train.parser().parse_args(options)
+    assert stopped.value.code == 2 and message in re.sub(r"\s+", " ", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("option", "message"), [
+    ("--batchsize=4", "unrecognized arguments: --batchsize=4 (did you mean --batch-size?)"),
+    ("--resume", "unrecognized arguments: --resume"),
+    ("--epochs=0", "argument --epochs: must be at least 1, got 0"),
+])  # fmt: skip
+def test_a_mistake_is_answered_in_two_lines(capsys, option, message):
+    """What is wrong, with the nearest flag if there is one, and where to read more; no usage."""
+    said = refused(capsys, 2, train.parser().parse_args, [option])
+    assert said == f"train.py: error: {message}\ntrain.py --help lists all flags\n"
+
+
+def test_a_value_may_end_in_an_equals_sign():
+    """Only what a flag is given is looked at: a folder named a= is one."""
+    assert train.parser().parse_args(["--data", "a=", "--output=b="]).data == "a="
+
+
+def test_non_finite_loss_stops(tmp_path, capsys):
+    """The message has step, learning rate and the last good checkpoint, and that checkpoint still loads."""
+    with pytest.raises(SystemExit) as stopped:
+        run_train(tmp_path, "--lr=1e30", "--max-steps=10")
+    assert stopped.value.code == 1
+    message = r"loss is (nan|inf) at step \d+, learning rate .*there is no checkpoint before it"
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "last.pt").exists()
+    with pytest.raises(SystemExit) as stopped:  # diverges in the last step: seen by the evaluation
+        run_train(tmp_path, "--lr=1e30", "--max-steps=2")
+    assert stopped.value.code == 1 and not (tmp_path / "castled.pt").exists()
+
+
+def test_lost_weights_are_not_saved(undisturbed, tmp_path, capsys, monkeypatch):
+    """A checkpoint with nan in it would be the last good one for ever: the one before it stays, and
+    the run goes on from there."""
+    step, steps = torch.optim.SGD.step, itertools.count(1)
+
+    def lose(optimizer, *given):
+        step(optimizer, *given)
+        if next(steps) == 3:
+            optimizer.param_groups[0]["params"][0].data.view(-1)[0] = math.nan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", lose)
+        said = refused(capsys, 1, run_tiny, "train", tmp_path)
+    assert "a weight is not finite at step 3, " in said
+    assert f"the last checkpoint before it is {tmp_path}/last.pt" in said
+    assert convert.read_checkpoint(tmp_path / "last.pt")["step"] == 2
+    run_tiny("train", tmp_path)
+    assert outcome(tmp_path) == undisturbed("train")
+
+
+def test_train_export(tmp_path, capsys):
+    """--export writes a checkpoint castled and runs the file; timm's models train, resume, evaluate and export by
+    name."""
+    pytest.importorskip("timm")
+    name, kept = "--model=timm:test_vit", f"--checkpoint={tmp_path / 'best.pt'}"
+    run_train(tmp_path, name, "--max-steps=2")
+    run_train(tmp_path, name, "--max-steps=2")
+    assert "resumed" in capsys.readouterr().out
+    train.main(train.parser().parse_args(["--eval", "--workers=0", kept]))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["castling_gap"] == 0
+    train.main(train.parser().parse_args([kept, f"--export={tmp_path / 'model.pt2'}"]))
+    assert "run on 1x3x96x96, 2x3x128x160, 3x3x192x128; largest difference" in capsys.readouterr().out
+    model = torch.export.load(tmp_path / "model.pt2").module()
+    assert model(torch.zeros(2, 3, 96, 128)).shape == (2, 12)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--model=timm:vit_tiny_patch17_224"], "vit_tiny_patch16_224"),
+    (["--model=timm:swin_tiny_patch4_window7_224"], "relative_position_bias_table"),
+    (["--model=timm:vit_tiny_patch16_224", "--attention=cosine"], "castling, not cosine"),
+    (["--model=timm:vit_tiny_patch16_224", "--distilled"], "--distilled"),
+    (["--export=x.pt2"], "need --checkpoint"),
+    (["--export=x.pth", "--checkpoint=y"], "x.pth"),
+    (["--export=x.pt2", "--checkpoint=y", "--eval"], "different things"),
+])  # fmt: skip
+def test_timm_and_export_arguments_are_checked(tmp_path, capsys, options, message):
+    pytest.importorskip("timm")
+    with pytest.raises(SystemExit) as stopped:
+        run_train(tmp_path, *options)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
