@@ -27,18 +27,15 @@ import contextlib
 import difflib
 import math
 from collections.abc import Callable, Iterable
-from itertools import repeat
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 SCHEDULES = ("ramp", "fixed", "anneal")  # of the mask's threshold
 RAMP_END = 0.9  # share of training after which `ramp` and `anneal` leave the mask empty
-BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of N x N that the branch holds at a time
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -327,26 +324,36 @@ def mask_threshold(
     return start + (1 - start) * t**2
 
 
-def masked_softmax(
-    q: Tensor, k: Tensor, threshold: float | Tensor, hidden: Tensor | None = None
-) -> Tensor:
-    """M_sparse of Eq. (10): P where P > threshold, else 0, with P = softmax(q k^T / sqrt(D)).
+def softmax_rows(q: Tensor, k: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """P = softmax(q k^T / sqrt(D)), (..., N, D), (..., M, D) -> (..., N, M).
 
-    q and k are not normalised here: unit vectors would leave no entry above 0.02 at 196 tokens.
-    What is kept is not renormalised. The comparison has no gradient, kept entries do.
-
-    Args:
-        q: (..., N, D); k: (..., M, D). threshold: a number, or a tensor that broadcasts.
-        hidden: boolean, broadcasts to (..., N, M), True at keys to leave out.
-    Returns: (..., N, M).
+    hidden: boolean, broadcasts to (..., N, M), True at keys to leave out.
     """
     logits = q * q.shape[-1] ** -0.5 @ k.mT
     if hidden is not None:
         logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)  # no -inf: no NaN
-    p = logits.softmax(dim=-1)
-    threshold = torch.as_tensor(threshold, device=p.device)
-    kept = p > threshold.masked_fill(threshold >= 1, math.inf)  # p may round to just above 1
-    return torch.where(kept, p, 0)                                                     # Eq. (10)
+    return logits.softmax(dim=-1)
+
+
+def above(p: Tensor, threshold: float | Tensor) -> Tensor:
+    """P where P > threshold, else 0. From a threshold of 1 on nothing is kept.
+
+    threshold: a number, or a tensor that broadcasts. The comparison has no gradient.
+    """
+    if not isinstance(threshold, Tensor):  # the faster of the two
+        return F.threshold(p, threshold if threshold < 1 else math.inf, 0.0)
+    return torch.where(p > threshold.masked_fill(threshold >= 1, math.inf), p, 0)
+
+
+def masked_softmax(
+    q: Tensor, k: Tensor, threshold: float | Tensor, hidden: Tensor | None = None
+) -> Tensor:
+    """M_sparse of Eq. (10), (..., N, D), (..., M, D) -> (..., N, M). See `softmax_rows`, `above`.
+
+    q and k are not normalised here: unit vectors would leave no entry above 0.02 at 196 tokens.
+    What is kept is not renormalised.
+    """
+    return above(softmax_rows(q, k, hidden), threshold)                                # Eq. (10)
 
 
 def masked_softmax_attention(
@@ -363,118 +370,25 @@ def masked_softmax_attention(
     return sparse @ v, sparse != 0
 
 
-def certainly_empty(q: Tensor, k: Tensor, threshold: Tensor) -> Tensor:
-    """Where no softmax entry can be above the threshold, found without any N x N work.
-
-    Logits centred over the keys have mean 0. By Jensen a row's softmax denominator is at least M:
-        p_max(i) <= exp(|q_i| max_j |k_j - mean k| / sqrt(D)) / M.
-    Args: q (G, N, D), k (G, M, D), threshold (G,).
-    Returns: (G,) boolean. True is a proof, False says nothing.
-    """
-    spread = (k - k.mean(dim=-2, keepdim=True)).norm(dim=-1).amax(-1)
-    reach = q.norm(dim=-1).amax(-1) * spread / math.sqrt(q.shape[-1])
-    return reach <= (k.shape[-2] * threshold).log() - 1e-3  # 1e-3: the rounding of this line
-
-
-def branch_rows(
-    q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, hidden: Tensor | None, dropout: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """M_sparse V of R queries per head, (G, R, D), (G, N, D), (G, N, E) -> (G, R, E); and M_sparse.
-
-    Args: threshold (G, R); hidden (G, N), True at keys to leave out, or None.
-    """
-    with without_autocast(q.device):
-        keys = None if hidden is None else hidden[:, None]
-        sparse = masked_softmax(q, k, threshold[..., None], keys)
-        return (F.dropout(sparse, dropout) if dropout else sparse) @ v, sparse
-
-
-def kept_and_mass(sparse: Tensor) -> Tensor:
-    """The number of kept entries of M_sparse and their sum, (2,)."""
-    sparse = sparse.detach()
-    return torch.stack([(sparse != 0).sum().to(sparse.dtype), sparse.sum()])
-
-
-class RecomputedRows(torch.autograd.Function):
-    """M_sparse V and `kept_and_mass`. It keeps its inputs only; backward computes M_sparse again.
-
-    torch.utils.checkpoint does the same, but not under torch.func.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, sparse = branch_rows(*inputs)
-        return out, kept_and_mass(sparse)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def gradients(inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, Callable]:
-        """M_sparse V again, and the function from its gradient to those of q, k and v."""
-        return torch.func.vjp(lambda *qkv: branch_rows(*qkv, *inputs[3:])[0], *inputs[:3])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *RecomputedRows.gradients(ctx.saved_tensors)[1](grad), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
-        out, gradients = RecomputedRows.gradients(ctx.saved_tensors)
-        # `gradients` multiplies by the transposed Jacobian, its own vjp by the Jacobian itself.
-        _, transposed = torch.func.vjp(gradients, torch.zeros_like(out))
-        qkv = zip(ctx.saved_tensors[:3], tangents)
-        return transposed(tuple(torch.zeros_like(x) if t is None else t for x, t in qkv))[0], None
-
-
 def auxiliary_branch(
-    q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, padding: Tensor | None, dropout: float
-) -> tuple[Tensor | None, Tensor]:
-    """M_sparse V of Eq. (10), a few heads or rows at a time. Nothing of size N x N is kept.
+    q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, padding: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    """M_sparse V of Eq. (10) as a layer needs it.
 
     Args:
         q, k: (B, H, N, D); v: (B, H, N, E). threshold: () or (B,).
         padding: (B, N), True at tokens to ignore, or None. dropout: on the entries of M_sparse.
-    Returns: (B, H, N, E), or None where every mask is certain to be empty; and `kept_and_mass`.
+    Returns: (B, H, N, E), or None where no entry can be kept; and the number of kept entries and
+        their sum, (2,).
     """
-    B, H, N = v.shape[:3]
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))                                # (B H, N, D|E)
-    threshold = threshold.to(q.dtype).expand(B).repeat_interleave(H)[:, None].expand(B * H, N)
-    hidden = None if padding is None else padding.repeat_interleave(H, dim=0)     # (B H, N)
-    if hidden is not None:
-        threshold = threshold.masked_fill(hidden, math.inf)  # as queries, they keep nothing
-    if torch.compiler.is_compiling() or dropout:  # checkpoint draws the same dropout again
-        inputs = (q, k, v, threshold, hidden, dropout)
-        out, sparse = checkpoint(branch_rows, *inputs, use_reentrant=False)
-        return out.unflatten(0, (B, H)), kept_and_mass(sparse)
-
-    live = None  # or the heads that may keep something, where some are certain to keep nothing
-    if q.device.type == "cpu" and hidden is None:  # a GPU would have to wait for the answer
-        with contextlib.suppress(RuntimeError):  # under vmap no size can depend on values
-            empty = certainly_empty(q, k, threshold[:, 0])
-            if empty.all():
-                return None, q.new_zeros(2)
-            if empty.any():
-                live = (~empty).nonzero()[:, 0]
-                q, k, v, threshold = (x[live] for x in (q, k, v, threshold))
-    entries = BLOCK_BYTES.get(q.device.type, 2**28) // q.element_size()
-    heads, rows = max(1, entries // N**2), max(1, entries // N)  # whole heads, or else rows of one
-    outs, totals = [], q.new_zeros(2)
-    parts = [repeat(None) if x is None else x.split(heads) for x in (q, k, v, threshold, hidden)]
-    for qs, ks, vs, ts, hs in zip(*parts):
-        for q_rows, t_rows in zip(qs.split(rows, dim=1), ts.split(rows, dim=1)):
-            out, seen = RecomputedRows.apply(q_rows, ks, vs, t_rows, hs)
-            outs.append(out.flatten(0, 1))
-            totals = totals + seen
-    out = torch.cat(outs).unflatten(0, (len(q), N))
-    if live is not None:
-        out = out.new_zeros(B * H, *out.shape[1:]).index_copy(0, live, out)
-    return out.unflatten(0, (B, H)), totals
+    hidden = None if padding is None else padding[:, None, None]
+    sparse = masked_softmax(q, k, threshold.reshape(-1, 1, 1, 1), hidden)
+    if padding is not None:
+        sparse = sparse.masked_fill(padding[:, None, :, None], 0)  # as queries, they keep nothing
+    kept = sparse.detach()
+    seen = torch.stack([(kept != 0).sum().to(kept.dtype), kept.sum()])
+    return (F.dropout(sparse, dropout) if dropout else sparse) @ v, seen
 
 
 # ---- modules -------------------------------------------------------------------------------------
@@ -515,9 +429,11 @@ class AttentionCore(nn.Module):
     `auxiliary` says whether the branch exists, `active` whether its mask can still hold anything,
     `record` whether mask statistics are kept. `progress`, the share of training done, is in the
     state dict as long as the branch exists. The DWConv is computed from `dconv.weight`; hooks on
-    `dconv` are not called.
+    `dconv` are not called. fast.py puts forms that need less memory in place of these two:
     """
 
+    form = staticmethod(castling_attention)  # Eq. (9)
+    branch_form = staticmethod(auxiliary_branch)  # Eq. (10)
     progress: Tensor
 
     def __init__(
@@ -593,7 +509,7 @@ class AttentionCore(nn.Module):
             if self.auxiliary and self.active:
                 q, k, v = (x.contiguous() for x in (q, k, v))  # one copy for Eq. (9) and (10)
                 branch = self.branch(q, k, v, padding)
-            return castling_attention(q, k, v, weight, branch, KERNELS[self.kernel]).to(dtype)
+            return self.form(q, k, v, weight, branch, KERNELS[self.kernel]).to(dtype)
 
     def check(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padding: Tensor | None
@@ -614,7 +530,7 @@ class AttentionCore(nn.Module):
         tokens = v.shape[2] if padding is None else (~padding).sum(-1)                 # N or (B,)
         threshold = mask_threshold(self.progress.float(), tokens, self.epsilon, self.schedule)
         dropout = self.dropout if self.training else 0.0
-        out, seen = auxiliary_branch(q, k, v, threshold, padding, dropout)
+        out, seen = self.branch_form(q, k, v, threshold, padding, dropout)
         if self.record:
             self.tally = self.tally.to(v.device)
             real = torch.as_tensor(tokens, dtype=torch.float32).expand(len(v))

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fast
 from attention import AttentionCore, castle, cores, record_masks, set_threshold
 from convert import fuse
 from models import build_model
@@ -301,6 +302,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
+    fast.enable()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports each start and stop on stderr
     args.dtype, args.least = getattr(torch, args.dtype), 4e-3
     torch.set_num_threads(args.threads)

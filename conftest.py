@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 import convert
 import detect
+import fast
 import flops
 import segment
 import train
@@ -27,7 +28,10 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in processes that tests start, too
 # Hypothesis: `quick` is the default; pytest's --hypothesis-profile=thorough, read later, wins over it.
 QUICK_EXAMPLES = 30
-settings.register_profile("quick", deadline=None, derandomize=True, max_examples=QUICK_EXAMPLES)
+settings.register_profile(
+    "quick", deadline=None, derandomize=True, max_examples=QUICK_EXAMPLES,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # `form` is the same for all examples
+)  # fmt: skip
 settings.register_profile("thorough", settings.get_profile("quick"), max_examples=20 * QUICK_EXAMPLES)
 settings.load_profile("quick")
 
@@ -66,6 +70,13 @@ def shaken(model, std=0.1):
             elif name.endswith("running_var"):
                 buffer.uniform_(0.5, 1.5)
     return model
+
+
+@pytest.fixture(autouse=True)
+def formulas():
+    """After a script has run, cores take the formulas of attention.py again."""
+    yield
+    fast.disable()
 
 
 class Malicious:

@@ -38,6 +38,7 @@ from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, generaliz
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes
 
+import fast
 import run
 from attention import cores, look_up, set_threshold
 from convert import load_pretrained
@@ -918,6 +919,7 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    fast.enable()
     with run.session(args, "detect.py") as (task, device):
         if task == "train":
             train(args, device)

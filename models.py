@@ -298,13 +298,12 @@ class Mlp(nn.Module):
 
     def layers(self, x: Tensor, grid: Grid) -> Tensor:
         """The MLP of one part of the batch."""
-        before = x.shape[1] - grid[0] * grid[1]
-        if self.dwconv is None:
-            return self.fc2(F.gelu(self.fc1(x)))
-        if before:  # split here, not in the hidden layer, where a copy costs more
-            prefix, patches = self.fc2(F.gelu(self.fc1(x[:, :before]))), self.layers(x[:, before:], grid)    # D6
-            return torch.cat([prefix, patches], dim=1)
-        return self.fc2(F.gelu(self.dwconv(self.fc1(x), grid)))
+        x = self.fc1(x)
+        if self.dwconv is not None:
+            before = x.shape[1] - grid[0] * grid[1]
+            patches = self.dwconv(x[:, before:], grid)
+            x = torch.cat([x[:, :before], patches], dim=1) if before else patches                            # D6
+        return self.fc2(F.gelu(x))
 
 
 class ViTBlock(nn.Module):

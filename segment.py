@@ -36,6 +36,7 @@ from torchvision import tv_tensors
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
+import fast
 import run
 from attention import look_up, set_threshold, without_autocast
 from convert import LoadReport, load_pretrained, read_checkpoint, weights_in
@@ -1238,6 +1239,7 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    fast.enable()
     with run.session(args, "segment.py") as (task, device):
         if task == "train":
             train(args, device)

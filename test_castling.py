@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
 import detect
+import fast
 import flops
 import run
 import segment
@@ -67,6 +68,18 @@ from conftest import ROOT, examples, shaken, tiny_segmenter
 from models import build_model
 
 # ---- 1. helpers and oracles ----------------------------------------------------------------------
+
+
+@pytest.fixture(params=[attention, fast], ids=["formula", "fast"])
+def form(request):
+    """The module whose forms of Eq. (9) and (10) every core takes during the test."""
+    if request.param is fast:
+        fast.enable()
+    yield request.param
+    fast.disable()
+
+
+in_both_forms = pytest.mark.usefixtures("form")
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -467,6 +480,7 @@ def test_no_tokens_and_no_images(kernel):
         assert KERNELS[kernel](x, x, x).shape == shape
 
 
+@in_both_forms
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_at_4096_tokens(dtype):
     """D3: norms and k^T v accumulate in float32. With aligned keys |k^T v| passes 65504, float16's largest number:
@@ -482,6 +496,7 @@ def test_half_precision_at_4096_tokens(dtype):
     assert_close(y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
 
 
+@in_both_forms
 def test_autocast_does_not_touch_the_core():
     """D3: under bfloat16 autocast a float32 core computes in float32, bit for bit, both branches."""
     core = AttentionCore(2, auxiliary=True)
@@ -583,6 +598,7 @@ def test_threshold_rises_to_one(tokens, a, b, schedule):
     assert torch.equal(as_tensors[0], mask_threshold(a, tokens, schedule=schedule))
 
 
+@in_both_forms
 @pytest.mark.parametrize("schedule", ["ramp", "anneal"])
 def test_hybrid_equals_castled_once_the_threshold_is_one(schedule):
     """Bit for bit, outputs and gradients, train and eval. Before, while the mask holds something, they differ."""
@@ -599,6 +615,7 @@ def test_hybrid_equals_castled_once_the_threshold_is_one(schedule):
             assert torch.equal(ya, yb) and torch.equal(a.grad, b.grad)
 
 
+@in_both_forms
 def test_castling_where_the_mask_happens_to_be_empty_changes_no_bit():
     """Small logits: the branch is computed, every entry is below the threshold, the output is the castled one."""
     core, x = hybrid(tokens=100)
@@ -624,6 +641,7 @@ def test_castle_is_in_place_idempotent_and_leaves_no_softmax():
         build_model("levit128", num_classes=5, image_size=64).eval()(torch.zeros(1, 3, 64, 64))
 
 
+@in_both_forms
 def test_mask_statistics_are_those_of_the_matrix():
     """Density and mass equal what the dense matrix gives, averaged over forwards, and restart with the threshold."""
     core, x = hybrid(epsilon=0.1)
@@ -659,6 +677,7 @@ def test_threshold_takes_a_share_of_training():
 # ---- 5. attention.py: the core and the drop-in block ---------------------------------------------
 
 
+@in_both_forms
 @given(qkv(), st.sampled_from(sorted(set(KERNELS) - {"softmax"})), st.booleans(), st.sampled_from([1, 3, 9]))
 def test_core_equals_its_definition(qkv, kernel, auxiliary, taps):
     """Eq. (9) in full: kernel (+ branch), unit vectors, and a convolution along tokens written as a loop."""
@@ -677,6 +696,7 @@ def test_core_equals_its_definition(qkv, kernel, auxiliary, taps):
     assert_close(core(q, k, v), y, rtol=1e-6, atol=1e-6)
 
 
+@in_both_forms
 @pytest.mark.parametrize("auxiliary", [False, True])
 def test_core_gradients(auxiliary):
     """Analytic gradients of the whole layer, DWConv included, equal finite differences."""
@@ -699,6 +719,7 @@ def test_core_rejects_what_it_has_no_use_for():
         AttentionCore(2)(x[:, :, :3], x, x)
 
 
+@in_both_forms
 def test_attention_dropout_acts_in_training_only():
     for core in (AttentionCore(2, auxiliary=True, dropout=0.5), AttentionCore(2, "softmax", dropout=0.5)):
         x = randn(3, 1, 2, 20, 4, dtype=torch.float32) * 3
@@ -706,6 +727,7 @@ def test_attention_dropout_acts_in_training_only():
         assert torch.equal(core.eval()(*x), core(*x))
 
 
+@in_both_forms
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize(("tokens", "dim", "heads"), [(197, 96, 3), (16, 64, 2), (49, 48, 4), (1, 8, 1)])
 def test_block_equals_the_released_formula(sparse, tokens, dim, heads):
@@ -718,6 +740,7 @@ def test_block_equals_the_released_formula(sparse, tokens, dim, heads):
     assert_close(block(x), released(x), atol=1e-6, rtol=0)
 
 
+@in_both_forms
 def test_block_is_finite_where_the_released_formula_is_not():
     """D2: one all-zero token makes every output of the image nan there; here it is finite, and so are gradients."""
     released = Released(16, 2, bias=False, sparse=True)
@@ -732,6 +755,7 @@ def test_block_is_finite_where_the_released_formula_is_not():
     assert y.isfinite().all() and x.grad.isfinite().all()
 
 
+@in_both_forms
 def test_block_takes_maps_row_by_row():
     """(B, C, H, W) in is (B, C, H, W) out and equals the tokens read row by row, on a non-square map too."""
     block = LinearAngularAttention(12, 3, sparse_reg=True)
@@ -739,6 +763,7 @@ def test_block_takes_maps_row_by_row():
     assert torch.equal(block(x), block(x.flatten(2).mT).mT.unflatten(2, (4, 7)))
 
 
+@in_both_forms
 def test_block_keeps_prefix_tokens_apart():
     """A separate prefix is the same as tokens put in front, for sequences and maps."""
     block = LinearAngularAttention(12, 3)
@@ -748,6 +773,7 @@ def test_block_keeps_prefix_tokens_apart():
     assert torch.equal(prefix_out, joined[:, :2]) and torch.equal(y, joined[:, 2:].mT.unflatten(2, (3, 5)))
 
 
+@in_both_forms
 @given(st.integers(1, 9), st.integers(0, 6), st.booleans(), st.booleans(), st.integers(0, 100))
 def test_padding_changes_nothing(tokens, padded, auxiliary, with_prefix, seed):
     """A sequence padded at its end, whatever the padding holds, gives what it gives alone: statistics too."""
@@ -767,6 +793,7 @@ def test_padding_changes_nothing(tokens, padded, auxiliary, with_prefix, seed):
         assert pair == pytest.approx(statistics[layer], rel=1e-5)
 
 
+@in_both_forms
 def test_padded_batch_and_fully_padded_image_are_finite():
     """Maps take (B, H, W) masks; an image that is padding throughout gives finite outputs and gradients."""
     block = LinearAngularAttention(8, 2, sparse_reg=True)
@@ -794,6 +821,7 @@ def test_block_names_bad_input():
         LinearAngularAttention(7, 2)
 
 
+@in_both_forms
 def test_block_survives_copying_halves_and_compiling():
     """deepcopy, .half(), and torch.compile without a graph break over a moving threshold."""
     block = LinearAngularAttention(16, 2, sparse_reg=True)
@@ -830,6 +858,7 @@ assert not names["block"].auxiliary and not {"models", "train", "torchvision", "
 # ---- 6. attention.py: precision, transforms, the branch in blocks --------------------------------
 
 
+@in_both_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 49, 197])
 def test_core_is_accurate_in_every_precision(dtype, tokens):
@@ -845,13 +874,13 @@ def test_core_is_accurate_in_every_precision(dtype, tokens):
 
 
 @given(st.floats(-30, 30), st.floats(-30, 30), st.floats(-30, 30), st.integers(0, 1000))
-def test_scale_of_any_input_does_not_matter(a, b, c, seed):
+def test_scale_of_any_input_does_not_matter(form, a, b, c, seed):
     """Eq. (9) has directions only: q, k and v times 1e-30 to 1e30 in float32 give the unit vectors of float64. Squares
     of such numbers are 0 or infinite there: the sum of squares alone would be off by 0.9 without a word."""
     q, k, v = randn(3, 1, 2, 9, 8, seed=seed)
-    expected = attention.castling_attention(q, k, v)
+    expected = form.castling_attention(q, k, v)
     scaled = [(x * 10.0**power).float().requires_grad_() for x, power in ((q, a), (k, b), (v, c))]
-    y = attention.castling_attention(*scaled)
+    y = form.castling_attention(*scaled)
     assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
     assert all(g.isfinite().all() for g in torch.autograd.grad(y[..., 0].sum() * 1e-8, scaled))
 
@@ -863,18 +892,18 @@ def test_infinite_or_missing_numbers_are_not_hidden():
     assert attention.unit(x).isnan().all(1).tolist() == [True, True, False]
 
 
-def test_core_can_be_differentiated_twice_and_transformed():
+def test_core_can_be_differentiated_twice_and_transformed(form):
     """Second derivatives with and without branch; torch.func's and forward-mode ones are the plain ones, and nothing of
     a transform stays in the mask statistics, where it would break the next forward, copy or checkpoint."""
     q, k, v = randn(3, 1, 2, 4, 3).unbind()
     weight, branch = randn(2, 1, 3, 1, seed=1), randn(1, 2, 4, 3, seed=2)
     for inputs in ((q, k, v, weight), (q, k, v, weight, branch)):
         inputs = [x.requires_grad_() for x in inputs]
-        assert torch.autograd.gradcheck(attention.castling_attention, inputs)
-        assert torch.autograd.gradgradcheck(attention.castling_attention, inputs)
+        assert torch.autograd.gradcheck(form.castling_attention, inputs)
+        assert torch.autograd.gradgradcheck(form.castling_attention, inputs)
     threshold = torch.tensor(0.2).double()
     inputs = [(2 * x.detach()).requires_grad_() for x in (q, k, v)]
-    assert torch.autograd.gradgradcheck(lambda *x: attention.auxiliary_branch(*x, threshold, None, 0.0)[0], inputs)
+    assert torch.autograd.gradgradcheck(lambda *x: form.auxiliary_branch(*x, threshold)[0], inputs)
     core = AttentionCore(2, auxiliary=True, epsilon=0.3).double()
     x, direction = (2 * randn(3, 2, 2, 4, 3, seed=seed) for seed in (3, 4))
 
@@ -901,6 +930,7 @@ def test_core_can_be_differentiated_twice_and_transformed():
     core(*once)
 
 
+@in_both_forms
 @pytest.mark.parametrize("auxiliary", [False, True])
 def test_first_gradients_do_not_depend_on_create_graph(auxiliary):
     """Also where q, k and v are one tensor, or one is a function of another, as the branch is of v."""
@@ -914,6 +944,7 @@ def test_first_gradients_do_not_depend_on_create_graph(auxiliary):
         assert_close(twice, plain)
 
 
+@in_both_forms
 def test_core_compiles_for_any_number_of_tokens():
     """One graph, without breaks, serves every N, forward and backward."""
     core = AttentionCore(2)
@@ -929,7 +960,7 @@ def test_core_compiles_for_any_number_of_tokens():
 
 
 @given(qkv(), st.floats(0, 1), st.integers(0, 2), st.integers(0, 1000))
-def test_branch_in_blocks_equals_its_formula(qkv, threshold, padded, seed):
+def test_branch_in_blocks_equals_its_formula(form, qkv, threshold, padded, seed):
     """Output, statistics and gradients of the branch in blocks are those of the whole matrix, for blocks of one row,
     of some heads and of everything, with padding and with one threshold per image."""
     q, k, v = qkv
@@ -952,17 +983,17 @@ def test_branch_in_blocks_equals_its_formula(qkv, threshold, padded, seed):
     grad = randn(*v.shape, seed=seed)
     expected = results(plain, qkv, grad)
     kept = (threshold.mean() < P) & real & (threshold.mean() < 1)
-    for size in (1, 8 * N * N, 2**22):
+    for size in (1, 8 * N * N, 2**22) if form is fast else (1,):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setitem(attention.BLOCK_BYTES, "cpu", size)
+            patched.setitem(fast.BLOCK_BYTES, "cpu", size)
 
             def blocked(*x):
-                out = attention.auxiliary_branch(*x, threshold, padding, 0.0)[0]
+                out = form.auxiliary_branch(*x, threshold, padding, 0.0)[0]
                 return 0 * sum(x_.sum() for x_ in x) + (torch.zeros_like(v) if out is None else out)
 
             for a, b in zip(results(blocked, qkv, grad), expected, strict=True):
                 assert_close(a, b, rtol=1e-6, atol=1e-7 * (1 + b.abs().max().item()))
-            _, totals = attention.auxiliary_branch(q, k, v, threshold, padding, 0.0)
+            _, totals = form.auxiliary_branch(q, k, v, threshold, padding, 0.0)
             assert_close(totals, torch.stack([kept.sum().double(), (P * kept).sum()]), rtol=1e-6, atol=1e-9)
 
 
@@ -974,7 +1005,7 @@ def test_certified_masks_are_empty(qkv, scale, threshold):
     N, heads = q.shape[2], [x.flatten(0, 1) for x in (q, k)]
 
     def certain(threshold, q=heads[0], k=heads[1]):
-        return attention.certainly_empty(q, k, torch.full((len(q),), threshold).double())
+        return fast.certainly_empty(q, k, torch.full((len(q),), threshold).double())
 
     kept = masked_softmax_attention(*heads, v.flatten(0, 1), threshold)[1]
     assert not kept[certain(threshold)].any()
@@ -997,7 +1028,7 @@ def test_certified_branch_computes_no_matrix():
     for scale, matrix in ((0.01, False), (1.0, True)):
         seen.clear()
         with Largest():
-            out, totals = attention.auxiliary_branch(scale * q, scale * k, v, threshold, None, 0.0)
+            out, totals = fast.auxiliary_branch(scale * q, scale * k, v, threshold)
         assert (max(seen) >= 300 * 300) == matrix == (out is not None) == bool(totals[0] > 0)
 
 
@@ -1006,19 +1037,19 @@ def test_branch_keeps_a_few_blocks_alive():
     head's N x N matrix alone has 39 MB, and the plain form holds four of them per head for backward."""
     q, k, v = (x.requires_grad_() for x in (3 * randn(3, 1, 2, 3136, 8, dtype=torch.float32)).unbind())
     with flops.Storages() as storages:
-        out, totals = attention.auxiliary_branch(q, k, v, torch.tensor(0.02), None, 0.0)
+        out, totals = fast.auxiliary_branch(q, k, v, torch.tensor(0.02))
         forward = storages.peak
         out.sum().backward()
     assert totals[0] > 3136 * 2
     assert forward < 7 * 2**22 and storages.peak < 12 * 2**22 < 4 * 2 * 4 * 3136**2 / 4
 
 
-def test_branch_gradcheck_checkpoint_autocast_and_compile():
+def test_branch_gradcheck_checkpoint_autocast_and_compile(form):
     """The branch passes gradcheck; under gradient checkpointing, compilation and bfloat16 autocast of the caller it
     gives the same gradients."""
     q, k, v = (randn(1, 2, 6, 3, seed=s).requires_grad_() for s in range(3))
     threshold = torch.tensor(0.15).double()
-    assert torch.autograd.gradcheck(lambda *x: attention.auxiliary_branch(*x, threshold, None, 0.0)[0], (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: form.auxiliary_branch(*x, threshold)[0], (q, k, v))
     core, x = hybrid(epsilon=0.1)
     grad, x = randn(2, 2, 60, 8, dtype=torch.float32), x.unbind()
     expected = results(core, x, grad)
@@ -1037,17 +1068,18 @@ def test_branch_gradcheck_checkpoint_autocast_and_compile():
             assert_close(a, b)
 
 
-def test_dropout_of_the_branch_is_drawn_once():
+def test_dropout_of_the_branch_is_drawn_once(form):
     """Backward sees the same dropped entries as forward: finite differences with the generator set back agree."""
     q, k, v = (2 * randn(1, 2, 5, 3, seed=s).requires_grad_() for s in range(3))
 
     def branch(*x):
         torch.manual_seed(3)
-        return attention.auxiliary_branch(*x, torch.tensor(0.1).double(), None, 0.4)[0]
+        return form.auxiliary_branch(*x, torch.tensor(0.1).double(), None, 0.4)[0]
 
     assert torch.autograd.gradcheck(branch, (q, k, v))
 
 
+@in_both_forms
 @pytest.mark.parametrize("block", [False, True])
 def test_saved_threshold_is_loaded(block):
     """A layer that is saved at some progress, and loaded into a fresh one, is the same function. Castled, its state

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+import fast
 import run
 from attention import look_up, set_threshold
 from convert import HEADS, convert, load_pretrained
@@ -527,6 +528,7 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    fast.enable()
     with run.session(args, "train.py") as (task, device):
         if task == "train":
             train(args, device)
