@@ -181,12 +181,16 @@ def linear_angular_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return 0.5 * v + q @ (k.mT @ v / math.pi)                                          # Eq. (9)
 
 
+def channels_last(v: Tensor) -> Tensor:
+    """(B, H, N, E) -> (B, H E, 1, N) as a map in channels-last order, the fast one on a CPU."""
+    return v.transpose(1, 2).flatten(2).contiguous().mT.unsqueeze(2)
+
+
 def dwconv(v: Tensor, weight: Tensor) -> Tensor:
     """DWConv(V) of Eq. (9): (B, H, N, E) -> same; filters (H, 1, K, 1), one per head, over N."""
     H, E, K = v.shape[1], v.shape[3], weight.shape[2]
-    x = v.transpose(1, 2).flatten(2).contiguous().mT  # (B, H E, N), channels last: fast on a CPU
     filters = weight.to(v.dtype).mT.repeat_interleave(E, dim=0)  # (H E, 1, 1, K), one per channel
-    y = F.conv2d(x.unsqueeze(2), filters, padding=(0, K // 2), groups=H * E)
+    y = F.conv2d(channels_last(v), filters, padding=(0, K // 2), groups=H * E)
     return y.squeeze(2).unflatten(1, (H, E)).mT
 
 

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.utils.checkpoint import checkpoint
 
 import attention
 from attention import (
     AttentionCore,
     above,
+    channels_last,
     dwconv,
     linear_angular_attention,
     softmax_rows,
@@ -97,8 +99,16 @@ class DWConv(KeepsInputs):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        with without_autocast(grad.device):
-            return torch.func.vjp(dwconv, *ctx.saved_tensors)[1](grad)
+        v, weight = ctx.saved_tensors
+        H, E, K = v.shape[1], v.shape[3], weight.shape[2]
+        filters = weight.to(v.dtype).mT.repeat_interleave(E, dim=0)
+        x, grad = channels_last(v), channels_last(grad)
+        options = dict(padding=(0, K // 2), groups=H * E)
+        with without_autocast(v.device):
+            grad_x = conv2d_input(x.shape, filters, grad, **options)
+            grad_filters = conv2d_weight(x, filters.shape, grad, **options)
+        grad_weight = grad_filters.unflatten(0, (H, E)).sum(1).mT
+        return grad_x.squeeze(2).unflatten(1, (H, E)).mT, grad_weight.to(weight.dtype)
 
     @staticmethod
     def jvp(ctx: Any, *moved: Tensor | None) -> Tensor:
