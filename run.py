@@ -203,11 +203,12 @@ def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of weights and buffers; the decay grows as (1 + n) / (10 + n) until it is `decay`."""
 
-    def average(ema: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
-        n = int(updates)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(ema, current, updates)
+    def average(means: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
+        n = int(ema.n_averaged)  # is on the CPU; `updates`, on the device, would have to be waited for
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(means, current, updates)
 
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    return ema
 
 
 def ema_decay_for(steps: int) -> float:
