@@ -43,12 +43,14 @@ CORE_SHAPES = [  # B, H, N, D
     (8, 3, 784, 64), (1, 12, 784, 64), (4, 3, 1600, 64), (1, 3, 3136, 64), (8, 6, 49, 32), (8, 6, 100, 32),
     (8, 6, 196, 32), (8, 12, 16, 16), (8, 12, 49, 16), (8, 12, 100, 16), (8, 12, 196, 16),
 ]  # fmt: skip
-MODEL_ROWS = [  # name, B, pixels, and the softmax network to compare with
-    ("deit_tiny", 1, 224, "deit_tiny"), ("deit_tiny", 8, 224, "deit_tiny"), ("deit_tiny", 2, 448, "deit_tiny"),
-    ("deit_tiny", 1, 896, "deit_tiny"), ("levit128", 8, 224, "levit128"), ("levit128", 2, 512, "levit128"),
-    ("mvitv2_tiny", 1, 224, "mvitv2_tiny"), ("levit256", 8, 224, "levit384"),
+MODEL_ROWS = [  # name, B, pixels, the softmax network to compare with; False: without the DWConv in its MLPs
+    ("deit_tiny", 1, 224, "deit_tiny", True), ("deit_tiny", 8, 224, "deit_tiny", True),
+    ("deit_tiny", 1, 224, "deit_tiny", False), ("deit_tiny", 8, 224, "deit_tiny", False),
+    ("deit_tiny", 2, 448, "deit_tiny", True), ("deit_tiny", 1, 896, "deit_tiny", True),
+    ("levit128", 8, 224, "levit128", True), ("levit128", 2, 512, "levit128", True),
+    ("mvitv2_tiny", 1, 224, "mvitv2_tiny", True), ("levit256", 8, 224, "levit384", True),
 ]  # fmt: skip
-TRAINING_ROWS = [("deit_tiny", 4, 224), ("deit_tiny", 1, 448)]
+TRAINING_ROWS = [("deit_tiny", 4, 224, True), ("deit_tiny", 4, 224, False), ("deit_tiny", 1, 448, True)]
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -183,8 +185,15 @@ def core_row(B: int, H: int, N: int, D: int, args: argparse.Namespace) -> dict:
     return measured(dict(shape=f"B{B} H{H} N{N} D{D}"), forms, args)
 
 
+def without(mlp_dwconv: bool) -> str:
+    """What the name of a row says of the DWConv in the MLPs."""
+    return "" if mlp_dwconv else ", no MLP DWConv"
+
+
 @torch.no_grad()
-def model_row(name: str, B: int, pixels: int, baseline: str, args: argparse.Namespace) -> dict:
+def model_row(
+    name: str, B: int, pixels: int, baseline: str, mlp_dwconv: bool, args: argparse.Namespace
+) -> dict:
     """A castled network, the same with the released formula, and a published softmax network, with BatchNorms fused.
 
     LeViT-256 stands against LeViT-384: the paper's pair of equal accuracy, 82.6% top-1 in its Table 2.
@@ -194,7 +203,8 @@ def model_row(name: str, B: int, pixels: int, baseline: str, args: argparse.Name
         ("castling", name, "castling"), ("released", name, "castling"), ("softmax", baseline, "softmax"),
     ):  # fmt: skip
         torch.manual_seed(0)
-        model = castle(build_model(network, kernel, image_size=pixels)).eval()
+        options = {} if mlp_dwconv else dict(mlp_dwconv=0)
+        model = castle(build_model(network, kernel, image_size=pixels, **options)).eval()
         exact = model.double()(images[:1].double())
         model = fuse(model).float()
         if form == "released":
@@ -203,10 +213,10 @@ def model_row(name: str, B: int, pixels: int, baseline: str, args: argparse.Name
         net = compiled(model.to(args.device, args.dtype), args)
         forms[form] = functools.partial(net, images.to(args.device, args.dtype))
     against = "" if baseline == name else f" / {baseline}"
-    return measured(dict(shape=f"{name}{against} {pixels} px, batch {B}"), forms, args)
+    return measured(dict(shape=f"{name}{against} {pixels} px, batch {B}" + without(mlp_dwconv)), forms, args)
 
 
-def training_row(name: str, B: int, pixels: int, args: argparse.Namespace) -> dict:
+def training_row(name: str, B: int, pixels: int, mlp_dwconv: bool, args: argparse.Namespace) -> dict:
     """Forward and backward. Branch off, empty (new network, threshold 0.02) or alive (every row keeps an entry); the
     released formula without and with its branch; the published softmax network."""
     images, forms = torch.randn(B, 3, pixels, pixels, device=args.device), {}
@@ -222,6 +232,7 @@ def training_row(name: str, B: int, pixels: int, args: argparse.Namespace) -> di
     ):  # fmt: skip
         torch.manual_seed(0)
         options = {} if kernel == "softmax" else dict(epsilon=epsilon or 0.0, schedule="fixed")
+        options |= {} if mlp_dwconv else dict(mlp_dwconv=0)
         model = build_model(name, kernel, image_size=pixels, drop_path=0.0, **options).to(args.device).train()
         set_threshold(model, 0.0)
         record_masks(model, False)
@@ -232,7 +243,7 @@ def training_row(name: str, B: int, pixels: int, args: argparse.Namespace) -> di
         exact = model.double()(images[:1].double()).detach()
         check(f"{name} {form}", model.float()(images[:1]).detach(), exact, torch.float32)
         forms[form] = functools.partial(step, compiled(model, args))
-    return measured(dict(shape=f"{name} {pixels} px, batch {B}"), forms, args)
+    return measured(dict(shape=f"{name} {pixels} px, batch {B}" + without(mlp_dwconv)), forms, args)
 
 
 TABLES = {  # name: function of a row, rows, title
@@ -247,8 +258,8 @@ def print_row(row: dict, first: bool) -> None:
     base, *others = [name for name in row if name != "shape"]
     if first:
         heads = "".join(f"{name + ' / ' + base:>28}{'MiB':>8}" for name in others)
-        print(f"{'':36}{base + ', ms':>14}{'MiB':>8}{heads}")
-    line = f"{row['shape']:36}{row[base]['ms']:14.2f}{row[base]['mib']:8.1f}"
+        print(f"{'':44}{base + ', ms':>14}{'MiB':>8}{heads}")
+    line = f"{row['shape']:44}{row[base]['ms']:14.2f}{row[base]['mib']:8.1f}"
     for name in others:
         low, high = row[name]["quartiles"]
         line += f"{row[name]['ratio']:16.2f} ({low:.2f}-{high:.2f}){row[name]['mib']:8.1f}"

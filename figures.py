@@ -408,11 +408,11 @@ PIXELS = (128, 224, 320, 448, 512, 640, 768, 896, 1024)
 def model_ratios(result: dict) -> dict[str, list[tuple[int, float]]]:
     """{model: [(pixels, softmax's time over the castled model's)]} of bench.py's `models` rows, all batch sizes.
 
-    Rows that compare two models, such as "levit256 / levit384", are left out.
+    Rows that compare two models, and those without the DWConv in the MLPs, are left out.
     """
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in result["models"]:
-        if one := re.match(r"(\w+) (\d+) px", row["shape"]):
+        if one := re.fullmatch(r"(\w+) (\d+) px, batch \d+", row["shape"]):
             lines.setdefault(one[1], []).append((int(one[2]), row["softmax"]["ratio"]))
     return lines
 
