@@ -1222,6 +1222,17 @@ def test_golden_losses():
         assert {int(p): int(matched[p]) for p in (matched >= 0).nonzero()[:, 0]} == expected[i]
 
 
+def test_iou_equals_its_definition():
+    """Of every pair of boxes between the lines of a small grid: apart along one axis or both, touching, nested, equal,
+    without area."""
+    sides = [(low, high) for low in range(3) for high in range(low, 3)]
+    boxes = [(x1, y1, x2, y2) for (x1, x2), (y1, y2) in itertools.product(sides, sides)]
+    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])  # noqa: E731
+    pairs = [(a, b) for a, b in itertools.product(boxes, boxes) if area(a) + area(b) > 0]
+    a, b = torch.tensor(pairs).double().unbind(1)
+    assert_close(detect.paired_iou(a, b), torch.tensor([slow_iou(*pair) for pair in pairs]).double())
+
+
 @given(scenes())
 def test_simota_equals_a_slow_loop(scene):
     """The assignment is the description's, pair by pair; no box, boxes without a point inside, boxes far outside."""
@@ -1232,11 +1243,12 @@ def test_simota_equals_a_slow_loop(scene):
 
 
 def test_far_boxes_have_no_point():
-    """A box that no point is in or near leaves everything background."""
-    points = detect.make_points([(8, 8), (4, 4), (2, 2), (1, 1)], "cpu")
+    """A box that no point is in or near leaves everything background: a centre 2.5 strides away is not near."""
+    points = detect.make_points([(8, 8), (0, 0), (0, 0), (0, 0)], "cpu")  # the first is (4, 4)
     boxes, logits = torch.rand(len(points), 4), torch.rand(len(points), 3)
-    far = torch.tensor([[900.0, 900, 950, 950]])
-    assert (detect.simota(logits, boxes, points, far, torch.tensor([1])) == -1).all()
+    for x, found in ((900.0, False), (-16.0, False), (-15.9, True)):
+        far = torch.tensor([[x - 2, 2.0, x + 2, 6]])
+        assert (detect.simota(logits, boxes, points, far, torch.tensor([1])) >= 0).any() == found
 
 
 def test_saturated_logits_have_finite_costs():

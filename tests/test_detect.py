@@ -16,10 +16,28 @@ from torch.testing import assert_close
 
 import convert
 import detect
-from conftest import DETECT_SMALL, ROOT, examples, in_group, records_of, refused, run_detect
+from conftest import (
+    DETECT_SMALL,
+    ROOT,
+    TINY_ESNET,
+    TINY_LCNET,
+    examples,
+    in_group,
+    records_of,
+    refused,
+    run_detect,
+)
 from data import SHAPES, DataError
 from models import build_model
 from test_castling import Calls, randn
+
+
+@pytest.fixture(autouse=True)
+def small_detectors(monkeypatch):
+    """What the script builds has a quarter of its width: nothing that is tested here depends on it."""
+    small, build = dict(lcnet_vit_s=TINY_LCNET, esnet_vit_s=TINY_ESNET, lcnet_s=dict(width=0.25)), detect.build_detector
+    monkeypatch.setattr(detect, "build_detector", lambda name, *rest, **options: build(
+        name, *rest, channels=16, convs=1, **small[name], **options))  # fmt: skip
 
 
 @pytest.mark.parametrize("sizes", [((8, 10), (4, 5), (2, 3)), ((7, 9), (4, 5), (2, 3))])
@@ -57,6 +75,16 @@ def test_detections_keep_the_best():
     bins[..., 1] = 49.0
     assert len(detect.detections(torch.full((len(many), 2), 2.0), bins, many, (256, 256))[0]) == 100
     assert len(detect.detections(torch.full((len(many), 2), -5.0), bins, many, (256, 256))[0]) == 0
+
+
+def test_each_level_gives_its_best(monkeypatch):
+    """Before overlaps go, a level keeps its LEVEL_TOP best scores, however good those of other levels are."""
+    monkeypatch.setattr(detect, "LEVEL_TOP", 1)
+    x = 600 * torch.arange(8) + 300  # two points of each level, all far apart
+    points = torch.stack([x, torch.full_like(x, 300), torch.tensor(detect.STRIDES).repeat(2)], dim=1).float()
+    logits = torch.tensor([[9.0, 7, 5, 3, 8, 6, 4, 2]]).T
+    bins = F.one_hot(torch.full((8, 4), 4), 8) * 50.0  # every side 4 strides
+    assert_close(detect.detections(logits, bins, points, (600, 4800))[1], logits[:4, 0].sigmoid())
 
 
 def test_two_ranks_have_the_gradients_of_one(tmp_path):
@@ -510,7 +538,7 @@ def test_every_detection_option_trains(tmp_path, options):
 
 def test_detection_on_coco_files(coco, tmp_path, capsys):
     """A COCO folder with classes of its own, from a classification checkpoint; its classes are in the checkpoint."""
-    torch.save(build_model("lcnet_vit_s", num_classes=5).state_dict(), tmp_path / "backbone.pt")
+    torch.save(build_model("lcnet_vit_s", num_classes=5, **TINY_LCNET).state_dict(), tmp_path / "backbone.pt")
     run = (f"--data={coco.root}", "--batch-size=2", f"--backbone={tmp_path}/backbone.pt", "--multi-scale=0")
     *_, report = run_detect(tmp_path / "run", *run)
     assert "ignored: classifier.bias" in capsys.readouterr().out and report["castling_report"]["castling_gap"] == 0

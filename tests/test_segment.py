@@ -2,6 +2,7 @@
 
 import colorsys
 import json
+import math
 import re
 import zlib
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 from torch.testing import assert_close
 
 import convert
@@ -185,6 +187,21 @@ def test_deformable_encoder_is_its_definition():
     assert_close(torch.cat([level.flatten(2).mT for level in levels], dim=1), x)
     up = F.interpolate(levels[2], scale_factor=2, mode="bilinear", align_corners=False)
     assert_close(mask_features, decoder.mask_features(decoder.output(decoder.lateral(maps[0]) + up).relu()))
+
+
+@pytest.mark.parametrize("pixel_decoder", DECODERS)
+def test_first_weights_are_as_published(pixel_decoder):
+    """Matrices of attention and feed-forward layers are uniform within sqrt(6 / (in + out)), filters of the pixel
+    decoder within sqrt(3 / in), with biases of 0; those of Linear and Conv2d would be within sqrt(1 / in)."""
+    model = segment.build_segmenter("vit_mini", pixel_decoder=pixel_decoder, dim=32, depth=1, width=64, layers=2)
+    layers, count = [*model.pixel_decoder.encoder, *model.decoder.layers], 0
+    for matrix in (p for layer in layers for name, p in layer.named_parameters() if p.ndim == 2 and "ffn" in name):
+        assert 0.98 < matrix.abs().max() / math.sqrt(6 / sum(matrix.shape)) <= 1
+        count += 1
+    assert count == 2 * len(layers)
+    for conv in (module for module in model.pixel_decoder.modules() if isinstance(module, nn.Conv2d)):
+        assert 0.98 < conv.weight.abs().max() / math.sqrt(3 / conv.weight[0].numel()) <= 1
+        assert conv.bias is None or not conv.bias.any()
 
 
 @pytest.mark.parametrize("pixel_decoder", DECODERS)
