@@ -63,7 +63,7 @@ from attention import (
     record_masks,
     set_threshold,
 )
-from conftest import ROOT, examples, shaken, tiny_segmenter
+from conftest import ROOT, examples, flags, shaken, tiny_segmenter
 from models import build_model
 
 # ---- 1. helpers and oracles ----------------------------------------------------------------------
@@ -1169,6 +1169,17 @@ def test_paper_learning_rates():
     for epochs, factor in ((100, 0.870), (300, 0.958), (600, 0.979)):
         assert at(51, epochs) / at(50, epochs) == pytest.approx(factor, abs=5e-4)
         assert at(epochs, epochs) == pytest.approx(at(1000))
+
+
+def test_cosine_is_warmed_up():
+    """Linear from start to peak, half a cosine to the end; shapes' default warms up so, from 0.01 to 3.2 at 4096."""
+    shape = dict(epochs=10, peak=1.0, start=0.1, warmup=2, end=0.01)
+    for epoch, expected in ((0, 0.1), (1, 0.55), (2, 1.0), (6, 0.505), (10, 0.01)):
+        assert train.cosine_lr(epoch, **shape) == pytest.approx(expected)
+    args = flags()
+    args.global_batch, args.warmup_epochs = 4096, 0.4
+    rates = [train.learning_rate(args, step, 10, 40) for step in range(5)]
+    assert rates == pytest.approx([0.01, 0.8075, 1.605, 2.4025, 3.2])
 
 
 @given(st.floats(0, 1), st.floats(0.5, 1000), st.floats(0, 11))

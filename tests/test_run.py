@@ -22,6 +22,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.testing import assert_close
 
 import convert
 import data
@@ -356,16 +357,42 @@ def test_an_unreadable_image_stops_the_run(undisturbed, tmp_path, capsys, monkey
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("script", TINY_RUNS)
-def test_half_precision_stays_finite(script, dtype, tmp_path):
-    """Steps under autocast have finite losses, and move the weights; only float16 scales its loss. 64 pixels, because
-    at 32 LeViT's last down-sampling is a stride-2 convolution of a map one pixel wide, whose bfloat16 weight gradient
-    on a CPU is random memory (torch 2.6 to 2.15)."""
-    size = "--image-size=64"
-    run_tiny(script, tmp_path, "--amp", f"--amp-dtype={dtype}", "--clip-grad=1", "--save-minutes=0", size)
+def test_half_precision_stays_finite(script, dtype, tmp_path, monkeypatch):
+    """Steps under autocast have finite losses, and only float16 scales its loss. Gradients are clipped at their own
+    scale. The average is that of the weights after each step, by its recursion, and starts anew after --ema-reset.
+    64 pixels, because at 32 LeViT's last down-sampling is a stride-2 convolution of a map one pixel wide, whose
+    bfloat16 weight gradient on a CPU is random memory (torch 2.6 to 2.15)."""
+    weights, norms = [], []  # before each step; of gradients, as the optimiser took them
+    agree, step = run.Run.agree, torch.amp.GradScaler.step
+
+    def look(state, *given):
+        weights.append({name: x.detach().clone() for name, x in state.model.named_parameters()})
+        agree(state, *given)
+
+    def measure(scaler, optimizer):
+        step(scaler, optimizer)
+        grads = [x.grad for group in optimizer.param_groups for x in group["params"] if x.grad is not None]
+        norms.append(torch.stack([grad.norm() for grad in grads]).norm().item())
+
+    monkeypatch.setattr(run.Run, "agree", look)
+    monkeypatch.setattr(torch.amp.GradScaler, "step", measure)
+    lr = {"train": 300, "detect": 160, "segment": 6e-3}[script]  # weights move by more than rounding
+    options = ("--clip-grad=0.01", f"--lr={lr}", "--ema-decay=0.4", "--save-minutes=0", "--image-size=64")
+    run_tiny(script, tmp_path, "--amp", f"--amp-dtype={dtype}", *options)
     state = convert.read_checkpoint(tmp_path / "last.pt")
     assert bool(state["scaler"]) == (dtype == "float16")
     assert all(math.isfinite(record["train_loss"]) for record in state["records"])
     assert all(value.isfinite().all() for value in state["model"].values())
+    taken = [norm for norm in norms if math.isfinite(norm)]  # a step of float16 that overflows is left out
+    assert len(norms) == 8 and 0 < len(taken) >= 8 - 7 * bool(state["scaler"])
+    assert taken == pytest.approx([0.01] * len(taken), rel=1e-3)
+    expected = {}
+    for n, after in enumerate([*weights[1:], state["model"]]):
+        n = n % 4 if script == "detect" else n  # its tiny run resets the average in each epoch
+        decay = min(0.4, (1 + n) / (10 + n)) if n else 0
+        expected = {name: decay * expected.get(name, 0) + (1 - decay) * after[name] for name in weights[0]}
+    for name, average in expected.items():
+        assert_close(state["ema"][name], average, msg=name)
 
 
 def test_gradients_that_always_overflow_stop_the_run(tmp_path, capsys, monkeypatch):

@@ -24,6 +24,7 @@ def test_recipe_of_the_optimizer():
     adamw, own = flags("--optimizer=adamw"), flags("--optimizer=adamw", "--lr=1e-3", "--schedule=exponential")
     assert (adamw.lr, adamw.schedule, adamw.weight_decay) == (5e-4, "cosine", 0.025)
     assert (own.lr, own.schedule) == (1e-3, "exponential")
+    assert flags().output == "runs/levit128-castling-shapes" and flags("--image=x").output is None
     folder = flags("--data=.")
     assert (folder.lr, folder.schedule, folder.epochs, folder.image_size) == (2.0, "exponential", 1000, 224)
     folder.warmup_epochs, folder.global_batch = 11.0, 4096
