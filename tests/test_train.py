@@ -13,9 +13,12 @@ from torch.testing import assert_close
 
 import convert
 import data
+import fast
 import run
 import train
+from attention import set_threshold
 from conftest import SMALL, flags, outcome, refused, run_tiny, run_train, tiny
+from models import build_model
 
 
 def test_recipe_of_the_optimizer():
@@ -386,3 +389,23 @@ def test_timm_and_export_arguments_are_checked(tmp_path, capsys, options, messag
     with pytest.raises(SystemExit) as stopped:
         run_train(tmp_path, *options)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["levit128", "deit_tiny", "mvitv2_tiny", "lcnet_vit_s"])
+def test_no_layer_waits_for_the_device(name):
+    """A training step with every branch alive runs on the meta device, whose tensors hold no values: nothing in it asks
+    for one, which on a GPU would wait until all work is done. The average's count of updates is on the CPU."""
+    fast.enable()
+    with torch.device("meta"):
+        model = build_model(name, num_classes=5, image_size=64, schedule="fixed", epsilon=0.0, drop_path=0.1).train()
+        optimizer = torch.optim.SGD(train.parameter_groups(model, 1e-4), lr=0.1, momentum=0.9)
+        images, targets = torch.zeros(4, 3, 64, 64), torch.zeros(4, dtype=torch.long)
+    average = run.averaged(model, 0.99)
+    for step in range(2):
+        set_threshold(model, step / 10)
+        train.classification_loss(model(images), targets, smoothing=0.1).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(model)
+    with pytest.raises(RuntimeError, match="meta"):
+        model(images).sum().item()
