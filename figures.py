@@ -6,6 +6,7 @@
     python figures.py attention --checkpoint runs/deit_tiny-castling-shapes/best.pt --image photo.jpg
 
     figure        paper           from
+    idea          -               a drawing of the method
     kernel        Fig. 3, Eq. (7) attention.angular_similarity
     series        Eq. (8)         attention.angular_series and its bound
     accuracy      Fig. 1, Fig. 5  the paper's accuracies (Tables 2, 3, 6, 7) at the MACs that flops.py counts
@@ -85,6 +86,38 @@ def drawing(path: Path, width: float = 8.4, height: float = 3.5) -> Iterator:
         yield figure
         figure.savefig(path, dpi=150)
     Image.open(path).convert("RGB").quantize().save(path, optimize=True)
+
+
+# ---- the method ------------------------------------------------------------------------------------------------------
+
+
+def idea(path: Path) -> None:
+    """The method as a diagram: what the attention of a layer adds up while it trains, and after castling."""
+    terms = [  # height, text, colour
+        (2, "linear-angular attention\ncost grows with N", CASTLING["color"]),
+        (1, "masked softmax branch\ncost grows with N²", SOFTMAX["color"]),
+        (0, "DWConv of the values\ncost grows with N", "0.4"),
+    ]
+    arrow = dict(arrowstyle="-|>", color="0.3", shrinkA=0, shrinkB=0)
+    box = dict(boxstyle="round,pad=0.5", facecolor="white")
+    with drawing(path, height=2.9) as figure:
+        plot = figure.subplots()
+        plot.set(xlim=(-0.4, 10.9), ylim=(-0.5, 2.9))
+        plot.axis("off")
+        for left, title, castled in ((0, "train", False), (6.2, "infer", True)):
+            plot.text(left + 2, 2.75, title, ha="center", va="center", weight="bold")
+            for end, name in ((left, "q, k, v"), (left + 4, "sum")):
+                plot.text(end, 1, name, ha="center", va="center", bbox=box)
+            for height, text, color in terms:
+                gone = castled and "branch" in text
+                look = dict(box, edgecolor=color, linestyle=":" if gone else "-")
+                plot.text(left + 2, height, "branch removed" if gone else text, ha="center", va="center",
+                          fontsize=8.5, color=color, bbox=look)  # fmt: skip
+                if not gone:
+                    plot.annotate("", (left + 0.83, height), (left + 0.38, 1), arrowprops=arrow)
+                    plot.annotate("", (left + 3.67, 1), (left + 3.17, height), arrowprops=arrow)
+        plot.annotate("", (5.7, 1), (4.5, 1), arrowprops=dict(arrow, linewidth=2))
+        plot.text(5.1, 1.3, "castle", ha="center", va="center", weight="bold")
 
 
 # ---- Fig. 3: the feature space of the angular kernel -----------------------------------------------------------------
@@ -783,6 +816,7 @@ def tables(args: argparse.Namespace) -> None:
 
 
 FIGURES: dict[str, Callable[[Path], None]] = {
+    "idea": idea,
     "kernel": kernel,
     "series": series,
     "accuracy": accuracy,
