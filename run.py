@@ -543,6 +543,10 @@ class Run:
             save(self.folder / "castled.pt", castle(copy.deepcopy(self.ema.module)).state_dict())
             print_report(self.args, metric, self.metrics)
             say(f"written               {self.folder / 'castled.pt'}")
+            best = f"--checkpoint {self.folder / 'best.pt'} --image PHOTO"
+            say(f"look at a picture     python {self.args.script} {best}")
+            if self.args.script == "train.py" and self.args.attention == "castling":
+                say(f"look at its masks     python figures.py attention {best} --progress 0")
             self.write_log({"castling_report": metric, "step": self.step})
         barrier()
 

@@ -1,4 +1,4 @@
-"""README.md: its commands, names of tests, tables and pictures."""
+"""README.md, RESULTS.md and docs/: their commands, names of tests, tables, pictures and links."""
 
 import re
 import shlex
@@ -12,12 +12,15 @@ import flops
 import segment
 import train
 from conftest import ROOT
+from models import build_model, list_models
+
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", ROOT / "RESULTS.md", *ROOT.glob("docs/*.md"))}
 
 
 def test_readme_commands_are_sound():
-    """Every command line of this repository's scripts in the README has flags and values that its parser takes, and a
+    """Every command line of this repository's scripts in the pages has flags and values that its parser takes, and a
     model that can be built with them."""
-    text = (ROOT / "README.md").read_text()
+    text = "\n".join(PAGES.values())
     commands = re.findall(r"^\s*((?:python|torchrun|srun) .*)$", text, re.MULTILINE)
     commands += re.findall(r"`((?:python|torchrun) [^`]*)`", text)
     scripts = (train, detect, segment)
@@ -41,7 +44,7 @@ def test_readme_commands_are_sound():
 
 def test_readme_names_tests_that_exist():
     """Every promise of the table of faults names the tests that hold it to it."""
-    faults = (ROOT / "README.md").read_text().split("## Faults and input")[1].split("\n## ")[0]
+    faults = PAGES["training.md"].split("## Faults and input")[1]
     rows = re.findall(r"^\|(.*)\|$", faults, re.MULTILINE)[2:]
     files = [*ROOT.glob("test_*.py"), *ROOT.glob("tests/test_*.py")]
     tests = re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in files), re.MULTILINE)
@@ -51,9 +54,9 @@ def test_readme_names_tests_that_exist():
 
 
 def test_readme_tables_are_those_of_the_runs():
-    """The README's tables of results are what `figures.py table` makes of the committed logs: no seed of a row is left
+    """The tables of results are what `figures.py table` makes of the committed logs: no seed of a row is left
     out, all are of one commit without changes, and nothing is typed."""
-    text = (ROOT / "README.md").read_text()
+    text = PAGES["RESULTS.md"]
     for path in figures.RUNS:
         runs = figures.read_runs(path)
         assert figures.results_table(runs) in text
@@ -64,8 +67,35 @@ def test_readme_tables_are_those_of_the_runs():
         assert re.fullmatch("[0-9a-f]{40}", *{one["config"]["environment"]["commit"] for one in runs})
 
 
-def test_readme_pictures_exist():
-    """Every picture that the README shows is a committed figure of figures.py."""
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", (ROOT / "README.md").read_text())
+def test_readme_links_and_pictures_exist():
+    """Every file that a page links to exists; every picture is a figure of figures.py."""
+    for name, text in PAGES.items():
+        folder = ROOT / "docs" if name == "training.md" else ROOT
+        for link in re.findall(r"\]\(([^)#]*)\)", text):
+            assert link.startswith("https://") or (folder / link).is_file(), (name, link)
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", PAGES["README.md"])
     assert pictures and set(pictures) <= {f"figures/{name}.png" for name in figures.FIGURES}
-    assert all((ROOT / picture).is_file() for picture in pictures)
+
+
+def test_readme_repeats_numbers_of_the_results():
+    """Every score in the README's small table stands in RESULTS.md, whose tables come from logs."""
+    rows = PAGES["README.md"].split("## Results")[1].split("\n## ")[0]
+    scores = re.findall(r"[\d.]+ ± [\d.]+", rows)
+    assert len(scores) >= 6 and all(score in PAGES["RESULTS.md"] for score in scores)
+
+
+def test_readme_is_short():
+    """A newcomer reads it in a few minutes, on a screen of 100 columns."""
+    assert len(PAGES["README.md"].split()) < 1700
+    prose = re.sub(r"```.*?```", "", PAGES["README.md"], flags=re.DOTALL)
+    assert max(len(line) for line in prose.splitlines() if not line.startswith("|")) <= 100
+
+
+def test_every_model_comes_from_torch_hub():
+    """torch.hub finds each model by its name, and the drop-in block."""
+    for name in list_models():
+        with torch.device("meta"):
+            model = torch.hub.load(str(ROOT), name, source="local", num_classes=7)
+            expected = build_model(name, num_classes=7)
+        assert str(model) == str(expected)
+    assert torch.hub.load(str(ROOT), "LinearAngularAttention", source="local", dim=8, num_heads=2).heads == 2
