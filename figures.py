@@ -94,9 +94,9 @@ def drawing(path: Path, width: float = 8.4, height: float = 3.5) -> Iterator:
 def idea(path: Path) -> None:
     """The method as a diagram: what the attention of a layer adds up while it trains, and after castling."""
     terms = [  # height, text, colour
-        (2, "linear-angular attention\ncost grows with N", CASTLING["color"]),
-        (1, "masked softmax branch\ncost grows with N²", SOFTMAX["color"]),
-        (0, "DWConv of the values\ncost grows with N", "0.4"),
+        (2, "linear-angular attention\nlinear in the tokens", CASTLING["color"]),
+        (1, "masked softmax branch\nquadratic in the tokens", SOFTMAX["color"]),
+        (0, "DWConv of the values\nlinear in the tokens", "0.4"),
     ]
     arrow = dict(arrowstyle="-|>", color="0.3", shrinkA=0, shrinkB=0)
     box = dict(boxstyle="round,pad=0.5", facecolor="white")
@@ -114,8 +114,8 @@ def idea(path: Path) -> None:
                 plot.text(left + 2, height, "branch removed" if gone else text, ha="center", va="center",
                           fontsize=8.5, color=color, bbox=look)  # fmt: skip
                 if not gone:
-                    plot.annotate("", (left + 0.83, height), (left + 0.38, 1), arrowprops=arrow)
-                    plot.annotate("", (left + 3.67, 1), (left + 3.17, height), arrowprops=arrow)
+                    plot.annotate("", (left + 0.9, height), (left + 0.38, 1), arrowprops=arrow)
+                    plot.annotate("", (left + 3.7, 1), (left + 3.1, height), arrowprops=arrow)
         plot.annotate("", (5.7, 1), (4.5, 1), arrowprops=dict(arrow, linewidth=2))
         plot.text(5.1, 1.3, "castle", ha="center", va="center", weight="bold")
 

@@ -1,9 +1,9 @@
-"""Every model by name, for torch.hub: torch.hub.load(FOLDER_OR_REPOSITORY, "levit128", attention="castling").
+"""Every model and the attention block by name, for torch.hub.
 
-    import torch
-    model = torch.hub.load("path/to/this/folder", "levit128", source="local", num_classes=10)
+    torch.hub.load("path/to/this/folder", "levit128", source="local", num_classes=10)
+    torch.hub.load("path/to/this/folder", "LinearAngularAttention", source="local", dim=192, num_heads=3)
 
-Arguments are those of models.build_model. There are no pretrained weights.
+A model takes the arguments of `models.build_model`. There are no pretrained weights.
 """
 
 import functools

@@ -1,26 +1,46 @@
-"""README.md, RESULTS.md and docs/: their commands, names of tests, tables, pictures and links."""
+"""README.md, RESULTS.md and docs/: their commands, code, names of tests, tables, pictures and links; hubconf.py."""
 
+import contextlib
+import importlib.util
+import io
+import json
 import re
 import shlex
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 import bench
 import detect
 import figures
 import flops
+import run
 import segment
 import train
+from attention import LinearAngularAttention
 from conftest import ROOT
 from models import build_model, list_models
 
-PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", ROOT / "RESULTS.md", *ROOT.glob("docs/*.md"))}
+PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *ROOT.glob("docs/*.md")]
+README, RESULTS = (path.read_text() for path in PAGES[:2])
+
+
+def blocks(text, language):
+    """The code blocks of a page in that language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def names_of_tests():
+    """Names of all tests."""
+    files = [*ROOT.glob("test_*.py"), *ROOT.glob("tests/test_*.py")]
+    return re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in files), re.MULTILINE)
 
 
 def test_readme_commands_are_sound():
-    """Every command line of this repository's scripts in the pages has flags and values that its parser takes, and a
+    """Every command line of this repository's scripts on a page has flags and values that its parser takes, and a
     model that can be built with them."""
-    text = "\n".join(PAGES.values())
+    text = "\n".join(path.read_text() for path in PAGES)
     commands = re.findall(r"^\s*((?:python|torchrun|srun) .*)$", text, re.MULTILINE)
     commands += re.findall(r"`((?:python|torchrun) [^`]*)`", text)
     scripts = (train, detect, segment)
@@ -44,58 +64,92 @@ def test_readme_commands_are_sound():
 
 def test_readme_names_tests_that_exist():
     """Every promise of the table of faults names the tests that hold it to it."""
-    faults = PAGES["training.md"].split("## Faults and input")[1]
+    faults = (ROOT / "docs/training.md").read_text().split("## When something goes wrong")[1].split("\n## ")[0]
     rows = re.findall(r"^\|(.*)\|$", faults, re.MULTILINE)[2:]
-    files = [*ROOT.glob("test_*.py"), *ROOT.glob("tests/test_*.py")]
-    tests = re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in files), re.MULTILINE)
+    tests = names_of_tests()
+    assert rows
     for row in rows:
         names = re.findall("`([^`]*)`", row.replace("\\|", "").split("|")[-1])
         assert names and all(any(name in test for test in tests) for name in names), row
 
 
+def test_pages_select_tests_that_exist():
+    """Whatever a page gives to `pytest -k` selects a test, and a file that it gives to pytest is there."""
+    for path in PAGES:
+        text = path.read_text()
+        for chosen in re.findall(r'pytest[^`\n]* -k ("[^"]*"|\w+)', text):
+            names = set(re.findall(r"\w+", chosen)) - {"or", "and", "not"}
+            assert all(any(name in test for test in names_of_tests()) for name in names), chosen
+        assert all((ROOT / name).is_file() for name in re.findall(r"pytest (\S+\.py)", text))
+
+
 def test_readme_tables_are_those_of_the_runs():
     """The tables of results are what `figures.py table` makes of the committed logs: no seed of a row is left
-    out, all are of one commit without changes, and nothing is typed."""
-    text = PAGES["RESULTS.md"]
+    out, all are of one commit without changes, and nothing is typed. The README's means are in them."""
+    tables = ""
     for path in figures.RUNS:
         runs = figures.read_runs(path)
-        assert figures.results_table(runs) in text
+        tables += figures.results_table(runs)
+        assert figures.results_table(runs) in RESULTS
         seeds = {}
         for one in runs:
             seeds.setdefault((one["config"]["model"], figures.row_of(one)), []).append(one["config"]["seed"])
         assert all(sorted(found) == [0, 1, 2] for found in seeds.values())
         assert re.fullmatch("[0-9a-f]{40}", *{one["config"]["environment"]["commit"] for one in runs})
+    means = re.findall(r"\d+\.\d ± \d+\.\d", README)
+    assert means and all(f"| {mean} |" in tables for mean in means)
 
 
-def test_readme_links_and_pictures_exist():
-    """Every file that a page links to exists; every picture is a figure of figures.py."""
-    for name, text in PAGES.items():
-        folder = ROOT / "docs" if name == "training.md" else ROOT
-        for link in re.findall(r"\]\(([^)#]*)\)", text):
-            assert link.startswith("https://") or (folder / link).is_file(), (name, link)
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", PAGES["README.md"])
-    assert pictures and set(pictures) <= {f"figures/{name}.png" for name in figures.FIGURES}
+def test_readme_shows_the_report_of_a_run(capsys):
+    """The report in the README is what `print_report` makes of the committed run of that command."""
+    lines = (ROOT / "results/levit128_castling_shapes.jsonl").read_text().splitlines()
+    args = SimpleNamespace(model="levit128", attention="castling", data="shapes", image_size=64, batch_size=128)
+    run.print_report(args, json.loads(lines[-1])["castling_report"], train.METRICS)
+    assert capsys.readouterr().out.strip() in README
 
 
-def test_readme_repeats_numbers_of_the_results():
-    """Every score in the README's small table stands in RESULTS.md, whose tables come from logs."""
-    rows = PAGES["README.md"].split("## Results")[1].split("\n## ")[0]
-    scores = re.findall(r"[\d.]+ ± [\d.]+", rows)
-    assert len(scores) >= 6 and all(score in PAGES["RESULTS.md"] for score in scores)
+@pytest.mark.parametrize("code", blocks(README, "python"))
+def test_readme_code_runs(code, monkeypatch):
+    """The README's Python runs as it stands, in the repository's folder."""
+    if "timm" in code and not importlib.util.find_spec("timm"):
+        pytest.skip("timm is not installed")
+    monkeypatch.chdir(ROOT)
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(code, {})
 
 
-def test_readme_is_short():
-    """A newcomer reads it in a few minutes, on a screen of 100 columns."""
-    assert len(PAGES["README.md"].split()) < 1700
-    prose = re.sub(r"```.*?```", "", PAGES["README.md"], flags=re.DOTALL)
-    assert max(len(line) for line in prose.splitlines() if not line.startswith("|")) <= 100
+def test_pictures_and_links_exist():
+    """A picture on a page is a committed figure of figures.py; a link leads to a file, or to a heading, that exists."""
+    for path in PAGES:
+        text = path.read_text()
+        pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+        assert set(pictures) <= {f"figures/{name}.png" for name in figures.FIGURES}
+        for link in re.findall(r"\]\((?!http)([^)]*)\)", text):
+            name, _, heading = link.partition("#")
+            target = path.parent / name if name else path
+            assert target.is_file(), link
+            titles = re.findall(r"^#+ (.*)$", target.read_text() if heading else "", re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not heading or heading in slugs, link
+    assert "figures/idea.png" in README
 
 
-def test_every_model_comes_from_torch_hub():
-    """torch.hub finds each model by its name, and the drop-in block."""
-    for name in list_models():
-        with torch.device("meta"):
+def test_readme_is_short_and_lines_fit():
+    """At most 1,700 words. On every page a line of prose has at most 100 columns; tables and code may be wider."""
+    assert len(README.split()) <= 1700
+    for path in PAGES:
+        prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        long = [line for line in prose.splitlines() if len(line) > 100 and not line.startswith("|")]
+        assert not long, f"{path.name}: {long[0]}"
+
+
+def test_hub_loads_everything():
+    """torch.hub finds every model of `list_models`, and the block, with their arguments."""
+    with torch.device("meta"):
+        for name in list_models():
             model = torch.hub.load(str(ROOT), name, source="local", num_classes=7)
-            expected = build_model(name, num_classes=7)
-        assert str(model) == str(expected)
-    assert torch.hub.load(str(ROOT), "LinearAngularAttention", source="local", dim=8, num_heads=2).heads == 2
+            assert repr(model) == repr(build_model(name, num_classes=7))
+        softmax = torch.hub.load(str(ROOT), "deit_tiny", source="local", num_classes=7, attention="softmax")
+        block = torch.hub.load(str(ROOT), "LinearAngularAttention", source="local", dim=12, num_heads=3)
+    assert softmax.head.weight.shape == (7, 192)
+    assert isinstance(block, LinearAngularAttention)
