@@ -31,6 +31,12 @@ from test_castling import randn, slow_attention
 DECODERS = list(segment.PIXEL_DECODERS)
 
 
+@pytest.fixture(autouse=True)
+def no_counting(monkeypatch):
+    """Reports have no MACs: none is asked for here, and counting takes as long as a run."""
+    monkeypatch.setattr(segment.run, "count_macs", lambda model, images: 1)
+
+
 def test_table_4_is_printed(capsys):
     """Whole model and backbone, both attentions and pixel decoders; the default decoder's rows are within 0.35%."""
     flops.main(flops.parser().parse_args(["--table=4", "--json"]))
@@ -487,7 +493,8 @@ def test_evaluation_is_its_definition(streets):
     args = segment.parser().parse_args([f"--data={streets}", "--image-size=40", "--workers=0", "--no-amp"])
     segment.resolve(args)
     model, data = tiny_segmenter(num_classes=4), segment.open_split(args, "val")
-    found = segment.evaluate(model, segment.validation_loader(args, data), args, torch.device("cpu"))
+    found = segment.evaluate(model.train(), segment.validation_loader(args, data), args, torch.device("cpu"))
+    assert not model.training
     hits, truth, guesses = (np.zeros(4) for _ in range(3))
     for image, labels in data:
         height, width = image.shape[1:]
@@ -709,8 +716,6 @@ def test_two_processes_segment_like_one(tmp_path):
 import gc, sys, torch; sys.path.insert(0, {str(ROOT)!r})
 import torch.distributed as dist, segment
 from torch.nn.parallel import DistributedDataParallel
-dist.init_process_group("gloo")
-rank = dist.get_rank()
 y, x = torch.meshgrid(torch.arange(8) / 8 + 0.06, torch.arange(8) / 8 + 0.06, indexing="ij")
 places = torch.stack([x, y], dim=-1).flatten(0, 1)
 segment.random_points = lambda masks, points, device: places[:points].expand(masks, -1, 2)
@@ -724,22 +729,24 @@ images = torch.randn(2, 3, 32, 32)
 labels = torch.zeros(2, 32, 32, dtype=torch.uint8)
 labels[0, :9], labels[0, 9:12], labels[0, 12:20], labels[0, 20:25] = 1, 2, 3, 4
 labels[1, :, 5:] = 3
-whole, ddp = build(), DistributedDataParallel(build())
-everything, mine = (segment.targets_of(x, x.shape[1:]) for x in (labels, labels[rank : rank + 1]))
-def grads(model, images, targets, count):
-    segment.set_loss(model(images), targets, count, 64).backward()
-    return {{name: p.grad for name, p in (model.module if model is ddp else model).named_parameters()}}
-count = segment.mean_masks(mine, torch.device("cpu"))
+def grads(model, images, labels, count):
+    segment.set_loss(model(images), segment.targets_of(labels, labels.shape[1:]), count, 64).backward()
+    return {{name.removeprefix("module."): p.grad for name, p in model.named_parameters()}}
+expected = grads(build(), images, labels, 7.0)
+dist.init_process_group("gloo")
+rank, ddp = dist.get_rank(), DistributedDataParallel(build())
+images, mine = images[rank : rank + 1], labels[rank : rank + 1]
+targets = segment.targets_of(mine, mine.shape[1:])
+count = segment.mean_masks(targets, torch.device("cpu"))
 assert count == 3.5, count
-uneven = mine if rank else []
+uneven = targets if rank else []
 assert segment.mean_masks(uneven, torch.device("cpu")) == 1.0
-expected = grads(whole, images, everything, 7.0)
-found = grads(ddp, images[rank : rank + 1], mine, count)
+found = grads(ddp, images, mine, count)
 scale = max(value.abs().max() for value in expected.values())
 worst = max((expected[name] - found[name]).abs().max() for name in expected)
 assert worst < 1e-4 * scale, (worst, scale)
 predicted = torch.full((1, 32, 32), rank)
-matrix = torch.tensor(segment.all_sum(segment.confusion(predicted, labels[rank : rank + 1], 5)))
+matrix = torch.tensor(segment.all_sum(segment.confusion(predicted, mine, 5)))
 both = segment.confusion(torch.tensor([0, 1])[:, None, None].expand(2, 32, 32), labels, 5)
 assert torch.equal(matrix, both)
 dist.barrier(); del ddp; gc.collect()
