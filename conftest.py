@@ -111,7 +111,8 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-SMALL = ("--image-size=32", "--shapes-length=40", "--batch-size=8", "--workers=0", "--epochs=2", "--max-steps=4")
+SMALL = ("--model=deit_mini", "--image-size=32", "--shapes-length=40", "--batch-size=8", "--workers=0", "--epochs=2",
+         "--max-steps=4")  # fmt: skip
 
 
 def run_train(folder, *options):
