@@ -21,7 +21,7 @@ import figures
 import flops
 import train
 from attention import AttentionCore, angular_similarity, castle
-from conftest import flags, tiny
+from conftest import flags, refused, tiny
 from test_castling import cosines, qkv, randn
 
 # ---- looking inside a layer ----------------------------------------------------------------------
@@ -309,9 +309,7 @@ def test_table_of_runs(tmp_path, capsys):
     (tmp_path / "other.jsonl").write_text(json.dumps(run_of(1)) + "\n")
     both = printed(kept, tmp_path / "other.jsonl", "--against=mc").split("\n\n")
     assert "| +41.0 (1) |" in both[0] and "| 1.0 | – | 0.50 | – | 2.0 |" in both[1]  # 50 - 9; a table without the row
-    with pytest.raises(SystemExit):
-        printed(kept, "--against=ramp")
-    assert "unknown row 'ramp'" in capsys.readouterr().err
+    assert "unknown row 'ramp'" in refused(capsys, 2, printed, kept, "--against=ramp")
     (folder / "log.jsonl").write_text('{"epoch": 0, "step": 1}\n')
     (tmp_path / "a.png").write_bytes(b"\x89PNG")
     (tmp_path / "log.jsonl").write_text('{"epoch": 0}\n')
@@ -319,9 +317,7 @@ def test_table_of_runs(tmp_path, capsys):
         (tmp_path / "runs", f"run {folder.name} is not complete"), (tmp_path, "no runs in"),
         (tmp_path / "log.jsonl", "log.jsonl is no file of runs"), (tmp_path / "a.png", "a.png is no file of runs"),
     ):  # fmt: skip
-        with pytest.raises(SystemExit):
-            printed(wrong)
-        assert message in capsys.readouterr().err
+        assert message in refused(capsys, 2, printed, wrong)
 
 
 @pytest.mark.parametrize(("config", "tokens"), [
@@ -359,10 +355,6 @@ def test_attention_figure(tmp_path, capsys, monkeypatch):
         (["--layer=blocks.9.attn"], "blocks.0.attn"), (["--tokens", "17"], "0..16"),
         (["--checkpoint="], "empty value"), (["--image=/no/such.png"], "/no/such.png"),
     ]:  # fmt: skip
-        with pytest.raises(SystemExit) as stopped:
-            draw(*options)
-        assert stopped.value.code == 2 and message in capsys.readouterr().err
+        assert message in refused(capsys, 2, draw, *options)
     model = tiny("deit", "softmax")
-    with pytest.raises(SystemExit):
-        draw()
-    assert "no linear-angular attention" in capsys.readouterr().err
+    assert "no linear-angular attention" in refused(capsys, 2, draw)

@@ -23,7 +23,7 @@ import models
 import segment
 import train
 from attention import castle, set_threshold
-from conftest import ROOT, examples, in_group, records_of, shaken, tiny, tiny_segmenter
+from conftest import ROOT, examples, in_group, records_of, refused, shaken, tiny, tiny_segmenter
 from convert import load_pretrained
 from models import build_model
 from test_castling import randn, slow_attention
@@ -33,7 +33,7 @@ DECODERS = list(segment.PIXEL_DECODERS)
 
 @pytest.fixture(autouse=True)
 def no_counting(monkeypatch):
-    """Reports have no MACs: none is asked for here, and counting takes as long as a run."""
+    """Reports have no MACs: none is asked for here, and counting takes as long as a short run."""
     monkeypatch.setattr(segment.run, "count_macs", lambda model, images: 1)
 
 
@@ -271,11 +271,8 @@ def test_a_norm_has_more_than_one_number(tmp_path, capsys, pixel_decoder):
     """GroupNorm of one channel a group (width 32) on a coarsest map of one pixel (image as large as
     two patches) fails in evaluation: refused at the start. A larger image or width runs."""
     options = (f"--pixel-decoder={pixel_decoder}", "--width=32", "--patch-size=16", "--max-steps=1")
-    with pytest.raises(SystemExit) as stopped:
-        run_segment(tmp_path / "no", *options, "--image-size=32")
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and not (tmp_path / "no").exists()
-    assert "--width 32 with --patch-size 16 needs an --image-size above 32" in said
+    said = refused(capsys, 2, run_segment, tmp_path / "no", *options, "--image-size=32")
+    assert "--width 32 with --patch-size 16 needs an --image-size above 32" in said and not (tmp_path / "no").exists()
     run_segment(tmp_path / "yes", *options, "--image-size=48")
     run_segment(tmp_path / "wider", *options, "--image-size=32", "--width=64")
 
@@ -471,11 +468,9 @@ def test_bad_validation_files_are_found_before_work(tmp_path, streets, capsys):
         (Image.fromarray(np.full((good.height, good.width), 5, np.uint8)), "label 5 of 4"),
     ):  # fmt: skip
         wrong.save(folder / "1.png")
-        with pytest.raises(SystemExit) as stopped:
-            run_segment(tmp_path / "run", *options)
-        said = capsys.readouterr().err
-        assert stopped.value.code == 2 and not (tmp_path / "run").exists()
+        said = refused(capsys, 2, run_segment, tmp_path / "run", *options)
         assert message in said and str(folder / "1.png") in said and said.count("\n") == 1
+        assert not (tmp_path / "run").exists()
     good.save(folder / "1.png")
     data = segment.SegmentationFolder(streets, "validation", ["a"] * 4)
     exif, pixels = Image.Exif(), Image.open(image).convert("RGB")
@@ -580,9 +575,8 @@ def test_segmentation_script_trains_castles_and_evaluates(tmp_path, capsys, monk
     assert drawn.width >= 50 and drawn.height == 40 + 4 + 16 * len(found[0]["shares"])
     segment.main(segment.parser().parse_args(["--image=photos/b.jpg", predict[0], "--output=over.png"]))
     assert "%" in capsys.readouterr().out and (tmp_path / "over.png").is_file()
-    with pytest.raises(SystemExit) as stopped:
-        segment.main(segment.parser().parse_args(["--image=photos/b.jpg", *predict, "--output=none/x.png"]))
-    assert stopped.value.code == 2 and "none/x.png" in capsys.readouterr().err
+    nowhere = segment.parser().parse_args(["--image=photos/b.jpg", *predict, "--output=none/x.png"])
+    assert "none/x.png" in refused(capsys, 2, segment.main, nowhere)
     (tmp_path / "photos" / "a.png").write_bytes(b"cut")
     with pytest.raises(SystemExit) as stopped:
         segment.main(segment.parser().parse_args([*photos, *predict]))
@@ -651,17 +645,13 @@ def test_segmentation_folder_trains_and_names_what_is_wrong(tmp_path, streets, c
     *epochs, _ = run_segment(tmp_path / "run", *folder)
     assert set(epochs[-1]["test_iou"]) == {"road", "sky", "tree", "house"}
     image, annotation = (streets / kind / "training" for kind in ("images", "annotations"))
-    capsys.readouterr()
 
-    def refused(code, *options):
-        with pytest.raises(SystemExit) as stopped:
-            run_segment(tmp_path / "refused", *folder, "--overwrite", *options)
-        assert stopped.value.code == code
-        return capsys.readouterr().err
+    def ends(code, *options):
+        return refused(capsys, code, run_segment, tmp_path / "refused", *folder, "--overwrite", *options)
 
-    assert "--num-classes 7" in refused(2, "--num-classes=7")
+    assert "--num-classes 7" in ends(2, "--num-classes=7")
     (annotation / "2.png").rename(annotation / "spare.png")
-    assert str(image / "2.jpg") in refused(2) and not (tmp_path / "refused").exists()
+    assert str(image / "2.jpg") in ends(2) and not (tmp_path / "refused").exists()
     good = Image.open(annotation / "spare.png").copy()
     for workers, (wrong, message) in enumerate((
         (good.convert("RGB"), "mode RGB"), (good.crop((0, 0, 9, 9)), "9 x 9"),
@@ -669,10 +659,10 @@ def test_segmentation_folder_trains_and_names_what_is_wrong(tmp_path, streets, c
         (good.convert("I;16"), "mode I;16"), (good.convert("1"), "mode 1"),
     )):  # fmt: skip
         wrong.save(annotation / "2.png")
-        said = refused(1, f"--workers={workers % 2}")
+        said = ends(1, f"--workers={int(workers == 1)}")
         assert str(annotation / "2.png") in said and message in said
     good.convert("L").save(annotation / "2.png", format="JPEG")
-    assert "is a JPEG file" in refused(1)
+    assert "is a JPEG file" in ends(1)
     grey = Image.fromarray(np.zeros((good.height, good.width), np.uint8)).convert("P", palette=0, colors=4)
     grey.save(annotation / "2.png", bits=4)  # few bits with a palette are numbers all the same
     with segment.annotation_file(annotation / "2.png") as numbers:
@@ -683,27 +673,27 @@ def test_segmentation_folder_trains_and_names_what_is_wrong(tmp_path, streets, c
     header = good.width.to_bytes(4, "big") + good.height.to_bytes(4, "big") + bytes([4, 0, 0, 0, 0])
     (annotation / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
                                        + chunk(b"IDAT", zlib.compress(row * good.height)) + chunk(b"IEND", b""))
-    assert "mode L;4" in refused(1)
+    assert "mode L;4" in ends(1)
     good.save(annotation / "2.png")
     whole = (image / "2.jpg").read_bytes()
     (image / "2.jpg").write_bytes(whole[:20])
-    assert f"cannot read image '{image}/2.jpg'" in refused(1)
+    assert f"cannot read image '{image}/2.jpg'" in ends(1)
     (image / "2.jpg").write_bytes(whole)
     for path in (streets / "annotations" / "validation").iterdir():
         Image.fromarray(np.zeros_like(np.array(Image.open(path)))).save(path)
     Image.fromarray(np.zeros_like(np.array(good))).save(annotation / "2.png")
-    assert "has a label" in refused(1)
+    assert "has a label" in ends(1)
     (annotation / "2.png").write_bytes(b"cut")
-    assert str(annotation / "2.png") in refused(1)
+    assert str(annotation / "2.png") in ends(1)
     (streets / "classes.txt").write_text("road\nroad\n")
-    assert "names 'road' twice" in refused(2)
+    assert "names 'road' twice" in ends(2)
     (streets / "classes.txt").write_bytes("straße".encode("latin1"))
-    assert f"cannot read {streets}/classes.txt" in refused(2)
+    assert f"cannot read {streets}/classes.txt" in ends(2)
     (streets / "images" / "validation").rename(streets / "images" / "val")
     (streets / "classes.txt").unlink()
-    assert f"{streets}/images/validation" in refused(2)
-    assert "no-such" in refused(2, "--data=no-such")
-    assert "but shapes has 13" in refused(2, "--data=shapes", "--num-classes=4")
+    assert f"{streets}/images/validation" in ends(2)
+    assert "no-such" in ends(2, "--data=no-such")
+    assert "but shapes has 13" in ends(2, "--data=shapes", "--num-classes=4")
 
 
 def test_two_processes_segment_like_one(tmp_path):
