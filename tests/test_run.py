@@ -319,21 +319,60 @@ def test_a_disk_without_locks_will_do(tmp_path, monkeypatch):
     assert run.hold(tmp_path / "run").name == str(tmp_path / "run" / "lock")
 
 
-def test_full_disk_leaves_the_old_checkpoint(undisturbed, tmp_path, capsys):
-    """A save that the disk has no place for stops the run, says so, leaves the checkpoint before it and no debris."""
+@contextlib.contextmanager
+def full_disk(patch):
+    """From the third step on, no file may be larger than 100 kB."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # noqa: E731
     try:
-        with after(6, limit):
-            said = refused(capsys, 1, run_tiny, "train", tmp_path)
+        with after(10, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))):
+            yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert f"cannot save the checkpoint {tmp_path}/last.pt" in said and "the one before it is still there" in said
-    assert not list(tmp_path.glob("*.tmp")) and 0 < convert.read_checkpoint(tmp_path / "last.pt")["step"] < 8
+
+
+@contextlib.contextmanager
+def unreadable_image(patch):
+    """An image of the third step cannot be read."""
+    draw = data.Shapes.__getitem__
+    _, bad = list(data.EpochSampler(16, seed=0))[9]
+
+    def read(shapes, index):
+        if index == bad and shapes.split == 0:
+            raise data.DataError("cannot read image 9")
+        return draw(shapes, index)
+
+    patch.setattr(data.Shapes, "__getitem__", read)
+    yield
+
+
+@contextlib.contextmanager
+def lost_weight(patch):
+    """A weight is nan after the third step."""
+    step, steps = torch.optim.SGD.step, itertools.count(1)
+
+    def lose(optimizer, *given):
+        step(optimizer, *given)
+        if next(steps) == 3:
+            optimizer.param_groups[0]["params"][0].data.view(-1)[0] = math.nan
+
+    patch.setattr(torch.optim.SGD, "step", lose)
+    yield
+
+
+@pytest.mark.parametrize(("fault", "workers", "message"), [
+    (full_disk, 0, "cannot save the checkpoint {}/last.pt: .*; the one before it is still there: {}/last.pt"),
+    (unreadable_image, 0, "cannot read image 9"), (unreadable_image, 1, "cannot read image 9"),
+    (lost_weight, 0, "a weight is not finite at step 3, .*; the last checkpoint before it is {}/last.pt"),
+])  # fmt: skip
+def test_a_fault_stops_the_run_and_mended_it_goes_on(undisturbed, tmp_path, capsys, fault, workers, message):
+    """The run says in one line what has happened, ends with status 1, and leaves the checkpoint of the second step and
+    no debris. Mended, it goes on as if nothing had been."""
+    with pytest.MonkeyPatch.context() as patch, fault(patch):
+        said = refused(capsys, 1, run_tiny, "train", tmp_path, f"--workers={workers}")
+    assert re.fullmatch(f"train.py: {message}\n".replace("{}", re.escape(str(tmp_path))), said), said
+    assert not list(tmp_path.glob("*.tmp")) and convert.read_checkpoint(tmp_path / "last.pt")["step"] == 2
     run_tiny("train", tmp_path)
     assert outcome(tmp_path) == undisturbed("train")
-    with pytest.raises(run.SaveError, match="there is none yet"):
-        run.save(tmp_path / "gone" / "x.pt", {})
 
 
 def test_a_rename_that_fails_says_where_the_old_checkpoint_is(tmp_path, monkeypatch):
@@ -345,27 +384,8 @@ def test_a_rename_that_fails_says_where_the_old_checkpoint_is(tmp_path, monkeypa
     with pytest.raises(run.SaveError, match=f"still there: {previous}"):
         run.save(last, {"step": 2}, previous)
     assert convert.read_checkpoint(previous) == {"step": 1}
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_stops_the_run(undisturbed, tmp_path, capsys, monkeypatch, workers):
-    """The first image that cannot be read ends the run in one line that names it, wherever it was
-    read. Once mended, the run goes on as if nothing had been."""
-    draw = data.Shapes.__getitem__
-    _, bad = list(data.EpochSampler(16, seed=0))[9]  # in the third step of four images
-
-    def read(shapes, index):
-        if index == bad and shapes.split == 0:
-            raise data.DataError(f"cannot read image {bad}")
-        return draw(shapes, index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data.Shapes, "__getitem__", read)
-        said = refused(capsys, 1, run_tiny, "train", tmp_path, f"--workers={workers}")
-    assert said == f"train.py: cannot read image {bad}\n"
-    assert convert.read_checkpoint(tmp_path / "last.pt")["step"] == 2
-    run_tiny("train", tmp_path)
-    assert outcome(tmp_path) == undisturbed("train")
+    with pytest.raises(run.SaveError, match="there is none yet"):
+        run.save(tmp_path / "gone" / "x.pt", {})
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -546,10 +566,8 @@ def test_a_run_outlives_its_reader(tmp_path, both):
         os.dup2(writer if both else os.open(tmp_path / "stderr", os.O_WRONLY | os.O_CREAT), 2)
         os.close(reader)
         os.close(writer)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-        run_tiny("train", tmp_path / "run")
-        sys.stdout.close()
-        sys.stderr.close()
+        with open(1, "w", closefd=False) as sys.stdout, open(2, "w", closefd=False) as sys.stderr:
+            run_tiny("train", tmp_path / "run")
 
     process = multiprocessing.get_context("fork").Process(target=piped)
     process.start()
