@@ -16,7 +16,11 @@ from test_castling import Released, randn
 
 def test_bench_prints_its_tables(tmp_path, capsys, monkeypatch):
     """Every table has a row with time, memory and quartiles around its ratio for each form; the file says on what."""
-    small = {"core": [(2, 2, 30, 8)], "models": [("levit128", 1, 64, "levit128")], "training": [("deit_tiny", 1, 32)]}
+    small = {
+        "core": [(2, 2, 30, 8)],
+        "models": [("levit128", 1, 64, "levit128", True)],
+        "training": [("deit_tiny", 1, 32, False)],
+    }
     tables = {name: (f, small[name], title) for name, (f, _, title) in bench.TABLES.items()}
     monkeypatch.setattr(bench, "TABLES", tables)
     path, threads = tmp_path / "bench.json", torch.get_num_threads()
@@ -30,7 +34,7 @@ def test_bench_prints_its_tables(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     for name in small:
         (row,) = written[name]
-        assert row["shape"] in printed
+        assert row["shape"] in printed and ("no MLP DWConv" in row["shape"]) == (name == "training")
         for form in set(row) - {"shape"}:
             low, high = row[form]["quartiles"]
             assert low <= row[form]["ratio"] <= high and row[form]["ms"] > 0 and row[form]["mib"] > 0
