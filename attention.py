@@ -342,7 +342,7 @@ def softmax_rows(q: Tensor, k: Tensor, hidden: Tensor | None = None) -> Tensor:
 
 
 def above(p: Tensor, threshold: float | Tensor) -> Tensor:
-    """P where P > threshold, else 0. A threshold of 1 or more keeps nothing, even if P rounds above 1.
+    """P where P > threshold, else 0. A threshold of 1 or more keeps nothing, also by rounding.
 
     threshold: a number, or a tensor that broadcasts. The comparison has no gradient.
     """

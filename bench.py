@@ -51,7 +51,7 @@ MODEL_ROWS = [  # name, B, pixels, and the softmax network to compare with
 TRAINING_ROWS = [("deit_tiny", 4, 224), ("deit_tiny", 1, 448)]
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 
 
 def clock(device: torch.device) -> float:
@@ -119,7 +119,7 @@ def check(name: str, actual: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
         raise RuntimeError(f"{name} differs from float64 by {error:.1e}, too much for {dtype}: nothing was timed")
 
 
-# ---- the released formula --------------------------------------------------------------------------------------------
+# ---- the released formula ------------------------------------------------------------------------
 
 
 def released_attention(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, *unused, **unused_too) -> Tensor:
@@ -143,7 +143,7 @@ def released(model: nn.Module) -> nn.Module:
     return model
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def compiled(form: Callable, args: argparse.Namespace) -> Callable:
@@ -266,7 +266,7 @@ def settings(args: argparse.Namespace) -> dict:
     )
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def usable_device(text: str) -> torch.device:

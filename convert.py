@@ -49,7 +49,7 @@ from models import (
     symbolic,
 )
 
-# ---- BatchNorm folded ------------------------------------------------------------------------------------------------
+# ---- BatchNorm folded ----------------------------------------------------------------------------
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
@@ -104,7 +104,7 @@ def fuse(model: nn.Module) -> nn.Module:
     return model
 
 
-# ---- other people's models -------------------------------------------------------------------------------------------
+# ---- other people's models -----------------------------------------------------------------------
 
 
 class ConvertedAttention(AttentionCore):
@@ -417,7 +417,7 @@ def convert(
     return report
 
 
-# ---- export ----------------------------------------------------------------------------------------------------------
+# ---- export --------------------------------------------------------------------------------------
 
 
 def traced(model: nn.Module, image_size: int | tuple[int, int]) -> torch.export.ExportedProgram:
@@ -495,7 +495,7 @@ def export(model: nn.Module, path: str | Path, image_size: int | tuple[int, int]
     return shapes, torch.stack(differences).max().item()  # NaN if one is
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 def damage(path: Path) -> str | None:

@@ -87,7 +87,7 @@ def drawing(path: Path, width: float = 8.4, height: float = 3.5) -> Iterator:
     Image.open(path).convert("RGB").quantize().save(path, optimize=True)
 
 
-# ---- Fig. 3: the feature space of the angular kernel -----------------------------------------------------------------
+# ---- Fig. 3: the feature space of the angular kernel ---------------------------------------------
 
 
 def circle(angle: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def kernel(path: Path) -> None:
         plot.legend(loc="lower right", fontsize=7)
 
 
-# ---- Eq. (8): the series ---------------------------------------------------------------------------------------------
+# ---- Eq. (8): the series -------------------------------------------------------------------------
 
 
 def series_errors(terms: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,7 +210,7 @@ def series(path: Path) -> None:
         right.legend(loc="lower left")
 
 
-# ---- Fig. 1 and 5: accuracy against MACs -----------------------------------------------------------------------------
+# ---- Fig. 1 and 5: accuracy against MACs ---------------------------------------------------------
 
 TOP_1 = {  # ImageNet top-1 in %, softmax and castling, Table 2
     ("DeiT", "deit_tiny"): (74.5, 76.0), ("DeiT", "deit_base"): (83.4, 84.2),
@@ -277,7 +277,7 @@ def accuracy(path: Path) -> None:
         plots[1].set(title="COCO, accuracies of the paper", ylabel="AP, %")
 
 
-# ---- Fig. 6: masks ---------------------------------------------------------------------------------------------------
+# ---- Fig. 6: masks -------------------------------------------------------------------------------
 
 MASK_TOKENS = {"stages.0": 64, "stages.1": 16, "stages.2": 4}  # keys N in LeViT's stages at 128 pixels
 MASK_LOGS = {schedule: RESULTS / f"levit128_mask_{schedule}.jsonl" for schedule in ("ramp", "fixed")}
@@ -331,7 +331,7 @@ def masks(path: Path) -> None:
             below.set_xlabel("step")
 
 
-# ---- Fig. 7: which frequencies a network learns first ----------------------------------------------------------------
+# ---- Fig. 7: which frequencies a network learns first --------------------------------------------
 
 FREQUENCIES = (1, 3, 5, 7, 9, 11)  # of the angle; Sim has no even ones
 
@@ -400,7 +400,7 @@ def frequency(path: Path) -> None:
         figure.colorbar(image, ax=right, label="0: learned, 1: missing")
 
 
-# ---- MACs and latency ------------------------------------------------------------------------------------------------
+# ---- MACs and latency ----------------------------------------------------------------------------
 
 PIXELS = (128, 224, 320, 448, 512, 640, 768, 896, 1024)
 
@@ -472,7 +472,7 @@ def crossover(result: dict, path: Path) -> None:
         plot.legend()
 
 
-# ---- looking inside a layer ------------------------------------------------------------------------------------------
+# ---- looking inside a layer ----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -573,7 +573,7 @@ def effective_rank(q: Tensor, k: Tensor, diagonal: float = 0.5) -> Tensor:
     return (torch.special.entr(values / total[..., None]).sum(-1) + (N - r) * outside).exp()
 
 
-# ---- attention maps of a trained model -------------------------------------------------------------------------------
+# ---- attention maps of a trained model -----------------------------------------------------------
 
 
 def attention(path: Path, args: argparse.Namespace) -> None:
@@ -634,7 +634,7 @@ def attention(path: Path, args: argparse.Namespace) -> None:
         figure.suptitle(f"{options.model}, {layer}, mean over {q.shape[1]} heads")
 
 
-# ---- results of runs -------------------------------------------------------------------------------------------------
+# ---- results of runs -----------------------------------------------------------------------------
 
 RUNS = [RESULTS / "cifar10.jsonl", RESULTS / "scenes.jsonl"]
 METRICS = {"train.py": ("acc1", "top-1, %"), "detect.py": ("AP", "AP"), "segment.py": ("mIoU", "mIoU")}
@@ -793,7 +793,7 @@ FIGURES: dict[str, Callable[[Path], None]] = {
 }
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def parser() -> argparse.ArgumentParser:

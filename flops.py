@@ -45,7 +45,7 @@ from segment import PIXEL_DECODERS, build_segmenter
 aten = torch.ops.aten
 
 
-# ---- counting --------------------------------------------------------------------------------------------------------
+# ---- counting ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -246,7 +246,7 @@ def peak_activation_bytes(model: nn.Module, *inputs: Tensor) -> int:
     return storages.peak
 
 
-# ---- the paper's tables ----------------------------------------------------------------------------------------------
+# ---- the paper's tables --------------------------------------------------------------------------
 
 TABLE_1 = {1: 685, 2: 661, 3: 736, 4: 771, 5: 763, 6: 838}  # design: M MACs of LeViT-192
 
@@ -513,7 +513,7 @@ def print_rows(rows: list[dict]) -> None:
         )
 
 
-# ---- one model, and resolution ---------------------------------------------------------------------------------------
+# ---- one model, and resolution -------------------------------------------------------------------
 
 
 def compare(name: str, attentions: list[str], image_size: int, convention: str) -> list[dict]:
@@ -587,7 +587,7 @@ def print_curve(rows: list[dict]) -> None:
     print(f"castled is cheaper from {min(cheaper)} px" if cheaper else "castled is never cheaper at these sizes")
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def parser() -> argparse.ArgumentParser:
