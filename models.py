@@ -194,7 +194,7 @@ def subsample(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
 
 
 def pool_heads(x: Tensor, grid: Grid, conv: nn.Conv2d, norm: nn.LayerNorm) -> tuple[Tensor, Grid]:
-    """Depthwise convolution on the token grid with weights shared over heads, then LayerNorm over D.
+    """Depthwise convolution on the token grid, the same for all heads, then LayerNorm over D.
 
     (B, H, N, D), grid -> (B, H, N', D), grid'.
     """
@@ -538,7 +538,7 @@ def offset_bias(table: Tensor, built: Grid, grid: Grid, stride: int) -> Tensor:
     """
     table = resize_offsets(rearrange(table, "h (y x) -> h y x", y=built[0]), grid)
     y, x = (torch.arange(side, device=table.device) for side in grid)
-    dy, dx = (y[::stride, None] - y).abs(), (x[::stride, None] - x).abs()             # (queries, keys) along each axis
+    dy, dx = (y[::stride, None] - y).abs(), (x[::stride, None] - x).abs()  # (queries, keys)
     return table[:, dy[:, None, :, None], dx[None, :, None, :]].flatten(3, 4).flatten(1, 2)
 
 
@@ -709,7 +709,7 @@ class LeViT(nn.Module):
             for the softmax kernel (D7).
         core: options of AttentionCore.
     Raises: ValueError if dims, heads and depths differ in length.
-    Source: arXiv:2104.01136; facebookresearch/LeViT @ 3772b8e, levit.py; arXiv:2211.10526v4, Table 2.
+    Source: LeViT's paper, and levit.py @ 3772b8e (above); arXiv:2211.10526v4, Table 2.
     """
 
     def __init__(
@@ -793,8 +793,8 @@ def resize_relative(table: Tensor, length: int) -> Tensor:
 def relative_rows(table: Tensor, queries: int, keys: int) -> Tensor:
     """The row of a relative position table for each query and key along one axis.
 
-    (length, D) -> (queries, keys, D). If there are fewer queries than keys, or the reverse, the
-    fewer are spread evenly over the others. A table of another length is resampled.
+    (length, D) -> (queries, keys, D). If there are more keys than queries, the queries are spread
+    evenly over the keys, and the reverse. A table of another length is resampled.
     Source: MViTv2, arXiv:2112.01526, section 4.1; timm 1.0.31, mvitv2.py, cal_rel_pos_type.
     """
     table = resize_relative(table, 2 * max(queries, keys) - 1)
@@ -1008,7 +1008,7 @@ class ConvBackbone(nn.Module):
     channels: tuple[int, int, int]
 
     def make_classifier(self, num_classes: int | None) -> None:
-        """The published classifier: 1x1 convolution to 1280 channels, Hardswish, linear. timm's names."""
+        """Make the published classifier: 1x1 convolution to 1280 channels, Hardswish, linear."""
         self.conv_head = nn.Conv2d(self.channels[-1], 1280, 1) if num_classes else None
         self.classifier = nn.Linear(1280, num_classes) if num_classes else None
 
