@@ -381,7 +381,7 @@ class ViT(nn.Module):
         return {*self.tokens, "pos_embed"}
 
     def features(self, x: Tensor) -> tuple[Tensor, Grid]:
-        """(B, 3, H, W) pixels -> the last block's output, (B, P + N, C) for P = len(tokens); grid."""
+        """(B, 3, H, W) pixels -> last block's output (B, P + N, C), P = len(tokens); grid."""
         x = F.pad(x, (0, -x.shape[-1] % self.patch_size, 0, -x.shape[-2] % self.patch_size))
         x = self.patch_embed(x)                                                      # (B, C, y, x)
         grid = (x.shape[2], x.shape[3])
