@@ -431,7 +431,7 @@ def traced(model: nn.Module, image_size: int | tuple[int, int]) -> torch.export.
     """
     model = fuse(castle(copy.deepcopy(model)).eval()).cpu().float()
     (height, width), images = pair(image_size), getattr(model, "images", 2)
-    # torch.export would unite two equal sides, and fix a side of 1: so no equal sides, no grid of 1.
+    # torch.export unites two equal sides and fixes a side of 1: so no equal sides, no grid of 1.
     example = torch.zeros(images, 3, max(height, 128), max(width, 128) + 64)
     sides = torch.export.Dim.AUTO
     with torch.no_grad():
@@ -654,7 +654,7 @@ def resized_table(name: str, value: Tensor, own: Tensor, model: nn.Module, file_
 
 
 def value_rows(name: str, weights: dict[str, Tensor], own: Tensor, model: nn.Module) -> Tensor | None:
-    """A castling LeViT's qkv with V's rows from a published LeViT, whose Q and K differ; or None."""
+    """A castling LeViT's qkv with V's rows from a published one, whose Q and K differ; or None."""
     match = re.fullmatch(r"(.*)\.qkv\.((?:linear|bn)\.\w+)", name)
     core = model.get_submodule(match[1]) if match else None
     if not isinstance(core, CastlingLeViTAttention) or own.ndim == 0:

@@ -248,7 +248,7 @@ class PooledAttention(AttentionCore):
         q, q_grid = pool_heads(q, grid, self.pool_q, self.norm_q)
         k, k_grid = pool_heads(k, grid, self.pool_k, self.norm_k)
         v, _ = pool_heads(v, grid, self.pool_v, self.norm_v)
-        y = q + self.attend(q, k, v, self.logit_bias(q, q_grid, k_grid))
+        y = q + self.attend(q, k, v, self.logit_bias(q, q_grid, k_grid))             # (B, H, N', D)
         return self.proj(rearrange(y, "b h n d -> b n (h d)")), q_grid
 
 
@@ -584,8 +584,8 @@ class LeViTAttention(AttentionCore):
             k, v = heads_first(self.kv(x)).split(self.split, dim=-1)
             x, out_grid = subsample(x, grid)
             q = heads_first(self.q(x))
-        bias = offset_bias(self.attention_biases, self.grid, grid, self.stride)
-        y = self.attend(q, k, v, bias)
+        bias = offset_bias(self.attention_biases, self.grid, grid, self.stride)      # (H, N', N)
+        y = self.attend(q, k, v, bias)                                               # (B, H, N', E)
         return self.proj(rearrange(y, "b h n d -> b n (h d)")), out_grid
 
 
