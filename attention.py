@@ -93,7 +93,8 @@ def unit(x: Tensor) -> Tensor:
     D2: a zero vector has no direction. It stays zero, and its gradient is 0.
     float32 cannot hold the squares of numbers above 1e18 or below 1e-18. On a CPU such vectors are
     divided by their largest entry first. Looking for them would make a GPU wait, and a compiled
-    graph cannot branch on values. There, too long vectors become NaN and too short ones zero.
+    graph cannot branch on values. There, too long vectors become NaN and too short ones zero. Under
+    vmap on a CPU both become zero.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -189,7 +190,7 @@ def channels_last(v: Tensor) -> Tensor:
 
 
 def dwconv(v: Tensor, weight: Tensor) -> Tensor:
-    """DWConv(V) of Eq. (9) along the tokens: (B, H, N, E) -> same; weight (H, 1, K, 1) per head."""
+    """DWConv(V) of Eq. (9) along the tokens, (B, H, N, E) -> same, by filters (H, 1, K, 1)."""
     H, E, K = v.shape[1], v.shape[3], weight.shape[2]
     filters = weight.to(v.dtype).mT.repeat_interleave(E, dim=0)  # (H E, 1, 1, K), one per channel
     y = F.conv2d(channels_last(v), filters, padding=(0, K // 2), groups=H * E)
@@ -261,7 +262,7 @@ def relu_s_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def relu_e_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> Tensor:
-    """"ReLU-E" (EfficientViT): only the exponential is replaced; each row still sums to 1."""
+    """"ReLU-E" (EfficientViT): only exp is replaced; rows sum to 1, up to eps."""
     check_qkv(q, k, v)
     q, k = F.relu(q), F.relu(k)
     return q @ (k.mT @ v) / (q @ k.sum(dim=-2, keepdim=True).mT + eps)

@@ -141,7 +141,7 @@ class ConvertedAttention(AttentionCore):
         if extra := sorted(state - set(cls.parts)):
             found.append(f"linear-angular attention has no place for {', '.join(extra)}")
         if unknown := [name for name in inputs if name not in (*cls.inputs, "kwargs")]:
-            found.append(f"it is called with {', '.join(unknown)}, unknown here")
+            found.append(f"its forward takes {', '.join(unknown)}, unknown here")
         if isinstance(scale, float) and not math.isclose(scale, dim**-0.5):
             found.append(f"its logits are scaled by {scale:.4g}, not 1 / sqrt({dim})")
         if getattr(module, "is_causal", False):
@@ -165,7 +165,7 @@ class ConvertedAttention(AttentionCore):
         except Exception as error:  # whatever its own checks raise
             return [f"it does not take tokens (B, N, C) alone: {str(error).splitlines()[0]}"]
         if isinstance(theirs, tuple) != isinstance(ours, tuple):
-            return [f"it returns a {type(theirs).__name__}, its like a {type(ours).__name__}"]
+            return [f"it returns a {type(theirs).__name__}, not a {type(ours).__name__}"]
         theirs, ours = (y[0] if isinstance(y, tuple) else y for y in (theirs, ours))
         if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-4, rtol=1e-4):
             return ["it computes something else than softmax attention over tokens"]
@@ -175,7 +175,7 @@ class ConvertedAttention(AttentionCore):
         """Raise ValueError for an argument that is given: castling attention cannot use it."""
         for name, value in given.items():
             if value is not None and value is not False:
-                raise ValueError(f"a converted {type(self).__name__} cannot honour {name}")
+                raise ValueError(f"a converted {type(self).__name__} cannot use {name}")
 
     def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k, (B, H, N, D), after the original's norms, if it has any."""
@@ -250,7 +250,7 @@ class SeparateAttention(ConvertedAttention):
     @classmethod
     def problems(cls, module: nn.Module) -> list[str]:
         widths = [layer.out_features for layer in cls.layers(module)]
-        unequal = [] if len(set(widths)) == 1 else [f"q, k and v have {widths} channels: not one head each"]
+        unequal = [] if len(set(widths)) == 1 else [f"q, k and v have {widths} channels, not the same number"]
         return unequal + super().problems(module)
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
@@ -309,7 +309,7 @@ class PackedAttention(ConvertedAttention):
         if padding is not None and padding.dtype != torch.bool:  # TransformerEncoderLayer's 0, -inf
             padding = padding == -math.inf
             if (key_padding_mask.masked_fill(padding, 0) != 0).any():
-                raise ValueError("a converted attention can leave tokens out, not weigh them: key_padding_mask")
+                raise ValueError("key_padding_mask must be boolean, or hold only 0 and -inf")
         x = query if self.batch_first else query.transpose(0, 1)
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         y = self.out_proj(self.split_and_attend(q, k, v, padding))
@@ -381,7 +381,7 @@ def convert(
         try:
             problems = layout.problems(module)
         except AttributeError as error:
-            problems = [f"it lacks what its like have: {error}"]
+            problems = [f"it lacks an attribute of such layers: {error}"]
         if isinstance(parent, nn.TransformerDecoderLayer):
             problems.append("a decoder's attention is causal or to another sequence")
         if name == "":
@@ -407,7 +407,7 @@ def convert(
         kept = [key for key, _ in original.named_parameters()]
         report.layers[name] = Conversion(
             kept=kept,
-            dropped=["softmax over all pairs of tokens: what is above the threshold stays until castle()"],
+            dropped=["softmax over all pairs of tokens; its entries above the threshold stay until castle()"],
             new=[key for key, _ in core.named_parameters() if key not in kept],
         )
     for module in list(model.modules()):
@@ -526,7 +526,7 @@ def read_checkpoint(path: str | Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise ValueError(f"{path} holds more than tensors and plain data, or is damaged; refused: {reason}") from None
+        raise ValueError(f"{path} holds more than tensors and plain data, or is damaged: {reason}") from None
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"{path} is damaged or is no PyTorch checkpoint: {error!r}") from error
     if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):

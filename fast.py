@@ -69,7 +69,7 @@ def across(grad: Tensor, y: Tensor, length: Tensor) -> Tensor:
 
 
 def length_along(x: Tensor, y: Tensor) -> Tensor:
-    """|x| as the product of x and y = unit(x), since float32 cannot hold the square of any x."""
+    """|x| as the product of x and y = unit(x), since float32 cannot hold every square."""
     return (x * y).sum(-1, keepdim=True)
 
 

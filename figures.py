@@ -531,7 +531,7 @@ def attention_rows(
     """
     check_qkv(q, k, v, per_token=True)
     if core.kernel != "linear_angular":
-        raise ValueError(f"rows are those of the linear_angular kernel, not of {core.kernel!r}")
+        raise ValueError(f"expected a core with the linear_angular kernel, got {core.kernel!r}")
     index, dtype = torch.as_tensor(queries, device=q.device), torch.promote_types(v.dtype, torch.float32)
     if index.min() < 0 or index.max() >= q.shape[-2]:
         raise ValueError(f"tokens must be within 0..{q.shape[-2] - 1}, got {queries}")

@@ -621,7 +621,7 @@ def main(args: argparse.Namespace) -> None:
         known = {"table", "json"} if args.table else {"curve", "model", "json"} if args.curve else set(vars(args))
         given = {name for name, value in vars(args).items() if value != parser().get_default(name)}
         if foreign := sorted(name.replace("_", "-") for name in given - known):
-            raise ValueError(f"--table goes with --json only, --curve with --model and --json; got --{foreign[0]}")
+            raise ValueError(f"--table takes only --json, --curve only --model and --json; got --{foreign[0]}")
         if args.table:
             rows, show = TABLES[args.table](), print_rows
         elif args.curve:
