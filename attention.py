@@ -4,23 +4,25 @@ Paper: You et al., "Castling-ViT", CVPR 2023, arXiv:2211.10526v4.
 Authors' block: `LinAngularAttention`, github.com/GATECH-EIC/Castling-ViT @ c7b75c1, attention.py.
 
     paper        here                    shape          unit or range
-    Q, K, V      q, k, v                 (B, H, N, D)   N tokens, D channels per head; v may have E
+    Q, K, V      q, k, v                 (B, H, N, D)   v may have E channels in place of D
     theta        angle                   (B, H, N, N)   radians, 0..pi                      Eq. (4)
     Sim(Q, K)    angular_similarity      (B, H, N, N)   0..1                                Eq. (5)
     a_k          angular_coefficients    (K,)           k = 1..K                            Eq. (8)
     DWConv(V)    dwconv                  (B, H, N, E)   9 taps along the tokens             Eq. (9)
-    M_sparse     masked_softmax          (B, H, N, N)   a softmax above the threshold       Eq. (10)
+    M_sparse     masked_softmax          (B, H, N, N)   softmax entries above epsilon       Eq. (10)
     epsilon      mask_threshold          scalar         0..1; at 1 the mask is empty        Eq. (10)
 
-Train with the auxiliary branch (M_sparse V), say how far training is, and remove the branch:
+B images, H heads, N tokens, D channels per head. Castling: train with the auxiliary branch
+M_sparse V, which costs O(N^2), and infer without it. The share of training done sets epsilon. So
+call set_threshold before every step, and after training remove the branch:
 
     block = LinearAngularAttention(dim=192, num_heads=3, sparse_reg=True)
     set_threshold(block, progress=step / total_steps)       # before every step
     y = block(x)                                            # (B, N, 192) or (B, 192, H, W)
     castle(block)                                           # from here on O(N): no softmax is left
 
-`python attention.py` checks the laws of this file. D1, D2, ... number what departs from the paper
-and the released block; the README lists them.
+`python attention.py` checks the laws of this file. D1, D2, ... number the departures from the paper
+and from the authors' block. The README lists them.
 """
 
 import contextlib
@@ -34,13 +36,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-SCHEDULES = ("ramp", "fixed", "anneal")  # of the mask's threshold
+SCHEDULES = ("ramp", "fixed", "anneal")  # of the mask's threshold, see mask_threshold
 RAMP_END = 0.9  # share of training after which `ramp` and `anneal` leave the mask empty
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Context in which matrix products keep the dtype of their operands, whatever autocast says."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # "meta" knows none
+    """Context in which matrix products keep the dtype of their operands: autocast is off."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # meta has no autocast
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -48,7 +50,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, per_token: bool = False) -> None:
     """Raise ValueError unless q (..., N, D), k (..., M, D), v (..., M, E) fit together.
 
-    per_token: ask for M = N as well.
+    per_token: require M = N as well.
     """
     if min(q.ndim, k.ndim, v.ndim) < 2:
         law = "q, k, v need at least a token and a channel axis"
@@ -73,7 +75,7 @@ def check_padding(padding: Tensor, expected: tuple[int, ...]) -> None:
 
 
 def look_up(table: Iterable[str], name: str, what: str) -> Any:
-    """table[name], or name itself if table is no dict; else a ValueError with the nearest names."""
+    """table[name], or name itself if table is no dict. Raises: ValueError with similar names."""
     if name in table:
         return table[name] if isinstance(table, dict) else name
     names = [str(key) for key in table]
@@ -89,19 +91,20 @@ def unit(x: Tensor) -> Tensor:
     """x / |x| over the last axis.
 
     D2: a zero vector has no direction. It stays zero, and its gradient is 0.
-    float32 cannot hold the squares of numbers beyond 1e18 or below 1e-18. On a CPU such vectors are
-    divided by their largest entry first. A GPU would have to wait for the question whether there
-    are any, and a compiled graph cannot ask: there the long ones become NaN, the short ones zero.
+    float32 cannot hold the squares of numbers above 1e18 or below 1e-18. On a CPU such vectors are
+    divided by their largest entry first. Looking for them would make a GPU wait, and a compiled
+    graph cannot branch on values. There, too long vectors become NaN and too short ones zero. Under
+    vmap on a CPU both become zero.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         norm = norm.masked_fill(norm == math.inf, math.nan)
     else:
-        with contextlib.suppress(RuntimeError):  # vmap and empty tensors have no answer
+        with contextlib.suppress(RuntimeError):  # raised under vmap and by empty tensors
             lengths = norm.detach()
             if lengths.amin().item() > 1e-18 and lengths.amax().item() < 1e18:
                 return x / norm
-            largest = x.detach().abs().amax(dim=-1, keepdim=True)  # no gradient: it cancels
+            largest = x.detach().abs().amax(dim=-1, keepdim=True)  # detached: its gradient cancels
             x = x / largest.masked_fill(largest == 0, math.inf)
             norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / norm.masked_fill(norm == 0, math.inf)
@@ -114,8 +117,8 @@ def angular_similarity(q: Tensor, k: Tensor) -> Tensor:
     Returns: (..., N, M) in 0..1: 1 aligned, 1/2 orthogonal, 0 opposed.
     Raises: ValueError if the shapes do not fit.
 
-    arccos has infinite slope where vectors are parallel: a cosine that rounds to 1 - 6e-8 in
-    float32 gives 0.9999. At exactly 1 or -1 the gradient is defined as 0, so that it stays finite.
+    The slope of arccos is infinite at 1. If float32 rounds the cosine of parallel vectors to
+    1 - 6e-8, their similarity is 0.9999. At exactly 1 or -1 the gradient is set to 0, not infinity.
     """
     check_qkv(q, k, k)
     x = unit(q) @ unit(k).mT                                         # cos(theta), (..., N, M)
@@ -127,7 +130,7 @@ def angular_similarity(q: Tensor, k: Tensor) -> Tensor:
 def angular_coefficients(terms: int) -> Tensor:
     """a_1 .. a_terms of Eq. (8), a_k = (2k)! / (2^2k (k!)^2 (2k + 1)), as float64 (terms,).
 
-    By the ratio a_k / a_(k-1) = (2k - 1)^2 / (2k (2k + 1)), a_0 = 1: factorials overflow at k = 86.
+    Computed from a_0 = 1 and a_k / a_(k-1) = (2k - 1)^2 / (2k (2k + 1)), as (2k)! overflows at 86.
     Raises: ValueError for a negative number of terms.
     """
     if terms < 0:
@@ -139,7 +142,7 @@ def angular_coefficients(terms: int) -> Tensor:
 def angular_series(x: Tensor, terms: int) -> Tensor:
     """Partial sum of Eq. (8) at x = cos(theta): 1/2 + x/pi + 1/pi sum_(k=1..terms) a_k x^(2k+1).
 
-    terms=0 leaves the linear terms that Eq. (9) keeps. The limit is 1 - arccos(x) / pi.
+    With terms=0 only 1/2 + x/pi is left, as in Eq. (9). The limit is 1 - arccos(x) / pi.
     """
     total = torch.zeros_like(x)
     for a in reversed(angular_coefficients(terms).tolist()):  # Horner's rule in x^2
@@ -150,9 +153,9 @@ def angular_series(x: Tensor, terms: int) -> Tensor:
 def angular_series_bound(x: Tensor, terms: int) -> Tensor:
     """Upper bound, for |x| <= 1, on |angular_series(x, terms) - (1 - arccos(x) / pi)|.
 
-    The remainder is 1/pi sum_(k>K) a_k |x|^(2k+1), K = terms. Both of these are above it:
-    |x|^(2K+3) times its value at |x| = 1, which is known because all a_k add up to pi/2 - 1; and,
-    because a_k falls, the geometric series a_(K+1) |x|^(2K+3) / (1 - x^2) / pi.
+    The remainder is 1/pi sum_(k>K) a_k |x|^(2k+1), with K = terms. The bound is the smaller of two:
+      - |x|^(2K+3) times the remainder at |x| = 1. That is known: all a_k add up to pi/2 - 1.
+      - a_(K+1) |x|^(2K+3) / (1 - x^2) / pi, a geometric series, as a_k falls with k.
     For terms=0 the first is |x|^3 (1/2 - 1/pi), at most 0.1817.
     """
     a = angular_coefficients(terms + 1)
@@ -168,26 +171,26 @@ def angular_series_bound(x: Tensor, terms: int) -> Tensor:
 def linear_angular_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """First-order angular attention, linear in tokens.  Eq. (9), first two terms
 
-    1/2 V + (1/pi) Q (K^T V), rows of Q and K on the unit sphere.
+    1/2 V + (1/pi) Q (K^T V), with each row of Q and K divided by its length.
 
-    Args: q, k (..., N, D), any scale; v (..., N, E). An all-zero token attends with weight 0 (D2).
-    Returns: (..., N, E), before normalisation and DWConv, which `castling_attention` adds.
-    Raises: ValueError if the shapes do not fit, or there is not one value per query.
+    Args: q, k (..., N, D), any scale; v (..., N, E). A zero row of Q or K has weight 0 (D2).
+    Returns: (..., N, E). `castling_attention` then normalises it and adds DWConv(V).
+    Raises: ValueError if the shapes do not fit, or if there is not one value per query.
     Source: authors' attention.py @ c7b75c1, LinAngularAttention.forward.
     """
     check_qkv(q, k, v, per_token=True)
     q, k = unit(q.contiguous()), unit(k.contiguous())                                  # D2
-    # D1: the constant of Eq. (8) times V is 1/2 sum_j v_j. Eq. (9) and the authors have 1/2 v_i.
+    # D1: by Eq. (8) the first term is 1/2 sum_j v_j. Eq. (9) and the authors' code have 1/2 v_i.
     return 0.5 * v + q @ (k.mT @ v / math.pi)                                          # Eq. (9)
 
 
 def channels_last(v: Tensor) -> Tensor:
-    """(B, H, N, E) -> (B, H E, 1, N) as a map in channels-last order, the fast one on a CPU."""
+    """(B, H, N, E) -> (B, H E, 1, N), in channels-last memory order, which is fast on a CPU."""
     return v.transpose(1, 2).flatten(2).contiguous().mT.unsqueeze(2)
 
 
 def dwconv(v: Tensor, weight: Tensor) -> Tensor:
-    """DWConv(V) of Eq. (9): (B, H, N, E) -> same; filters (H, 1, K, 1), one per head, over N."""
+    """DWConv(V) of Eq. (9) along the tokens, (B, H, N, E) -> same, by filters (H, 1, K, 1)."""
     H, E, K = v.shape[1], v.shape[3], weight.shape[2]
     filters = weight.to(v.dtype).mT.repeat_interleave(E, dim=0)  # (H E, 1, 1, K), one per channel
     y = F.conv2d(channels_last(v), filters, padding=(0, K // 2), groups=H * E)
@@ -202,7 +205,7 @@ def castling_attention(
 
     Args:
         q, k: (B, H, N, D); v: (B, H, N, E).
-        weight: (H, 1, K, 1), the filters of DWConv, or None to do without.
+        weight: (H, 1, K, 1), the filters of DWConv, or None for no DWConv.
         branch: M_sparse V of Eq. (10), (B, H, N, E), or None once castled.
         kernel: another function of q, k, v in place of the linear-angular one (Table 5).
     Returns: (B, H, N, E).
@@ -226,10 +229,10 @@ def angular_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def mc_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """"MC", mean-centring: (sum_j v_j + q (k^T v) / sqrt(D)) / M, q and k centred over tokens.
 
-    The weights are 1 + logit in place of exp(logit). Centred keys sum to zero, so that a row of
-    them sums to M. ViTALiTy, the paper's [17], centres the keys alone, which a softmax ignores, and
-    so expands the softmax to first order. Centring the queries too takes a term of first order
-    away. The paper says "applied to Q/K"; this project takes it at its word.
+    A softmax weighs by exp(logit); this weighs by 1 + logit, its first order. As centred keys sum
+    to zero, the M weights of a query sum to M. ViTALiTy, the paper's [17], centres the keys only,
+    which does not change a softmax. Centring the queries too removes a term of first order. It is
+    done here because the paper says "applied to Q/K".
     """
     check_qkv(q, k, v)
     q, k = q - q.mean(dim=-2, keepdim=True), k - k.mean(dim=-2, keepdim=True)
@@ -252,14 +255,14 @@ def cosine_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def relu_s_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """"ReLU-S", relu(q) (relu(k)^T v) / M: the whole softmax is replaced, its normaliser too.
 
-    The paper names the kernel only; this definition is this project's reading.
+    The paper gives only the name. The definition is this project's reading.
     """
     check_qkv(q, k, v)
     return F.relu(q) @ (F.relu(k).mT @ v) / max(1, v.shape[-2])
 
 
 def relu_e_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> Tensor:
-    """"ReLU-E" (EfficientViT): only the exponential is replaced, rows are still normalised."""
+    """"ReLU-E" (EfficientViT): only exp is replaced; rows sum to 1, up to eps."""
     check_qkv(q, k, v)
     q, k = F.relu(q), F.relu(k)
     return q @ (k.mT @ v) / (q @ k.sum(dim=-2, keepdim=True).mT + eps)
@@ -268,7 +271,7 @@ def relu_e_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> Tens
 def identity_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """V itself, a control that is not in the paper: only the DWConv mixes tokens.
 
-    q and k have gradients of 0, not none: DistributedDataParallel waits for every parameter's.
+    q and k enter times 0, because DistributedDataParallel waits for a gradient of every parameter.
     """
     check_qkv(q, k, v, per_token=True)
     return v + 0 * (q + k).sum(dim=-1, keepdim=True)
@@ -279,7 +282,7 @@ def softmax_attention(
 ) -> Tensor:
     """Scaled dot-product attention, Eq. (1); bias ([B,] H, N, M) is added to the logits."""
     check_qkv(q, k, v)
-    bias = None if bias is None else bias.to(q.dtype)  # autocast: q is bfloat16, a bias float32
+    bias = None if bias is None else bias.to(q.dtype)  # under autocast q is bfloat16, bias float32
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
 
 
@@ -304,18 +307,18 @@ def mask_threshold(
 ) -> Tensor:
     """Threshold epsilon of Eq. (10) for one layer.  D4
 
-    A softmax row over N keys has an entry >= 1/N. So the paper's 0.02 can empty no mask of N < 50.
-    `ramp` starts at min(1, max(epsilon, 4/N)), the paper's own 0.02 at N = 197, and rises to 1,
-    where the mask is empty by construction. With N <= 4 it starts there: such a branch never lives.
-    `anneal` starts dense at 1/(4N) and thins geometrically to 1. `fixed` is the paper's setting.
+    The largest entry of a softmax over N keys is at least 1/N. So a threshold of 0.02, the paper's,
+    cannot empty the mask of a layer with N < 50. `fixed` is the paper's setting. `ramp` starts at
+    min(1, max(epsilon, 4/N)), about 0.02 at the paper's N = 197, and rises to 1, where the mask is
+    empty. With N <= 4 it is empty from the first step. `anneal` starts dense at 1/(4N) and rises to
+    1 geometrically. `ramp` and `anneal` reach 1 when RAMP_END of training is done.
 
     Args:
         progress: share of training done, 0..1.
-        tokens: N, the number of keys; a tensor (B,) where it differs over the batch.
-        epsilon: the paper's threshold; `anneal` has no use for it.
-        schedule: "ramp", "fixed" or "anneal".
-    Returns: the threshold, a tensor of the shape of progress or tokens.
-    Raises: ValueError for another schedule.
+        tokens: N, the number of keys; a tensor (B,) if the images of a batch differ in it.
+        epsilon: the paper's threshold; not used by `anneal`.
+    Returns: the threshold, () or (B,).
+    Raises: ValueError for an unknown schedule.
     """
     look_up(SCHEDULES, schedule, "mask schedule")
     t = (torch.as_tensor(progress) / RAMP_END).clamp(0, 1)
@@ -331,20 +334,20 @@ def mask_threshold(
 def softmax_rows(q: Tensor, k: Tensor, hidden: Tensor | None = None) -> Tensor:
     """P = softmax(q k^T / sqrt(D)), (..., N, D), (..., M, D) -> (..., N, M).
 
-    hidden: boolean, broadcasts to (..., N, M), True at keys to leave out.
+    hidden: boolean, broadcasts to (..., N, M), True at keys to ignore.
     """
     logits = q * q.shape[-1] ** -0.5 @ k.mT
     if hidden is not None:
-        logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)  # no -inf: no NaN
+        logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)  # -inf could give NaN
     return logits.softmax(dim=-1)
 
 
 def above(p: Tensor, threshold: float | Tensor) -> Tensor:
-    """P where P > threshold, else 0. From a threshold of 1 on nothing is kept.
+    """P where P > threshold, else 0. A threshold of 1 or more keeps nothing, also by rounding.
 
     threshold: a number, or a tensor that broadcasts. The comparison has no gradient.
     """
-    if not isinstance(threshold, Tensor):  # the faster of the two
+    if not isinstance(threshold, Tensor):  # faster than comparing with a tensor
         return F.threshold(p, threshold if threshold < 1 else math.inf, 0.0)
     return torch.where(p > threshold.masked_fill(threshold >= 1, math.inf), p, 0)
 
@@ -354,8 +357,8 @@ def masked_softmax(
 ) -> Tensor:
     """M_sparse of Eq. (10), (..., N, D), (..., M, D) -> (..., N, M). See `softmax_rows`, `above`.
 
-    q and k are not normalised here: unit vectors would leave no entry above 0.02 at 196 tokens.
-    What is kept is not renormalised.
+    q and k keep their lengths here: with unit vectors no entry would exceed 0.02 at 196 tokens.
+    The kept entries of a row are not scaled to sum to 1.
     """
     return above(softmax_rows(q, k, hidden), threshold)                                # Eq. (10)
 
@@ -365,7 +368,7 @@ def masked_softmax_attention(
 ) -> tuple[Tensor, Tensor]:
     """The auxiliary branch, M_sparse V.  Eq. (10)
 
-    Args: q (..., N, D), k (..., M, D), v (..., M, E); threshold 0..1, see `masked_softmax`.
+    Args: q (..., N, D), k (..., M, D), v (..., M, E); threshold 0..1, see `above`.
     Returns: out (..., N, E), and kept (..., N, M), True at the entries above the threshold.
     Raises: ValueError if the shapes do not fit.
     """
@@ -378,18 +381,18 @@ def auxiliary_branch(
     q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, padding: Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-    """M_sparse V of Eq. (10) as a layer needs it.
+    """M_sparse V of Eq. (10) with padding, dropout and the counts for the mask statistics.
 
     Args:
         q, k: (B, H, N, D); v: (B, H, N, E). threshold: () or (B,).
         padding: (B, N), True at tokens to ignore, or None. dropout: on the entries of M_sparse.
-    Returns: (B, H, N, E), or None where no entry can be kept; and the number of kept entries and
-        their sum, (2,).
+    Returns: M_sparse V, (B, H, N, E), and a tensor (2,): how many entries are kept, and their sum.
+        fast.py returns None in place of M_sparse V if certainly no entry is kept.
     """
     hidden = None if padding is None else padding[:, None, None]
     sparse = masked_softmax(q, k, threshold.reshape(-1, 1, 1, 1), hidden)
     if padding is not None:
-        sparse = sparse.masked_fill(padding[:, None, :, None], 0)  # as queries, they keep nothing
+        sparse = sparse.masked_fill(padding[:, None, :, None], 0)  # rows of ignored queries
     kept = sparse.detach()
     seen = torch.stack([(kept != 0).sum().to(kept.dtype), kept.sum()])
     return (F.dropout(sparse, dropout) if dropout else sparse) @ v, seen
@@ -405,7 +408,7 @@ def leave_out_progress(core: nn.Module, state: dict[str, Any], prefix: str, *unu
 
 
 def take_progress(core: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
-    """Hook before load_state_dict(): a file without `progress`, as the authors', keeps it as is."""
+    """Hook before load_state_dict(): without `progress`, as in the authors' files, keep our own."""
     if prefix + "progress" in state:
         core.set_progress(float(state[prefix + "progress"]))
     else:
@@ -413,29 +416,29 @@ def take_progress(core: nn.Module, state: dict[str, Any], prefix: str, *unused: 
 
 
 class AttentionCore(nn.Module):
-    """The attention of every backbone, (B, H, N, D) -> (B, H, N, E); projections are the caller's.
+    """The attention of every model, from q, k, v to the output; the linear layers are the caller's.
 
-    A layer with projections inherits from this one and calls `self.attend(q, k, v)`. Alone,
+    A layer with projections inherits from this class and calls `self.attend(q, k, v)`. Used alone,
     `AttentionCore(heads)(q, k, v)` does the same.
 
     Args:
         heads: H.
         kernel: a key of KERNELS. "softmax" is the published baseline: no norm, DWConv or branch.
         auxiliary: train with the masked softmax branch of Eq. (10), until `castle` removes it.
-        dconv: taps of the DWConv on V along the row-major token index, prefix tokens included (D6);
-            odd, or 0 for none.
+        dconv: taps of the DWConv on V, an odd number, or 0 for no DWConv. It runs along the tokens
+            in row-major order, prefix tokens (class, register) included (D6).
         epsilon, schedule: the branch's threshold, see `mask_threshold`.
         dropout: on the entries of M_sparse, or of the softmax baseline, while training.
     Raises: ValueError for an unknown kernel or schedule, heads below 1, an even dconv, epsilon or
         dropout outside 0..1, or a branch on the softmax baseline.
     Source: authors' attention.py @ c7b75c1: the same operations and the parameter `dconv.weight`.
 
-    `auxiliary` says whether the branch exists, `active` whether its mask can still hold anything,
-    `record` whether mask statistics are kept. `progress`, the share of training done, is in the
-    state dict as long as the branch exists. The DWConv is computed from `dconv.weight`; hooks on
-    `dconv` are not called. fast.py puts forms that need less memory in place of these two:
+    Attributes: `auxiliary`, whether the branch exists; `active`, whether its mask can still keep an
+    entry; `record`, whether mask statistics are collected; `progress`, the share of training done,
+    in the state dict only while the branch exists. Hooks on `dconv` are not called.
     """
 
+    # fast.py replaces these two by forms that need less memory in training.
     form = staticmethod(castling_attention)  # Eq. (9)
     branch_form = staticmethod(auxiliary_branch)  # Eq. (10)
     progress: Tensor
@@ -462,7 +465,7 @@ class AttentionCore(nn.Module):
         if kernel != "softmax" and dconv:
             options = dict(padding=(dconv // 2, 0), groups=heads, bias=False)
             self.dconv = nn.Conv2d(heads, heads, (dconv, 1), **options)
-        # A tensor, because torch.compile would compile again at every change of a float.
+        # A tensor: torch.compile would compile again at each change of a float.
         self.register_buffer("progress", torch.zeros(()))
         self.register_state_dict_post_hook(leave_out_progress)
         self.register_load_state_dict_pre_hook(take_progress)
@@ -474,11 +477,11 @@ class AttentionCore(nn.Module):
         return f"heads={self.heads}, kernel={self.kernel}{branch}"
 
     def set_progress(self, progress: float) -> None:
-        """Move the mask's threshold to `progress`, 0..1 of training; statistics start anew."""
+        """Set the share of training done, 0..1, and with it the threshold. Clear the statistics."""
         self.progress.fill_(progress)
         self.active = self.schedule == "fixed" or progress < RAMP_END
-        with torch.inference_mode(False):  # so that training can add to it
-            # Kept entries, their sum, rows, entries; no buffer: DDP would overwrite it.
+        with torch.inference_mode(False):  # training could not add to an inference tensor
+            # Kept entries, their sum, rows, entries. Not a buffer: DDP would overwrite it.
             self.tally = torch.zeros(4, device=self.progress.device)
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
@@ -488,15 +491,15 @@ class AttentionCore(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor,
         bias: Tensor | None = None, padding: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Eq. (9), with Eq. (10) while the branch lives.
+        """Eq. (9), plus the branch of Eq. (10) while it is active.
 
         Args:
-            q, k: (B, H, N, D); v: (B, H, N, E). The softmax baseline takes any number of keys.
-            bias: (H, N, M) or (B, H, N, M), added to the softmax baseline's logits.
+            q, k: (B, H, N, D); v: (B, H, N, E). With the softmax kernel k and v may have M tokens.
+            bias: (H, N, M) or (B, H, N, M), added to the logits; softmax kernel only.
             padding: (B, N) boolean, True at tokens to ignore; linear_angular kernel only.
-        Returns: (B, H, N, E) in v's dtype. Computed in float32 or wider, whatever autocast says
-            (D3): float16 overflows in k^T v at a few thousand tokens.
-        Raises: ValueError if the inputs do not fit, or the kernel has no use for bias or padding.
+        Returns: (B, H, N, E) in v's dtype. All kernels but softmax compute in float32 or wider,
+            also under autocast (D3): in float16 k^T v overflows at a few thousand tokens.
+        Raises: ValueError if the inputs do not fit, or the kernel does not take bias or padding.
         """
         self.check(q, k, v, bias, padding)
         if self.kernel == "softmax":
@@ -507,7 +510,7 @@ class AttentionCore(nn.Module):
         weight = None if self.dconv is None else self.dconv.weight
         with without_autocast(v.device):                                               # D3
             q, k, v = (x.to(wide) for x in (q, k, v))
-            if padding is not None:  # whatever a hidden token holds, NaN included, goes no further
+            if padding is not None:  # zeros, so that a NaN in an ignored token does not spread
                 q, k, v = (x.masked_fill(padding[:, None, :, None], 0) for x in (q, k, v))
             branch = None
             if self.auxiliary and self.active:
@@ -518,8 +521,8 @@ class AttentionCore(nn.Module):
     def check(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padding: Tensor | None
     ) -> None:
-        """Raise what `attend` promises to raise."""
-        check_qkv(q, k, v, per_token=self.kernel != "softmax")  # D1; DWConv asks the same
+        """Raise the errors that `attend` documents."""
+        check_qkv(q, k, v, per_token=self.kernel != "softmax")  # D1 and DWConv need M = N
         if v.ndim != 4 or v.shape[1] != self.heads:
             q, v = tuple(q.shape), tuple(v.shape)
             raise ValueError(f"expected (B, {self.heads}, N, D), got q {q}, v {v}")
@@ -530,7 +533,7 @@ class AttentionCore(nn.Module):
             check_padding(padding, (v.shape[0], v.shape[2]))
 
     def branch(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor | None:
-        """M_sparse V at this layer's threshold, (B, H, N, E), counted in the tally.  Eq. (10)"""
+        """M_sparse V at this layer's threshold, (B, H, N, E), or None if it is zero.  Eq. (10)"""
         tokens = v.shape[2] if padding is None else (~padding).sum(-1)                 # N or (B,)
         threshold = mask_threshold(self.progress.float(), tokens, self.epsilon, self.schedule)
         dropout = self.dropout if self.training else 0.0
@@ -539,20 +542,21 @@ class AttentionCore(nn.Module):
             self.tally = self.tally.to(v.device)
             real = torch.as_tensor(tokens, dtype=torch.float32).expand(len(v))
             rows = self.heads * torch.stack([real.sum(), (real**2).sum()]).to(v.device)
-            with contextlib.suppress(RuntimeError):  # torch.func lets nothing be written
+            with contextlib.suppress(RuntimeError):  # inside torch.func, writing is an error
                 self.tally += torch.cat([seen.float(), rows])
         return out
 
 
 class LinearAngularAttention(AttentionCore):
-    """Drop-in self-attention block with the parameters and checkpoints of the authors' block.
+    """Drop-in self-attention block. It takes the authors' arguments and loads their checkpoints.
 
     Args:
         dim: C, divisible by num_heads.
-        num_heads, qkv_bias, proj_drop, res_kernel_size: as in the authors' block.
-        attn_drop: dropout on the branch's entries (the authors' block accepts and ignores it).
+        num_heads: H. qkv_bias: whether the layer to q, k, v has a bias.
+        attn_drop: dropout on M_sparse (the authors' block accepts and ignores it).
+        proj_drop: dropout after the output layer. res_kernel_size: taps of the DWConv on V.
         sparse_reg: train with the auxiliary branch of Eq. (10), until `castle` removes it.
-        epsilon, schedule: its threshold. The authors' is schedule="fixed", 0.02 everywhere.
+        epsilon, schedule: its threshold, see `mask_threshold`. The authors' is "fixed" at 0.02.
     Raises: ValueError if dim is not divisible by num_heads, and as AttentionCore does.
     Source: arXiv:2211.10526v4, Eq. (9); github.com/GATECH-EIC/Castling-ViT @ c7b75c1, attention.py,
         LinAngularAttention.
@@ -577,10 +581,10 @@ class LinearAngularAttention(AttentionCore):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Args:
             x: tokens (B, N, C) or a feature map (B, C, H, W), read row by row.
-            prefix: (B, P, C) class or register tokens, kept apart from x; they come before x.
+            prefix: (B, P, C) class or register tokens. They are put before the tokens of x.
             key_padding_mask: boolean, (B, N) or (B, H, W), True at tokens of x to ignore. They
-                influence no other token; what comes out at their own places means nothing.
-        Returns: the shape of x; with a prefix, the pair (x's shape, (B, P, C)).
+                influence no other token. The output at their own places has no meaning.
+        Returns: the shape of x; with a prefix, two tensors, of the shapes of x and of the prefix.
         Raises: ValueError that names the shapes that do not fit.
         """
         shape = tuple(x.shape)
@@ -591,7 +595,7 @@ class LinearAngularAttention(AttentionCore):
         if padding is not None:
             check_padding(padding, shape[:2] if x.ndim == 3 else (shape[0], *shape[2:]))
             padding = padding.flatten(1)
-            tokens = tokens.masked_fill(padding[..., None], 0)  # NaN in it would reach weights
+            tokens = tokens.masked_fill(padding[..., None], 0)  # else NaN reaches qkv's gradient
         if prefix is not None:
             if prefix.ndim != 3 or prefix.shape[::2] != tokens.shape[::2]:
                 expected = f"({shape[0]}, P, {self.dim})"
@@ -613,21 +617,21 @@ class LinearAngularAttention(AttentionCore):
 
 
 def cores(model: nn.Module) -> dict[str, AttentionCore]:
-    """{layer name: core} of a model, without what DDP and torch.compile put before names."""
+    """{layer name: core}; names are without the prefixes that DDP and torch.compile add."""
     named = {name: m for name, m in model.named_modules() if isinstance(m, AttentionCore)}
     wrappers = ("module", "_orig_mod")
     short = {".".join(p for p in name.split(".") if p not in wrappers): name for name in named}
-    if len(short) < len(named):  # two would share a name
+    if len(short) < len(named):  # two short names are the same
         return named
     return {name: named[long] for name, long in short.items()}
 
 
 def castle(model: nn.Module) -> nn.Module:
-    """Remove the auxiliary branch everywhere, in place, and return the model. Idempotent.
+    """Remove the auxiliary branch of every layer, in place, and return the model.
 
-    Afterwards no castling layer computes an N x N softmax. Where a mask was empty the output is the
-    same bit for bit. Elsewhere the model has changed by what the mask still held: measure it with
-    `mask_density` before.
+    Afterwards no castling layer computes an N x N softmax. A layer whose mask was empty gives the
+    same output bit for bit. Another layer loses the entries that its mask still kept: check with
+    `mask_density` first.
     """
     for core in cores(model).values():
         core.auxiliary = False
@@ -637,7 +641,7 @@ def castle(model: nn.Module) -> nn.Module:
 def set_threshold(model: nn.Module, progress: float) -> None:
     """Set every layer's mask threshold for `progress`, the share of training done, 0..1.
 
-    Mask statistics start anew. Raises: ValueError for a progress outside 0..1.
+    This also clears the mask statistics. Raises: ValueError for a progress outside 0..1.
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress is the share of training done, 0..1, got {progress}")
@@ -646,17 +650,19 @@ def set_threshold(model: nn.Module, progress: float) -> None:
 
 
 def record_masks(model: nn.Module, on: bool = True) -> None:
-    """Switch mask statistics on, which is the default, or off, which saves a little time."""
+    """Switch mask statistics on (the default) or off (a little faster)."""
     for core in cores(model).values():
         core.record = on
 
 
 def mask_statistics(model: nn.Module) -> dict[str, tuple[float, float, float]]:
-    """{layer: (density, mass, tokens)} of every branch, since its threshold was last set.
+    """{layer: (density, mass, tokens)} of every branch, since `set_threshold` was last called.
 
-    density: share of non-zero entries of M_sparse (Fig. 6). mass: its mean row sum, the attention
-    that survives. Both 0..1. tokens: N. All nan where nothing has been recorded yet. No entry for a
-    castled layer. Sums run over all ranks: in a process group every rank must call this.
+    density: share of non-zero entries of M_sparse, 0..1 (Fig. 6).
+    mass: mean sum of a row of M_sparse, 0..1: how much of the softmax is kept.
+    tokens: N. All three are nan if nothing was recorded, but density and mass are 0 if the mask
+    must be empty. A castled layer is left out.
+    The sums run over all processes: in a process group every process must call this.
     """
     branches = {name: core for name, core in cores(model).items() if core.auxiliary}
     if not branches:
@@ -669,13 +675,13 @@ def mask_statistics(model: nn.Module) -> dict[str, tuple[float, float, float]]:
         if rows > 0:
             statistics[name] = kept / entries, mass / rows, entries / rows
         else:
-            empty = math.nan if core.active else 0.0  # once inactive, empty by construction
+            empty = math.nan if core.active else 0.0
             statistics[name] = empty, empty, math.nan
     return statistics
 
 
 def mask_density(model: nn.Module) -> dict[str, float]:
-    """{layer: share of non-zero entries of M_sparse}, see `mask_statistics`."""
+    """{layer: share of non-zero entries of M_sparse, 0..1}, see `mask_statistics`."""
     return {name: density for name, (density, *_) in mask_statistics(model).items()}
 
 

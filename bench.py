@@ -1,19 +1,20 @@
-"""Time and memory of Castling-ViT against what one would use instead, as ratios: speed that transfers between machines.
+"""Time and memory of Castling-ViT, as ratios to its alternatives: they depend less on the machine.
 
-    python bench.py                                    three tables, in under five minutes on two CPU cores
-    python bench.py --table core --compile             one table, everything under torch.compile
+    python bench.py                              three tables, in under five minutes on two cores
+    python bench.py --table core --compile       one table, with torch.compile
     python bench.py --device cuda --dtype bfloat16 --json gpu.json
 
-Tables: `core`, from q, k, v to the attention's output; `models`, whole networks in inference; `training`, forward and
-backward with the auxiliary branch off, empty and alive. `released` is the formula of the authors' block, `softmax`
-torch's fused attention and the published networks.
+Tables: `core` is the attention from q, k, v to its output. `models` is inference of whole networks.
+`training` is forward and backward, with the auxiliary branch off, empty or alive (keeping entries).
+Each table compares several forms: `castling` is this project's. `released` is the formula of the
+authors' block. `softmax` is torch's fused attention, or the network as published.
 
-Protocol: every form is checked against float64 first, networks in float32. Then each round runs every form once, in
-random order, repeated until it takes 4 ms; a ratio is the median over rounds, with its quartiles. One CPU thread is
-timed by its CPU clock, which other processes disturb least; more threads, and a GPU, by wall clock. Memory is the peak
-of torch's allocations.
-For numbers free of the allocator's page faults, which slow the large temporaries of `released` most, set
-MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 in the environment (glibc).
+Protocol: every form is first checked against float64. Each round then runs all forms in random
+order, each repeated for about 4 ms. A ratio is the median over rounds, with its quartiles. One CPU
+thread is timed by its CPU clock, which other processes disturb least. More threads, and a GPU, are
+timed by wall clock. Memory is the peak of torch's allocations.
+Page faults of glibc's allocator slow `released` most. To avoid them, set in the environment
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 """
 
 import argparse
@@ -53,11 +54,11 @@ MODEL_ROWS = [  # name, B, pixels, the softmax network to compare with; False: w
 TRAINING_ROWS = [("deit_tiny", 4, 224, True), ("deit_tiny", 4, 224, False), ("deit_tiny", 1, 448, True)]
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, after the device has finished its work."""
+    """Time in seconds, read after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif torch.get_num_threads() == 1:
@@ -68,7 +69,7 @@ def clock(device: torch.device) -> float:
 def interleaved(forms: dict[str, Callable], device: torch.device, rounds: int, least: float) -> dict[str, list[float]]:
     """{form: seconds per call, one entry per round}; every round runs all forms, in random order.
 
-    least: seconds that a form is repeated for within a round.
+    least: seconds for which a form is repeated within a round.
     """
     repeats, times = {}, {name: [] for name in forms}
     for name, form in forms.items():
@@ -86,7 +87,7 @@ def interleaved(forms: dict[str, Callable], device: torch.device, rounds: int, l
 
 
 def peak_bytes(form: Callable, device: torch.device) -> int:
-    """Most bytes that torch had allocated during one call, above what it had before."""
+    """The most bytes that torch allocates during one call, beyond those allocated before it."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -103,7 +104,7 @@ def peak_bytes(form: Callable, device: torch.device) -> int:
 
 
 def measured(row: dict, forms: dict[str, Callable], args: argparse.Namespace) -> dict:
-    """`row` with, for every form, milliseconds, MiB, and its time over the first form's with quartiles."""
+    """Add each form's ms, MiB and ratio (its time / the first form's), with quartiles, to `row`."""
     times = interleaved(forms, args.device, args.rounds, args.least)
     base = next(iter(forms))
     for name, form in forms.items():
@@ -115,19 +116,19 @@ def measured(row: dict, forms: dict[str, Callable], args: argparse.Namespace) ->
 
 
 def check(name: str, actual: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
-    """Raise unless a form agrees with float64 to about the rounding of its dtype."""
+    """Raise RuntimeError if a form differs from float64 by more than rounding in its dtype."""
     error = ((actual.double() - exact).norm() / exact.norm()).item()
     if not error < 40 * torch.finfo(dtype).eps:
         raise RuntimeError(f"{name} differs from float64 by {error:.1e}, too much for {dtype}: nothing was timed")
 
 
-# ---- the released formula --------------------------------------------------------------------------------------------
+# ---- the released formula ------------------------------------------------------------------------
 
 
 def released_attention(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, *unused, **unused_too) -> Tensor:
-    """Eq. (9) and (10) in the order of operations of the authors' block, for AttentionCore.attend.
+    """AttentionCore.attend with the order of operations of the authors' block, Eq. (9) and (10).
 
-    Source: GATECH-EIC/Castling-ViT @ c7b75c1, attention.py: normalise, (q k^T) softmax masked by a product, Conv2d.
+    Source: GATECH-EIC/Castling-ViT @ c7b75c1, attention.py.
     """
     unit_q, unit_k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
     y = 0.5 * v + unit_q @ (unit_k.mT @ v) / math.pi
@@ -139,13 +140,13 @@ def released_attention(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, *un
 
 
 def released(model: nn.Module) -> nn.Module:
-    """The model with every core computing as the authors' block does, in place."""
+    """Let every core of a model compute as the authors' block does, in place. Returns the model."""
     for core in cores(model).values():
         core.attend = functools.partial(released_attention, core)
     return model
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def compiled(form: Callable, args: argparse.Namespace) -> Callable:
@@ -155,7 +156,7 @@ def compiled(form: Callable, args: argparse.Namespace) -> Callable:
 
 @torch.no_grad()
 def core_row(B: int, H: int, N: int, D: int, args: argparse.Namespace) -> dict:
-    """The core alone: from the output of a qkv layer, (B, N, 3 H D), to the input of the next layer, (B, N, H D)."""
+    """The core alone: from a qkv layer's output, (B, N, 3 H D), to the next input, (B, N, H D)."""
     core, baseline = AttentionCore(H).eval(), AttentionCore(H, "softmax").eval()
     qkv = torch.randn(B, N, 3 * H * D)
 
@@ -194,9 +195,9 @@ def without(mlp_dwconv: bool) -> str:
 def model_row(
     name: str, B: int, pixels: int, baseline: str, mlp_dwconv: bool, args: argparse.Namespace
 ) -> dict:
-    """A castled network, the same with the released formula, and a published softmax network, with BatchNorms fused.
+    """A castled network, the same with the released formula, and a softmax network; norms fused.
 
-    LeViT-256 stands against LeViT-384: the paper's pair of equal accuracy, 82.6% top-1 in its Table 2.
+    LeViT-256 is compared with softmax LeViT-384: both have 82.6% top-1 in the paper's Table 2.
     """
     images, forms = torch.randn(B, 3, pixels, pixels), {}
     for form, network, kernel in (
@@ -217,8 +218,10 @@ def model_row(
 
 
 def training_row(name: str, B: int, pixels: int, mlp_dwconv: bool, args: argparse.Namespace) -> dict:
-    """Forward and backward. Branch off, empty (new network, threshold 0.02) or alive (every row keeps an entry); the
-    released formula without and with its branch; the published softmax network."""
+    """Forward and backward: our forms, the released formula without and with branch, and softmax.
+
+    Branch: off; empty (a new network at threshold 0.02); alive (threshold 0: all entries are kept).
+    """
     images, forms = torch.randn(B, 3, pixels, pixels, device=args.device), {}
 
     def step(net: nn.Module) -> None:
@@ -254,7 +257,7 @@ TABLES = {  # name: function of a row, rows, title
 
 
 def print_row(row: dict, first: bool) -> None:
-    """One line per row: the first form's time and memory, then every other's as multiples of them."""
+    """Print a line: time and MiB of the first form; ratio of time and MiB of every other form."""
     base, *others = [name for name in row if name != "shape"]
     if first:
         heads = "".join(f"{name + ' / ' + base:>28}{'MiB':>8}" for name in others)
@@ -267,7 +270,7 @@ def print_row(row: dict, first: bool) -> None:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """What a reader needs to judge the numbers."""
+    """The machine and the options, which a reader needs to judge the numbers."""
     return environment(args.device) | dict(
         dtype=str(args.dtype).removeprefix("torch."),
         clock="CPU time" if args.device.type == "cpu" and torch.get_num_threads() == 1 else "wall clock",
@@ -277,7 +280,7 @@ def settings(args: argparse.Namespace) -> dict:
     )
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def usable_device(text: str) -> torch.device:
@@ -301,20 +304,20 @@ def new_file(text: str) -> Path:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--table", choices=[*TABLES, "all"], default="all", help="default: all")
+    add("--table", choices=[*TABLES, "all"], default="all", help="which table; default all")
     add("--device", type=usable_device, default="cpu", help="cpu, cuda or cuda:1; default cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default float32")
     add("--compile", action="store_true", help="torch.compile every form")
     add("--threads", type=at_least(1), default=1, help="CPU threads; default 1")
-    add("--rounds", type=at_least(1), default=5, help="default 5")
-    add("--rows", type=at_least(1), help="only so many rows of each table; default all")
-    add("--json", type=new_file, metavar="FILE", help="for the rows; the curve of softmax / castling goes beside it")
+    add("--rounds", type=at_least(1), default=5, help="times that each form is timed; default 5")
+    add("--rows", type=at_least(1), help="only the first ROWS rows of each table; default all")
+    add("--json", type=new_file, metavar="FILE", help="file for the rows; a plot goes beside it")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     fast.enable()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports each start and stop on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
     args.dtype, args.least = getattr(torch, args.dtype), 4e-3
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -326,7 +329,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"\n{name}: {title}; ratios are medians with quartiles")
         result[name] = []
         for row in rows[: args.rows]:
-            torch.compiler.reset()  # else what was compiled for other rows is adapted to this one, or not compiled
+            torch.compiler.reset()  # forget what was compiled for the shapes of other rows
             result[name].append(function(*row, args))
             print_row(result[name][-1], first=len(result[name]) == 1)
     if args.json:

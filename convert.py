@@ -1,12 +1,12 @@
-"""Models from and to elsewhere: checkpoints, other libraries' models, folded norms, export.
+"""Read checkpoints, convert other libraries' models, fold norms, export models.
 
-    load_pretrained(model, "levit128.pth")    this project's, timm's or the official weights; says what became of each
-    convert(model)                            castling attention in another library's vision transformer, in place
-    fuse(model)                               every BatchNorm folded into the layer beside it, in place
-    export(model, "model.onnx", 224)          the castled model as a .onnx or .pt2 file, whose outputs are compared
+    load_pretrained(model, "levit128.pth")  load this project's, timm's or the official weights
+    convert(model)                          put castling attention into another library's ViT
+    fuse(model)                             fold every BatchNorm into the layer beside it
+    export(model, "model.onnx", 224)        write the castled model as .onnx or .pt2, and check it
 
-`fuse` and `export` take converted models too.
-Shapes: B images, N tokens, C channels, H heads, D channels per head; `grid` is the token grid (y, x), row-major.
+`convert` and `fuse` change the model in place. `fuse` and `export` take converted models too.
+B images, N tokens, C channels, H heads, D channels per head; `grid`: token grid (y, x), row-major.
 """
 
 import copy
@@ -49,13 +49,13 @@ from models import (
     symbolic,
 )
 
-# ---- BatchNorm folded ------------------------------------------------------------------------------------------------
+# ---- BatchNorm folded ----------------------------------------------------------------------------
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
 
 def normed_layers(module: nn.Module) -> list[tuple[nn.Conv2d | nn.Linear, str]]:
-    """(layer, name of a norm) where the module's forward is known to apply the norm right after the layer."""
+    """[(layer, name of the norm applied right after it)] of a module whose forward is known."""
     if isinstance(module, MlpDWConv):
         return [(module, "norm")]
     if isinstance(module, ConvNorm | LinearNorm):
@@ -72,16 +72,15 @@ def normed_layers(module: nn.Module) -> list[tuple[nn.Conv2d | nn.Linear, str]]:
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Fold every BatchNorm into the convolution or linear layer beside it, in place; return the model. Idempotent.
+    """Fold every BatchNorm into the layer beside it, in place, for inference; return the model.
 
-    With running mean m and variance u, scale g and shift b:  g (W x + c - m) / s + b  is  W' x + c'  with
-    W' = (g / s) W,  c' = (g / s) (c - m) + b,  s = sqrt(u + eps). Before a linear layer, as in LeViT's heads:
-    W' = W diag(g / s),  c' = c + W (b - (g / s) m). The function stays the same up to rounding. The result is for
-    inference only: it has no statistics that training could update.
-
-    In other people's models, a Conv2d and the norm right after it in an nn.Sequential are folded. Any other BatchNorm
-    stays, and so do shared layers.
-    Raises: ValueError for a model in training mode, whose norms are not constant.
+    The function stays the same up to rounding. With running mean m and variance u, scale g, shift b
+    and s = sqrt(u + eps), the layer W x + c gets the weights
+        norm after it:                        W' = (g / s) W,       c' = (g / s) (c - m) + b
+        norm before it, as in LeViT's heads:  W' = W diag(g / s),   c' = c + W (b - (g / s) m).
+    In other libraries' models only a Conv2d with the norm right after it in an nn.Sequential is
+    folded. Layers that are used more than once are left as they are.
+    Raises: ValueError for a model in training mode, in which norms are not constant.
     """
     if any(isinstance(module, BatchNorm) and module.training for module in model.modules()):
         raise ValueError("fuse needs a model in eval mode: call model.eval() first")
@@ -95,7 +94,8 @@ def fuse(model: nn.Module) -> nn.Module:
             module.bn = nn.Identity()
         for layer, name in normed_layers(module):
             norm = getattr(module, name)
-            plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d) and norm.track_running_stats  # subclasses do more
+            # A subclass of BatchNorm may do more, so only the two classes themselves are folded.
+            plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d) and norm.track_running_stats
             if plain and uses[id(layer)] == uses[id(norm)] == 1:
                 statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
                 fold = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
@@ -104,14 +104,15 @@ def fuse(model: nn.Module) -> nn.Module:
     return model
 
 
-# ---- other people's models -------------------------------------------------------------------------------------------
+# ---- other people's models -----------------------------------------------------------------------
 
 
 class ConvertedAttention(AttentionCore):
-    """Another library's self-attention: its own layers under their own names, the castling core between them.
+    """Another library's self-attention with the castling core; its layers keep their names.
 
-    A subclass knows one layout. `parts` are the children and parameters that it carries over, `inputs` the arguments
-    of the original's forward that it knows; `heads_of` gives (H, D). A call with a mask of pairs is a ValueError.
+    A subclass is for one layout. `parts`: names of the children and parameters that are kept.
+    `inputs`: arguments that the original's forward may have. `heads_of(module)`: (H, D).
+    A call with a mask of token pairs raises ValueError.
     """
 
     parts: tuple[str, ...]
@@ -132,7 +133,7 @@ class ConvertedAttention(AttentionCore):
 
     @classmethod
     def problems(cls, module: nn.Module) -> list[str]:
-        """Why a module of this layout cannot be converted; [] if it can."""
+        """Reasons why a module of this layout cannot be converted; [] if it can."""
         state = {name.split(".")[0] for name in [*dict(module.named_parameters()), *dict(module.named_buffers())]}
         inputs = inspect.signature(module.forward).parameters
         scale, dim = getattr(module, "scale", getattr(module, "scaling", None)), cls.heads_of(module)[1]
@@ -140,7 +141,7 @@ class ConvertedAttention(AttentionCore):
         if extra := sorted(state - set(cls.parts)):
             found.append(f"linear-angular attention has no place for {', '.join(extra)}")
         if unknown := [name for name in inputs if name not in (*cls.inputs, "kwargs")]:
-            found.append(f"it is called with {', '.join(unknown)}, unknown here")
+            found.append(f"its forward takes {', '.join(unknown)}, unknown here")
         if isinstance(scale, float) and not math.isclose(scale, dim**-0.5):
             found.append(f"its logits are scaled by {scale:.4g}, not 1 / sqrt({dim})")
         if getattr(module, "is_causal", False):
@@ -149,7 +150,7 @@ class ConvertedAttention(AttentionCore):
 
     @classmethod
     def strange(cls, module: nn.Module) -> list[str]:
-        """What sets a module apart from softmax attention between its own layers, tried on a few tokens; [] if none."""
+        """Try a module on a few tokens: how it differs from plain softmax attention; [] if not."""
         weight = next(module.parameters())
         if weight.is_meta:
             return []
@@ -164,20 +165,20 @@ class ConvertedAttention(AttentionCore):
         except Exception as error:  # whatever its own checks raise
             return [f"it does not take tokens (B, N, C) alone: {str(error).splitlines()[0]}"]
         if isinstance(theirs, tuple) != isinstance(ours, tuple):
-            return [f"it returns a {type(theirs).__name__}, its like a {type(ours).__name__}"]
+            return [f"it returns a {type(theirs).__name__}, not a {type(ours).__name__}"]
         theirs, ours = (y[0] if isinstance(y, tuple) else y for y in (theirs, ours))
         if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-4, rtol=1e-4):
             return ["it computes something else than softmax attention over tokens"]
         return []
 
     def refuse(self, **given) -> None:
-        """Raise ValueError for an argument that is given: only softmax attention has a use for it."""
+        """Raise ValueError for an argument that is given: castling attention cannot use it."""
         for name, value in given.items():
             if value is not None and value is not False:
-                raise ValueError(f"a converted {type(self).__name__} cannot honour {name}")
+                raise ValueError(f"a converted {type(self).__name__} cannot use {name}")
 
     def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k, (B, H, N, D), as the original compares them."""
+        """q and k, (B, H, N, D), after the original's norms, if it has any."""
         return q, k
 
     def split_and_attend(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Tensor:
@@ -189,7 +190,7 @@ class ConvertedAttention(AttentionCore):
 
 
 class FusedAttention(ConvertedAttention):
-    """timm's `Attention`: one layer to q, k, v, laid out (3, H, D); norms over D of q and k, over H D of the output."""
+    """timm's `Attention`: one layer to q, k, v with layout (3, H, D); norms of q, k and output."""
 
     parts = ("qkv", "q_norm", "k_norm", "norm", "proj", "proj_drop")
     inputs = ("x", "attn_mask", "is_causal")
@@ -197,7 +198,7 @@ class FusedAttention(ConvertedAttention):
     def __init__(self, original: nn.Module, **core):
         super().__init__(original, **core)
         for name in self.parts:
-            if not hasattr(self, name):  # older versions have fewer
+            if not hasattr(self, name):  # older versions of timm have fewer parts
                 self.add_module(name, nn.Identity())
 
     @staticmethod
@@ -218,7 +219,7 @@ class FusedAttention(ConvertedAttention):
 
 
 class SeparateAttention(ConvertedAttention):
-    """Hugging Face's: three layers to q, k, v. The output layer is inside, in older versions in the parent."""
+    """Hugging Face's: three layers to q, k, v. In older versions the output layer is outside."""
 
     triples = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
     outputs = ("o_proj", "out_proj")
@@ -227,7 +228,7 @@ class SeparateAttention(ConvertedAttention):
 
     def __init__(self, original: nn.Module, **core):
         super().__init__(original, **core)
-        self.inputs = tuple(inspect.signature(original.forward).parameters)  # their order differs between versions
+        self.inputs = tuple(inspect.signature(original.forward).parameters)  # versions differ
 
     @classmethod
     def layers(cls, module: nn.Module) -> tuple[nn.Module, ...]:
@@ -249,7 +250,7 @@ class SeparateAttention(ConvertedAttention):
     @classmethod
     def problems(cls, module: nn.Module) -> list[str]:
         widths = [layer.out_features for layer in cls.layers(module)]
-        unequal = [] if len(set(widths)) == 1 else [f"q, k and v have {widths} channels: not one head each"]
+        unequal = [] if len(set(widths)) == 1 else [f"q, k and v have {widths} channels, not the same number"]
         return unequal + super().problems(module)
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
@@ -262,15 +263,15 @@ class SeparateAttention(ConvertedAttention):
 
 
 class PackedAttention(ConvertedAttention):
-    """torch.nn.MultiheadAttention as self-attention, in torchvision's models and nn.TransformerEncoder.
+    """torch.nn.MultiheadAttention, as in torchvision's models and nn.TransformerEncoder.
 
-    Called like it, with one tensor for query, key and value; returns (output, None) whatever `need_weights` says.
+    query, key and value must be the same tensor. It returns (output, None) for any `need_weights`.
     """
 
     parts = ("in_proj_weight", "in_proj_bias", "out_proj")
     inputs = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights",
               "is_causal")  # fmt: skip
-    # nn.TransformerEncoderLayer reads this. If it were True, it would compute softmax from our weights by itself.
+    # nn.TransformerEncoderLayer reads this. If True, it would compute softmax attention by itself.
     _qkv_same_embed_dim = False
 
     def __init__(self, original: nn.MultiheadAttention, **core):
@@ -305,10 +306,10 @@ class PackedAttention(ConvertedAttention):
         if key is not query or value is not query:
             raise ValueError("a converted attention is self-attention: query, key and value must be one tensor")
         padding = key_padding_mask
-        if padding is not None and padding.dtype != torch.bool:  # nn.TransformerEncoderLayer makes it 0 and -inf
+        if padding is not None and padding.dtype != torch.bool:  # TransformerEncoderLayer's 0, -inf
             padding = padding == -math.inf
             if (key_padding_mask.masked_fill(padding, 0) != 0).any():
-                raise ValueError("a converted attention can leave tokens out, not weigh them: key_padding_mask")
+                raise ValueError("key_padding_mask must be boolean, or hold only 0 and -inf")
         x = query if self.batch_first else query.transpose(0, 1)
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         y = self.out_proj(self.split_and_attend(q, k, v, padding))
@@ -320,7 +321,7 @@ LAYOUTS = (PackedAttention, FusedAttention, SeparateAttention)
 
 @dataclass
 class Conversion:
-    """What became of one attention layer: names of parameters kept, what was dropped, names of new parameters."""
+    """What `convert` did to one layer: parameters kept, what it dropped, and new parameters."""
 
     kept: list[str]
     dropped: list[str]
@@ -329,7 +330,7 @@ class Conversion:
 
 @dataclass
 class ConversionReport:
-    """What `convert` did, by layer; printing it lists equal layers once."""
+    """What `convert` did, by layer. When it is printed, equal layers are listed once."""
 
     layers: dict[str, Conversion]
 
@@ -348,24 +349,25 @@ class ConversionReport:
 def convert(
     model: nn.Module, *, epsilon: float = 0.02, schedule: str = "ramp", dconv: int = 9
 ) -> ConversionReport:
-    """Swap the softmax self-attention of another library's vision transformer for the castling core, in place.
+    """Replace softmax self-attention by castling attention in another library's model, in place.
 
     Known: timm's `Attention`; Hugging Face's with query, key and value layers (ViT, DINOv2, ...);
-    torch.nn.MultiheadAttention (torchvision's ViT, nn.TransformerEncoder). Every weight keeps its name in the model and
-    its state dict, which gains a `dconv.weight` per layer. Norms of q and k, prefix tokens and attention dropout (now
-    of the branch) stay. Fine-tune the result with `set_threshold`, then `castle` it. Every layer is tried on a few
-    tokens first. If a model gives its layers a mask or another sequence, its first forward raises ValueError.
+    torch.nn.MultiheadAttention (torchvision's ViT, nn.TransformerEncoder). Every weight keeps its
+    name. New in the state dict are each layer's `dconv.weight` and, until `castle`, `progress`.
+    Norms of q and k, prefix tokens and attention dropout (now on the branch) are kept. Afterwards,
+    fine-tune with `set_threshold`, then `castle`. If the model passes a mask, or another sequence
+    as keys, to a layer, its first forward raises ValueError.
 
     Args: epsilon, schedule, dconv: of every AttentionCore.
-    Raises: ValueError for a model without attention, or that names every layer that cannot be carried over, and why;
-        the model is then unchanged.
+    Raises: ValueError that names each layer that cannot be converted, and why; each is first tried
+        on a few tokens. Also if there is no attention. The model is then unchanged.
     """
     if cores(model):
         raise ValueError("the model has attention cores already: there is nothing to convert")
     found, wrong = {}, {}
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") or outer == "" for outer in found):
-            continue  # a part of one
+            continue  # inside a layer that was found
         layout = next((layout for layout in LAYOUTS if layout.matches(module)), None)
         parent = model.get_submodule(name.rpartition(".")[0])
         if layout is None:
@@ -379,7 +381,7 @@ def convert(
         try:
             problems = layout.problems(module)
         except AttributeError as error:
-            problems = [f"it lacks what its like have: {error}"]
+            problems = [f"it lacks an attribute of such layers: {error}"]
         if isinstance(parent, nn.TransformerDecoderLayer):
             problems.append("a decoder's attention is causal or to another sequence")
         if name == "":
@@ -405,7 +407,7 @@ def convert(
         kept = [key for key, _ in original.named_parameters()]
         report.layers[name] = Conversion(
             kept=kept,
-            dropped=["softmax over all pairs of tokens: what is above the threshold stays until castle()"],
+            dropped=["softmax over all pairs of tokens; its entries above the threshold stay until castle()"],
             new=[key for key, _ in core.named_parameters() if key not in kept],
         )
     for module in list(model.modules()):
@@ -413,35 +415,36 @@ def convert(
             if child in new:
                 setattr(module, name, new[child])
         if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # only its own attention takes nested tensors
+            module.use_nested_tensor = False  # our attention does not take nested tensors
     return report
 
 
-# ---- export ----------------------------------------------------------------------------------------------------------
+# ---- export --------------------------------------------------------------------------------------
 
 
 def traced(model: nn.Module, image_size: int | tuple[int, int]) -> torch.export.ExportedProgram:
-    """The castled model, its norms folded, as one graph for images (B, 3, H, W) of any number and size.
+    """The castled model with folded norms as one graph, for images (B, 3, H, W) of any B, H and W.
 
-    A model that takes one size only (as timm's do) gives a graph for `image_size`, one with an attribute `images` a
-    graph for that many images. The graph needs token grids of more than one token in width and height: for LeViT,
-    sides of 65 pixels or more. A .pt2 file checks that, an ONNX file does not.
+    A model that takes only one size (as timm's do) gives a graph for `image_size`. A model with an
+    attribute `images` gives a graph for B = images. Every token grid must have at least 2 x 2
+    tokens: for LeViT, sides of 65 pixels or more. A .pt2 file checks this, an ONNX file does not.
     """
     model = fuse(castle(copy.deepcopy(model)).eval()).cpu().float()
     (height, width), images = pair(image_size), getattr(model, "images", 2)
-    example = torch.zeros(images, 3, max(height, 128), max(width, 128) + 64)  # no two sides equal, no grid of 1
+    # torch.export unites two equal sides and fixes a side of 1: so no equal sides, no grid of 1.
+    example = torch.zeros(images, 3, max(height, 128), max(width, 128) + 64)
     sides = torch.export.Dim.AUTO
     with torch.no_grad():
         try:
             model(example)
-        except Exception:  # whatever its own check raises
+        except Exception:  # the model refuses this size, with any kind of error
             example, sides = torch.zeros(images, 3, height, width), torch.export.Dim.STATIC
         free = {0: torch.export.Dim.AUTO if images > 1 else torch.export.Dim.STATIC, 2: sides, 3: sides}
         return torch.export.export(model, (example,), dynamic_shapes=(free,), strict=False)
 
 
 def check_export(path: str | Path) -> None:
-    """Raise ValueError for a file that `export` cannot write here: its kind, its folder, missing packages."""
+    """Raise ValueError if `export` cannot write a file: wrong kind, no folder, missing packages."""
     path = Path(path)
     if path.suffix not in (".onnx", ".pt2") or not path.parent.is_dir():
         raise ValueError(f"a model is exported to a .onnx or .pt2 file in an existing folder, not to {path}")
@@ -457,9 +460,9 @@ def flattened(outputs: Any) -> list[Tensor]:
 
 
 def export(model: nn.Module, path: str | Path, image_size: int | tuple[int, int]) -> tuple[list[tuple], float]:
-    """Write `traced` to a .onnx or .pt2 file, read the file back and run it beside the model itself, castled.
+    """Write `traced` to a .onnx or .pt2 file, read it back, and compare it with the castled model.
 
-    Returns: the shapes that it was run on, and the largest difference, over the largest output if that is above 1.
+    Returns: shapes of the test images, and the largest difference / max(1, largest output).
     Raises: ValueError, see `check_export`.
     """
     check_export(path)
@@ -492,14 +495,14 @@ def export(model: nn.Module, path: str | Path, image_size: int | tuple[int, int]
                 scale = max(1.0, expected.abs().max().item())
                 differences.append((ours - expected).abs().max() / scale)
         shapes.append(tuple(x.shape))
-    return shapes, torch.stack(differences).max().item()  # NaN if one is
+    return shapes, torch.stack(differences).max().item()  # keeps NaN, unlike max()
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, by the checksums that torch.save puts into it; None if it is whole."""
+    """What is wrong with a checkpoint file by its checksums; None if nothing is."""
     try:
         with zipfile.ZipFile(path) as file:
             record = file.testzip()
@@ -509,10 +512,10 @@ def damage(path: Path) -> str | None:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The dictionary in a checkpoint file, on the CPU. Only tensors and plain data are ever unpickled.
+    """The dictionary in a checkpoint file, on the CPU. Only tensors and plain data are unpickled.
 
-    Raises: ValueError that names the file if it is missing or damaged, needs arbitrary code to load, is no dictionary,
-        or has tensors that are not plain ones.
+    Raises: ValueError that names the file if it is missing or damaged, if loading it would run
+        code, if it is no dictionary, or if it has tensors that are not dense.
     """
     path = Path(path)
     if not path.is_file():
@@ -523,7 +526,7 @@ def read_checkpoint(path: str | Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise ValueError(f"{path} holds more than tensors and plain data, or is damaged; refused: {reason}") from None
+        raise ValueError(f"{path} holds more than tensors and plain data, or is damaged: {reason}") from None
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"{path} is damaged or is no PyTorch checkpoint: {error!r}") from error
     if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
@@ -536,15 +539,15 @@ def read_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-# Names of the class head's weights, (classes, C): LCNet and ESNet, DeiT, LeViT, MViTv2; the last two are official.
+# Names of a classifier's weights, (classes, C); the second line is of official files.
 HEADS = ("classifier.weight", "head.weight", "head.linear.weight", "head.fc.weight",
          "head.l.weight", "head.projection.weight")  # fmt: skip
 
 
 def weights_in(checkpoint: dict) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint: the averaged weights where there are any, or the dictionary itself.
+    """The state dict in a checkpoint (of the averaged weights, if any), or the dictionary itself.
 
-    Prefixes that DistributedDataParallel and torch.compile put before names are removed.
+    Prefixes that DistributedDataParallel and torch.compile add to names are removed.
     """
     for key in ("ema", "model_ema", "state_dict_ema", "model", "model_state", "state_dict"):
         if isinstance(checkpoint.get(key), Mapping):
@@ -562,10 +565,10 @@ def weights_in(checkpoint: dict) -> dict[str, Tensor]:
 
 @dataclass
 class LoadReport:
-    """What became of each parameter and buffer when a checkpoint was loaded, by name."""
+    """Names of parameters and buffers, by what `load_pretrained` did with them."""
 
     loaded: list[str] = field(default_factory=list)
-    resized: list[str] = field(default_factory=list)  # tables made for another image size
+    resized: list[str] = field(default_factory=list)  # position tables of another image size
     partly: list[str] = field(default_factory=list)  # only the rows of V were loaded
     new: list[str] = field(default_factory=list)  # in the model only
     ignored: list[str] = field(default_factory=list)  # in the file only
@@ -573,7 +576,7 @@ class LoadReport:
     def __str__(self) -> str:
         lines = []
         for group in fields(self):
-            # blocks.3.attn.dconv.weight of every block as one entry, blocks.*.attn.dconv.weight
+            # blocks.*.attn.dconv.weight stands for this parameter of every block.
             kinds = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in getattr(self, group.name))
             names = [f"{kind} x {count}" if count > 1 else kind for kind, count in sorted(kinds.items())]
             if group.name == "loaded":
@@ -586,8 +589,8 @@ class LoadReport:
 def official_levit_names(weights: dict[str, Tensor], depths: list[int]) -> dict[str, Tensor]:
     """LeViT's released weights under this project's (timm's) names.
 
-    Released: one flat list. In it attention and MLP of a block take turns, and a down-sampling attention and its MLP
-    come between stages. `m` is a residual, `c`/`l` the linear part, `bn` its norm.
+    The released file has one flat list: attention and MLP of each block in turn, and those of a
+    down-sampling block between stages. In names `m` is a residual, `c` or `l` a linear layer.
     Source: facebookresearch/LeViT @ 3772b8e, levit.py.
     """
     places = []
@@ -610,7 +613,7 @@ def official_levit_names(weights: dict[str, Tensor], depths: list[int]) -> dict[
 
 
 def official_mvit_names(weights: dict[str, Tensor], depths: list[int]) -> dict[str, Tensor]:
-    """MViTv2's released weights, with blocks in one flat list, under this project's (timm's) names."""
+    """MViTv2's released weights, a flat list of blocks, under this project's (timm's) names."""
     places = [f"stages.{stage}.blocks.{block}" for stage, depth in enumerate(depths) for block in range(depth)]
     renamed = {}
     for name, value in weights.items():
@@ -624,13 +627,13 @@ def official_mvit_names(weights: dict[str, Tensor], depths: list[int]) -> dict[s
 
 
 def square_side(entries: int) -> int | None:
-    """Side of the square grid of so many entries, or None if there is no such grid."""
+    """Side of the square grid with this number of entries, or None if there is none."""
     side = math.isqrt(max(0, entries))
     return side if side > 0 and side**2 == entries else None
 
 
 def resized_table(name: str, value: Tensor, own: Tensor, model: nn.Module, file_has_dist: bool) -> Tensor | None:
-    """A file's position table, resampled to the shape of the model's own; None if it is none or does not fit."""
+    """A file's position table, resampled to the model's shape; None if it is not one or cannot."""
     layer, _, kind = name.rpartition(".")
     owner = model.get_submodule(layer)
     if value.ndim != own.ndim:
@@ -651,7 +654,7 @@ def resized_table(name: str, value: Tensor, own: Tensor, model: nn.Module, file_
 
 
 def value_rows(name: str, weights: dict[str, Tensor], own: Tensor, model: nn.Module) -> Tensor | None:
-    """A castling LeViT's qkv with V's rows from a published LeViT, whose Q and K are narrower; None if not possible."""
+    """A castling LeViT's qkv with V's rows from a published one, whose Q and K differ; or None."""
     match = re.fullmatch(r"(.*)\.qkv\.((?:linear|bn)\.\w+)", name)
     core = model.get_submodule(match[1]) if match else None
     if not isinstance(core, CastlingLeViTAttention) or own.ndim == 0:
@@ -662,27 +665,27 @@ def value_rows(name: str, weights: dict[str, Tensor], own: Tensor, model: nn.Mod
     source, result = source.unflatten(0, (core.heads, -1)), own.clone().unflatten(0, (core.heads, -1))
     if source.shape[1] < core.head_dim:
         return None
-    result[:, -core.head_dim :] = source[:, -core.head_dim :]  # head by head, values last
+    result[:, -core.head_dim :] = source[:, -core.head_dim :]  # in each head the values come last
     return result.flatten(0, 1)
 
 
 def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None) -> LoadReport:
-    """Load a checkpoint: this project's, timm's names, or the official files of DeiT, LeViT, MViTv2 and MAE.
+    """Load a checkpoint of this project or timm, or an official one of DeiT, LeViT, MViTv2 or MAE.
 
-    A castling model loads what it shares with a published softmax one. The rest keeps its initialisation, in which the
-    MLP's DWConv is the identity. A dense model ignores class token, final norm and head. Position tables for another
-    image size are resized. Files do not say their grid: it is taken as the model's if the length is the same, else as
-    square.
+    A castling model loads the weights that it shares with the published softmax model. Its other
+    weights keep their initial values. A dense model ignores class token, final norm and head.
+    Position tables of another image size are resized. If a table has another length than the
+    model's, its token grid is assumed to be square, as files do not store it.
 
-    Args: fresh: parameters whose names start with this keep their initialisation, whatever the file has for them.
-    Returns: what was loaded, resized, partly loaded, newly initialised and ignored; printing it lists them.
-    Raises: ValueError that names the file and what is missing, left over or of another shape, unless one of the
-        reasons above explains it; the model is then unchanged.
+    Args: fresh: parameters whose names start with this keep their initial values.
+    Returns: names of what was loaded, resized, loaded in part, new or ignored. It can be printed.
+    Raises: ValueError that names the file and each entry that is missing, unknown or of another
+        shape, if none of the cases above explains it. The model is then unchanged.
     """
     weights, own, report = weights_in(read_checkpoint(path)), model.state_dict(), LoadReport()
     if not all(isinstance(name, str) for name in weights):
         raise ValueError(f"{path} holds no parameters by name")
-    # `progress` is no weight: the caller says where the thresholds start.
+    # `progress` is not a weight: each training run sets its own.
     weights, own = ({n: x for n, x in state.items() if not n.endswith("progress")} for state in (weights, own))
     if "patch_embed.0.c.weight" in weights and isinstance(model, LeViT):
         weights = official_levit_names(weights, [len(stage.blocks) for stage in model.stages])
@@ -700,7 +703,7 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None
         if name.startswith("head."):  # MAE's encoder has no classifier
             return published and not any(other.startswith(("head.", "fc_norm.")) for other in weights)
         if name.endswith(".dwconv.bias") and name.removesuffix("bias") + "weight" in weights:
-            return True  # a DeiT's DWConv has no bias; the initial 0 is the same
+            return True  # the DWConv of a DeiT has no bias; ours starts at 0, which is the same
         added = r"\.(dconv|dwconv|pool_[qkv]|norm_[qkv]|skip)\.|attn_downsample\.qkv\.bn\.num_batches_tracked"
         return castling and published and bool(re.search(added, name))
 
@@ -717,7 +720,7 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None
             return kernels.get(layer, "softmax") != "softmax"
         if name.startswith(("conv_head.", "classifier.")):
             return getattr(model, "classifier", model) is None  # a detector's backbone
-        # a published LeViT's down-sampling attention projects kv and q apart
+        # the published LeViT has separate layers to kv and to q in its down-sampling attention
         return castling and bool(re.search(r"\.attn_downsample\.(kv|q\.ln)\.", name))
 
     final = {}

@@ -1,13 +1,14 @@
-"""attention.py in less memory while training: the same functions with gradients written by hand.
+"""Eq. (9) and (10) of attention.py with gradients written by hand: training takes less memory.
 
     import fast
-    fast.enable()     # every AttentionCore takes these forms; the scripts and bench.py do so
+    fast.enable()     # every AttentionCore uses these forms; the scripts and bench.py call this
     fast.disable()    # back to the formulas of attention.py
 
 Eq. (9) keeps q, k, v and its result for backward, half of what the formula's graph keeps. Eq. (10)
-takes a few heads or rows at a time and computes their part of M_sparse again in backward: nothing
-of size N x N is kept. On a CPU it skips the heads whose mask is certain to be empty. Gradients of
-any order and torch.func work as with the formulas. Compiled graphs take the formulas.
+works on a few heads or rows at a time and computes their part of M_sparse again in backward. So it
+keeps nothing of size N x N. On a CPU it skips the heads whose mask is certainly empty. Gradients of
+any order and torch.func work as with the formulas. Under torch.compile Eq. (9) is the formula, and
+Eq. (10) the formula recomputed in backward.
 """
 
 import contextlib
@@ -33,11 +34,11 @@ from attention import (
     without_autocast,
 )
 
-BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of N x N that the branch holds at a time
+BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of M_sparse, the part computed at a time
 
 
 class KeepsInputs(torch.autograd.Function):
-    """A function of tensors. All that it keeps for its gradients is its inputs."""
+    """A function of tensors that keeps only its inputs for its gradients."""
 
     generate_vmap_rule = True
 
@@ -50,9 +51,9 @@ class KeepsInputs(torch.autograd.Function):
 def tangent(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...], moved: tuple[Tensor | None, ...]
 ) -> Tensor:
-    """How function(*inputs) moves when the inputs move by `moved`, None for not at all."""
+    """Jacobian of the function at its inputs times the vectors `moved`; None counts as zero."""
     out, transposed = torch.func.vjp(function, *inputs)
-    # `transposed` multiplies by the transposed Jacobian, its own vjp by the Jacobian itself.
+    # `transposed` multiplies by the transposed Jacobian. Its own vjp multiplies by the Jacobian.
     _, jacobian = torch.func.vjp(transposed, torch.zeros_like(out))
     moved = tuple(torch.zeros_like(x) if t is None else t for x, t in zip(inputs, moved))
     return jacobian(moved)[0]
@@ -62,13 +63,13 @@ def tangent(
 
 
 def across(grad: Tensor, y: Tensor, length: Tensor) -> Tensor:
-    """Gradient of x, given that of y = unit(x): its part orthogonal to y, over length = |x|."""
+    """Gradient of x from that of y = unit(x): its part orthogonal to y, divided by length = |x|."""
     orthogonal = grad - y * (grad * y).sum(-1, keepdim=True)
     return orthogonal / length.masked_fill(length == 0, math.inf)                      # D2
 
 
 def length_along(x: Tensor, y: Tensor) -> Tensor:
-    """|x|, given y = unit(x). float32 could not hold the square of every length."""
+    """|x| as the product of x and y = unit(x), since float32 cannot hold every square."""
     return (x * y).sum(-1, keepdim=True)
 
 
@@ -116,7 +117,7 @@ class DWConv(KeepsInputs):
 
 
 class Unit(torch.autograd.Function):
-    """unit(x) and |x|. For backward it keeps these two and not x."""
+    """unit(x) and |x|. It keeps these two for backward, and not x."""
 
     generate_vmap_rule = True
 
@@ -158,12 +159,13 @@ def castling_attention(
 
 
 def certainly_empty(q: Tensor, k: Tensor, threshold: Tensor) -> Tensor:
-    """Where no softmax entry can be above the threshold, found without any N x N work.
+    """Which of G heads have no softmax entry above the threshold, found without N x N work.
 
-    Logits centred over the keys have mean 0. By Jensen a row's softmax denominator is at least M:
+    Subtract the mean key: the softmax stays the same, and a row's logits have mean 0. Then, by
+    Jensen's inequality, the softmax denominator of the row is at least M, so its largest entry is
         p_max(i) <= exp(|q_i| max_j |k_j - mean k| / sqrt(D)) / M.
     Args: q (G, N, D), k (G, M, D), threshold (G,).
-    Returns: (G,) boolean. True is a proof, False says nothing.
+    Returns: (G,) boolean. True: certainly empty. False: unknown.
     """
     spread = (k - k.mean(dim=-2, keepdim=True)).norm(dim=-1).amax(-1)
     reach = q.norm(dim=-1).amax(-1) * spread / math.sqrt(q.shape[-1])
@@ -171,10 +173,10 @@ def certainly_empty(q: Tensor, k: Tensor, threshold: Tensor) -> Tensor:
 
 
 class BranchRows(torch.autograd.Function):
-    """M_sparse V of R queries per head; the number of entries of M_sparse and their sum, (2,).
+    """M_sparse V of R queries of G heads, and a tensor (2,): the number of kept entries, their sum.
 
     q (G, R, D), k (G, N, D), v (G, N, E) -> (G, R, E). threshold: a number or (G, R, 1).
-    hidden: None or (G, 1, N), True at keys to leave out. For backward it keeps its inputs.
+    hidden: None or (G, 1, N), True at keys to ignore. Only the inputs are kept for backward.
     """
 
     generate_vmap_rule = True
@@ -202,7 +204,7 @@ class BranchRows(torch.autograd.Function):
         with without_autocast(v.device):
             p = softmax_rows(q, k, hidden)
             sparse = above(p, limits if ctx.number is None else ctx.number)
-            weighted = sparse * (grad @ v.mT)  # entry times its gradient
+            weighted = sparse * (grad @ v.mT)  # each entry times its gradient
             grad_logits = scale * (weighted - p * weighted.sum(-1, keepdim=True))
             return grad_logits @ k, grad_logits.mT @ q, sparse.mT @ grad, None, None
 
@@ -222,7 +224,7 @@ def auxiliary_branch(
     dropout: float = 0.0,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """attention.auxiliary_branch, Eq. (10)."""
-    if torch.compiler.is_compiling() or dropout:  # checkpoint draws the same dropout again
+    if torch.compiler.is_compiling() or dropout:  # checkpoint repeats the same random numbers
         inputs = q, k, v, threshold, padding, dropout
         return checkpoint(attention.auxiliary_branch, *inputs, use_reentrant=False)
     B, H, N = v.shape[:3]
@@ -231,20 +233,20 @@ def auxiliary_branch(
     limits = limits[:, None, None].expand(-1, N, 1)                               # (B H, N, 1)
     hidden = None if padding is None else padding.repeat_interleave(H, dim=0)[:, None]  # (.., 1, N)
     if hidden is not None:
-        limits = limits.masked_fill(hidden.mT, math.inf)  # as queries, they keep nothing
+        limits = limits.masked_fill(hidden.mT, math.inf)  # rows of ignored queries keep nothing
     number, live = None, None
-    if q.device.type == "cpu" and hidden is None:  # a GPU would have to wait for the values
-        with contextlib.suppress(RuntimeError):  # under vmap no size can depend on values
+    if q.device.type == "cpu" and hidden is None:  # reading the values would make a GPU wait
+        with contextlib.suppress(RuntimeError):  # vmap cannot read values
             empty = certainly_empty(q, k, limits[:, 0, 0])
             if empty.all():
                 return None, q.new_zeros(2)
             if empty.any():
                 live = (~empty).nonzero()[:, 0]
                 q, k, v, limits = (x[live] for x in (q, k, v, limits))
-        if threshold.ndim == 0:  # a number is compared faster than a tensor
+        if threshold.ndim == 0:  # comparing with a number is faster
             number = threshold.item()
     entries = BLOCK_BYTES.get(q.device.type, 2**28) // q.element_size()
-    heads, rows = max(1, entries // N**2), max(1, entries // N)  # whole heads, or else rows of one
+    heads, rows = max(1, entries // N**2), max(1, entries // N)  # many heads, or rows of one head
     outs, totals = [], q.new_zeros(2)
     parts = [repeat(None) if x is None else x.split(heads) for x in (q, k, v, limits, hidden)]
     for qs, ks, vs, ts, hs in zip(*parts):
@@ -262,12 +264,12 @@ def auxiliary_branch(
 
 
 def enable() -> None:
-    """Let every AttentionCore take the forms of this file."""
+    """Let every AttentionCore use the forms of this file."""
     AttentionCore.form = staticmethod(castling_attention)
     AttentionCore.branch_form = staticmethod(auxiliary_branch)
 
 
 def disable() -> None:
-    """Let every AttentionCore take the formulas of attention.py, as it does at first."""
+    """Let every AttentionCore use the formulas of attention.py, which is the default."""
     AttentionCore.form = staticmethod(attention.castling_attention)
     AttentionCore.branch_form = staticmethod(attention.auxiliary_branch)

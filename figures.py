@@ -1,7 +1,7 @@
 """The paper's analyses, redrawn from this code and from committed logs.
 
-    python figures.py                           every figure, to figures/ (half a minute of CPU time)
-    python figures.py kernel masks              only these
+    python figures.py                    all but attention and table, to figures/; takes 30 seconds
+    python figures.py kernel masks       only these
     python figures.py --output /elsewhere
     python figures.py attention --checkpoint runs/deit_tiny-castling-shapes/best.pt --image photo.jpg
 
@@ -9,17 +9,17 @@
     idea          -               a drawing of the method
     kernel        Fig. 3, Eq. (7) attention.angular_similarity
     series        Eq. (8)         attention.angular_series and its bound
-    accuracy      Fig. 1, Fig. 5  the paper's accuracies (Tables 2, 3, 6, 7) at the MACs that flops.py counts
-    masks         Fig. 6          results/levit128_mask_ramp.jsonl and results/levit128_mask_fixed.jsonl
+    accuracy      Fig. 1, Fig. 5  the paper's accuracies (Tables 2, 3, 6, 7); MACs from flops.py
+    masks         Fig. 6          results/levit128_mask_ramp.jsonl, results/levit128_mask_fixed.jsonl
     frequency     Fig. 7          a two-layer network, trained here in seconds
     resolution    -               flops.curve; results/bench_cpu.json
     crossover     -               results/bench_cpu.json
     attention     -               a checkpoint of train.py and an image
 
-    python figures.py table                     results/cifar10.jsonl and scenes.jsonl as Markdown tables
-    python figures.py table --runs runs/cifar --collect mine.jsonl       the same of a folder of runs, kept as one file
+    python figures.py table              Markdown tables of results/cifar10.jsonl and scenes.jsonl
+    python figures.py table --runs runs/cifar --collect mine.jsonl      of the runs in a folder
 
-Each figure is drawn by the function of that name. Needs matplotlib.
+Each figure is drawn by the function of that name. This needs matplotlib.
 """
 
 import argparse
@@ -59,10 +59,10 @@ from run import Parser, renamed, share
 RESULTS = Path(__file__).parent / "results"
 BENCH = RESULTS / "bench_cpu.json"
 
-# One look for a thing in every figure; line style and marker tell things apart without colour.
+# A thing looks the same in every figure. Line styles and markers differ, not only colours.
 CASTLING = dict(color="#1f4e9c", linestyle="-", marker="o")
 SOFTMAX = dict(color="#e08214", linestyle="--", marker="o", markerfacecolor="white")
-LINES = [  # for anything else
+LINES = [  # for everything else
     dict(color="#111111", linestyle="-"),
     dict(color="#1f4e9c", linestyle="--"),
     dict(color="#e08214", linestyle="-."),
@@ -75,7 +75,7 @@ MARKERS = "os^Dv"
 
 @contextlib.contextmanager
 def drawing(path: Path, width: float = 8.4, height: float = 3.5) -> Iterator:
-    """A matplotlib figure of width x height inches, written to `path` in 256 colours. Needs no display."""
+    """Context with a matplotlib figure, width x height inches, then written in 256 colours."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -88,7 +88,7 @@ def drawing(path: Path, width: float = 8.4, height: float = 3.5) -> Iterator:
     Image.open(path).convert("RGB").quantize().save(path, optimize=True)
 
 
-# ---- the method ------------------------------------------------------------------------------------------------------
+# ---- the method ------------------------------------------------------------------------------------
 
 
 def idea(path: Path) -> None:
@@ -120,7 +120,7 @@ def idea(path: Path) -> None:
         plot.text(5.1, 1.3, "castle", ha="center", va="center", weight="bold")
 
 
-# ---- Fig. 3: the feature space of the angular kernel -----------------------------------------------------------------
+# ---- Fig. 3: the feature space of the angular kernel ---------------------------------------------
 
 
 def circle(angle: Tensor) -> Tensor:
@@ -129,13 +129,13 @@ def circle(angle: Tensor) -> Tensor:
 
 
 def kernel_embedding(x: Tensor, dims: int) -> tuple[Tensor, Tensor]:
-    """Classical multidimensional scaling of the angular kernel: features whose distances are those of Eq. (7).
+    """Features of points, whose distances are those of Eq. (7): classical multidimensional scaling.
 
     Args:
         x: (N, D) points.
-        dims: axes to keep, at most N; N keeps all.
-    Returns: (N, dims) centred coordinates by falling variance, and (dims,) shares of the whole variance. An axis is
-        known up to its sign, axes of equal variance up to a rotation.
+        dims: axes to keep, at most N.
+    Returns: (N, dims) centred coordinates, the axis of largest variance first, and (dims,) their
+        shares of the total variance. Signs are arbitrary, as are rotations at equal variance.
     """
     gram = angular_similarity(x, x)
     gram = gram - gram.mean(0, keepdim=True) - gram.mean(1, keepdim=True) + gram.mean()
@@ -145,10 +145,11 @@ def kernel_embedding(x: Tensor, dims: int) -> tuple[Tensor, Tensor]:
 
 
 def feature_distances(angle: Tensor) -> dict[str, Tensor]:
-    """{kernel: squared distance |phi(x) - phi(y)|^2 = K(x, x) + K(y, y) - 2 K(x, y)} of unit vectors `angle` apart.
+    """{kernel: squared distance in its feature space} of two unit vectors with this angle between.
 
-    angle: radians, rising from 0 to pi. The angular kernel's distance is 2 theta / pi, Eq. (7); all are scaled to its 2
-    for opposed vectors. The exponential and the RBF kernel (sigma = 1) are proportional on unit vectors, Eq. (2).
+    It is K(x, x) + K(y, y) - 2 K(x, y), which is 2 theta / pi for the angular kernel, Eq. (7). All
+    are scaled to be 2 for opposed vectors. On unit vectors the exponential and the RBF kernel
+    (sigma = 1) are proportional, Eq. (2). angle: radians, rising from 0 to pi.
     """
     x = circle(angle) @ circle(angle[:1])[0]
     kernels = {
@@ -161,19 +162,18 @@ def feature_distances(angle: Tensor) -> dict[str, Tensor]:
 
 
 def turned(axes: Tensor) -> Tensor:
-    """(N, 2) coordinates, rotated and mirrored so that the first point is at (+, 0) and the second has y > 0. Axes of
-    equal variance leave that choice open."""
+    """Rotate and mirror (N, 2) coordinates: first point at y = 0, x > 0, second at y > 0."""
     z = torch.view_as_complex(axes.contiguous())
     z = z * z[0].conj() / z[0].abs()
     return torch.view_as_real(z if z[1].imag > 0 else z.conj().resolve_conj())
 
 
 def kernel(path: Path) -> None:
-    """Fig. 3: the circle of directions, and where the angular kernel puts it.
+    """Fig. 3: points around a circle, their features under the angular kernel, and distances.
 
-    Whatever their length, points go to a closed curve on the unit sphere of the feature space. Its axes are the
-    harmonics k = 1, 3, 5... of the angle, each with 8 / (pi k)^2 of the variance. Beside it: distance against angle,
-    for this kernel and its rivals.
+    Only directions count, so the features form a closed curve on a unit sphere. Its axes are the
+    harmonics k = 1, 3, 5, ... of the angle, each with 8 / (pi k)^2 of the variance. The last panel
+    shows distance against angle for this kernel and others.
     """
     angle = torch.arange(72, dtype=torch.float64) * 2 * math.pi / 72
     x = (1 + 0.2 * (3 * angle).sin())[:, None] * circle(angle)  # only directions matter
@@ -201,11 +201,11 @@ def kernel(path: Path) -> None:
         plot.legend(loc="lower right", fontsize=7)
 
 
-# ---- Eq. (8): the series ---------------------------------------------------------------------------------------------
+# ---- Eq. (8): the series -------------------------------------------------------------------------
 
 
 def series_errors(terms: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
-    """|angular_series(x, K) - (1 - arccos(x) / pi)| for every K of `terms`, and its bound; both (terms, len(x))."""
+    """Error of angular_series(x, K) for every K of `terms`, and its bound: both (K, len(x))."""
     exact = 1 - x.arccos() / math.pi
     errors = [(angular_series(x, K) - exact).abs() for K in terms]
     return torch.stack(errors), torch.stack([angular_series_bound(x, K) for K in terms])
@@ -214,8 +214,8 @@ def series_errors(terms: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
 def series(path: Path) -> None:
     """Eq. (8): the error of the truncated series over the cosine, and over the number of terms.
 
-    The linear terms that Eq. (9) keeps (0 residual terms) are wrong by at most 0.18, for aligned and opposed vectors.
-    More terms help slowly there, as 1 / sqrt(terms), and geometrically elsewhere.
+    K = 0 is what Eq. (9) keeps. Its error is at most 0.18, reached for aligned and opposed vectors.
+    There the error falls slowly, as 1 / sqrt(K). For other vectors it falls geometrically.
     """
     few, x = (0, 1, 3, 10, 30), torch.linspace(-1, 1, 401, dtype=torch.float64)
     error, bound = series_errors(few, x)
@@ -243,7 +243,7 @@ def series(path: Path) -> None:
         right.legend(loc="lower left")
 
 
-# ---- Fig. 1 and 5: accuracy against MACs -----------------------------------------------------------------------------
+# ---- Fig. 1 and 5: accuracy against MACs ---------------------------------------------------------
 
 TOP_1 = {  # ImageNet top-1 in %, softmax and castling, Table 2
     ("DeiT", "deit_tiny"): (74.5, 76.0), ("DeiT", "deit_base"): (83.4, 84.2),
@@ -252,7 +252,7 @@ TOP_1 = {  # ImageNet top-1 in %, softmax and castling, Table 2
     ("MViTv2", "mvitv2_tiny"): (82.3, 84.1), ("MViTv2", "mvitv2_small"): (83.6, 84.6),
     ("MViTv2", "mvitv2_base"): (84.4, 85.0),
 }  # fmt: skip
-AP = [  # COCO AP in %: family, model, pixels, attention; Table 3, and without pre-training Tables 6 and 7
+AP = [  # COCO AP in %, the last entry; Table 3, and (without pre-training) Tables 6 and 7
     ("ESNet-ViT", "esnet_vit_s", 320, "castling", 28.1), ("ESNet-ViT", "esnet_vit_s", 416, "castling", 31.3),
     ("ESNet-ViT", "esnet_vit_m", 416, "castling", 34.0), ("ESNet-ViT", "esnet_vit_l", 416, "castling", 35.0),
     ("LCNet-ViT-L", "lcnet_vit_l", 416, "castling", 37.3),
@@ -264,9 +264,9 @@ AP = [  # COCO AP in %: family, model, pixels, attention; Table 3, and without p
 
 
 def classifier_points() -> list[dict]:
-    """Table 2's top-1 at the MACs of one 224 px image: family, model, attention, macs_g (G), accuracy (%).
+    """Rows of family, model, attention, accuracy (Table 2's top-1, %) and macs_g of a 224 px image.
 
-    The down-sampling blocks of a castled MViTv2 keep softmax: the paper's MACs, hence its accuracies, fit that design.
+    The castled MViTv2 has softmax in its down-sampling blocks: the paper's MACs fit that design.
     """
     rows = []
     for (family, model), accuracies in TOP_1.items():
@@ -278,7 +278,7 @@ def classifier_points() -> list[dict]:
 
 
 def detector_points() -> list[dict]:
-    """AP at the castled detector's MACs of one image: rows as in `classifier_points`."""
+    """Rows as in `classifier_points`: AP in %, and MACs of the castled detector for one image."""
     rows = []
     for family, model, pixels, attention, ap in AP:
         macs_g = flops.detector_row(model, attention, pixels, (None, None), "")["pure_macs_g"]
@@ -289,7 +289,7 @@ def detector_points() -> list[dict]:
 def accuracy(path: Path) -> None:
     """Fig. 1 and Fig. 5: the paper's accuracies at the MACs counted here, softmax beside castling.
 
-    Up and to the left is better. The accuracies are quoted, not reproduced here; the MACs are counted.
+    Up and to the left is better. The accuracies are the paper's; only the MACs are our own.
     """
     with drawing(path, height=4.0) as figure:
         plots = figure.subplots(1, 2)
@@ -310,14 +310,14 @@ def accuracy(path: Path) -> None:
         plots[1].set(title="COCO, accuracies of the paper", ylabel="AP, %")
 
 
-# ---- Fig. 6: masks ---------------------------------------------------------------------------------------------------
+# ---- Fig. 6: masks -------------------------------------------------------------------------------
 
-MASK_TOKENS = {"stages.0": 64, "stages.1": 16, "stages.2": 4}  # keys N in LeViT's stages at 128 pixels
+MASK_TOKENS = {"stages.0": 64, "stages.1": 16, "stages.2": 4}  # N in LeViT's stages at 128 pixels
 MASK_LOGS = {schedule: RESULTS / f"levit128_mask_{schedule}.jsonl" for schedule in ("ramp", "fixed")}
 
 
 def mask_trajectories(log: Path) -> dict[str, list]:
-    """{"step": steps, layer: share of non-zeros of its mask at those steps} of a run's log.jsonl, all epochs joined.
+    """{"step": steps, layer: density of its mask at those steps}, from a run's log.jsonl.
 
     Raises: ValueError if no epoch of the log has a `mask_curve`.
     """
@@ -331,11 +331,12 @@ def mask_trajectories(log: Path) -> dict[str, list]:
 
 
 def masks(path: Path) -> None:
-    """Fig. 6: non-zeros of every layer's mask over a run, threshold ramped (above) and fixed at 0.02 (below).
+    """Fig. 6: density of every layer's mask in a run; threshold ramped (above), fixed 0.02 (below).
 
-    A softmax row over N keys has an entry of at least 1/N. So where N < 50, a fixed 0.02 keeps an entry in every row:
-    the density never falls below 1/N (hatched), and castling such a layer loses what is kept. The ramp starts at 4/N: a
-    layer of four tokens is empty from the first step. The logs are of
+    The largest entry of a softmax row over N keys is at least 1/N. If N < 50, a threshold of 0.02
+    therefore keeps at least one entry per row. The density cannot fall below 1/N (hatched), and
+    castling such a layer changes the model. The ramp starts at 4/N, so the mask of a layer with
+    four tokens is empty from the first step. The logs are of
 
         python train.py --model levit128 --image-size 128 --shapes-length 4000 --epochs 3 --batch-size 64 \\
             --mask-schedule ramp            # and the same with fixed
@@ -364,24 +365,24 @@ def masks(path: Path) -> None:
             below.set_xlabel("step")
 
 
-# ---- Fig. 7: which frequencies a network learns first ----------------------------------------------------------------
+# ---- Fig. 7: which frequencies a network learns first --------------------------------------------
 
 FREQUENCIES = (1, 3, 5, 7, 9, 11)  # of the angle; Sim has no even ones
 
 
 def frequency_study(steps: int = 4000, seed: int = 0) -> dict:
-    """A two-layer network learns Sim of a fixed query with a key that goes round the circle.
+    """Train a two-layer network on Sim of a fixed query and a key at the angle theta to it.
 
-    Over the angle Sim is a triangle wave, 1/2 + (4 / pi^2) sum_(k odd) cos(k theta) / k^2, and the linear terms of
-    Eq. (8) are 1/2 + cos(theta) / pi: 79% of frequency 1, nothing of the others.
+    Sim is a triangle wave, 1/2 + (4 / pi^2) sum_(k odd) cos(k theta) / k^2. The linear terms of
+    Eq. (8), 1/2 + cos(theta) / pi, hold 79% of frequency 1 and nothing of the others.
 
-    Args:
-        steps: full-batch Adam steps at 256 angles, learning rate 1e-3; 256 tanh units on (cos theta, sin theta).
-        seed: of the initial weights.
-    Returns: angle (256,), target, linear and fit (256,): values there; step: where things were measured; loss: mean
-        squared error at those steps; residual (steps measured, frequencies): |F[fit] - F[target]| / |F[target]|;
-        linear_residual (frequencies,): that of the linear terms.
-    Source: the residual is the F-principle's, the paper's [67]; the paper states no network, optimiser or target range.
+    Network: (cos theta, sin theta) -> 256 tanh units -> 1. Adam, rate 1e-3, all 256 angles a step.
+    Args: steps: training steps; seed: of the initial weights.
+    Returns: a dict. angle, target, linear, fit (256,): the angles and three functions of them.
+        step, loss: when was measured, and the mean squared error. residual (steps, frequencies):
+        |F[fit] - F[target]| / |F[target]|. linear_residual (frequencies,): of the linear terms.
+    Source: the residual is that of the F-principle, the paper's [67]. The paper names no network,
+        optimiser or target range.
     """
     angle = torch.arange(-128, 128, dtype=torch.float64) * math.pi / 128
     keys = circle(angle)
@@ -412,7 +413,7 @@ def frequency_study(steps: int = 4000, seed: int = 0) -> dict:
 
 
 def frequency(path: Path) -> None:
-    """Fig. 7: Sim, its linear terms and a network's fit; the network's loss; what it still lacks of each frequency."""
+    """Fig. 7: Sim, its linear terms and a network's fit; the loss; the residual by frequency."""
     study, names = frequency_study(), dict(target="Sim", linear="linear terms", fit="network")
     with drawing(path) as figure:
         left, middle, right = figure.subplots(1, 3)
@@ -433,13 +434,13 @@ def frequency(path: Path) -> None:
         figure.colorbar(image, ax=right, label="0: learned, 1: missing")
 
 
-# ---- MACs and latency ------------------------------------------------------------------------------------------------
+# ---- MACs and latency ----------------------------------------------------------------------------
 
 PIXELS = (128, 224, 320, 448, 512, 640, 768, 896, 1024)
 
 
 def model_ratios(result: dict) -> dict[str, list[tuple[int, float]]]:
-    """{model: [(pixels, softmax's time over the castled model's)]} of bench.py's `models` rows, all batch sizes.
+    """{model: [(pixels, time of softmax / time of castled)]} from bench.py's `models` rows.
 
     Rows that compare two models, and those without the DWConv in the MLPs, are left out.
     """
@@ -451,7 +452,7 @@ def model_ratios(result: dict) -> dict[str, list[tuple[int, float]]]:
 
 
 def resolution(path: Path) -> None:
-    """MACs of softmax and castled models against resolution, and their ratio beside the measured ratio of times."""
+    """MACs of softmax and castled models by image size; their ratio, and the ratio of times."""
     times = model_ratios(json.loads(BENCH.read_text()))
     with drawing(path) as figure:
         left, right = figure.subplots(1, 2)
@@ -472,9 +473,9 @@ def resolution(path: Path) -> None:
 
 
 def core_ratios(result: dict) -> dict[int, list[tuple[int, float]]]:
-    """{D: [(N, softmax's time over the castling core's)]} of bench.py's `core` rows, by falling D and rising N.
+    """{D: [(N, time of softmax / time of castling)]} from bench.py's `core` rows, largest D first.
 
-    The median over rows that differ in batch and heads only.
+    Each ratio is the median over rows that differ only in batch and heads.
     """
     lines: dict[int, dict[int, list[float]]] = {}
     for row in result["core"]:
@@ -484,9 +485,9 @@ def core_ratios(result: dict) -> dict[int, list[tuple[int, float]]]:
 
 
 def crossover(result: dict, path: Path) -> None:
-    """Time of the softmax core over the castling core against tokens, a line per head width D; above 1 castling wins.
+    """Time of the softmax core / time of the castling core, over N, a line per D.
 
-    result: what bench.py --json writes, with a `core` table.
+    Above 1, castling is faster. result: what bench.py --json writes, with a `core` table.
     """
     with drawing(path, width=6.0) as figure:
         plot = figure.subplots()
@@ -505,12 +506,12 @@ def crossover(result: dict, path: Path) -> None:
         plot.legend()
 
 
-# ---- looking inside a layer ------------------------------------------------------------------------------------------
+# ---- looking inside a layer ----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def captured(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor, Tensor]]]:
-    """Context that gives {layer: (q, k, v)}, the (B, H, N, D) that each core of a model was last called with.
+    """Context that gives {layer: (q, k, v)}, the last inputs of each core, each (B, H, N, D).
 
     with captured(model) as seen:
         model(images)
@@ -533,7 +534,7 @@ def captured(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor, Tenso
 
 @torch.no_grad()
 def auxiliary_mask_rows(core: AttentionCore, q: Tensor, k: Tensor, queries: Sequence[int] | Tensor) -> Tensor:
-    """Rows of M_sparse at the core's present threshold, (B, H, Q, N) for Q chosen queries; 0 once castled.  Eq. (10)
+    """Rows of M_sparse for Q queries, (B, H, Q, N), at the core's threshold; 0 if castled. Eq. (10)
 
     Args: q, k: (B, H, N, D), as `captured` gives them; queries: Q token indices.
     """
@@ -550,20 +551,20 @@ def auxiliary_mask_rows(core: AttentionCore, q: Tensor, k: Tensor, queries: Sequ
 def attention_rows(
     core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int], band: bool = True
 ) -> Tensor:
-    """The attention map that a linear-angular core never forms, for chosen queries: (B, H, Q, N), in O(Q N D).
+    """Rows of the attention map of a linear-angular core for Q queries, (B, H, Q, N), in O(Q N D).
 
-    Row i is (1/2 e_i + q_i K^T / pi [+ row i of M_sparse]) / |y_i|, plus the DWConv's taps around i; y_i is the row
-    before its division, times V. So in eval mode
-    attention_rows(core, q, k, v, queries) @ v = core(q, k, v)[..., queries, :].  Entries may be negative.
+    The core itself never computes this map. Row i is r_i / |r_i V| plus the DWConv's taps around i,
+    with r_i = 1/2 e_i + q_i K^T / pi [+ row i of M_sparse]. Entries may be negative. In eval mode
+    attention_rows(core, q, k, v, queries) @ v = core(q, k, v)[..., queries, :].
 
     Args:
         q, k: (B, H, N, D); v: (B, H, N, E), as `captured` gives them.
-        queries: Q token indices, at least one. band: False leaves the DWConv out.
-    Raises: ValueError for a core of another kernel, for q, k, v that do not fit, and for an index that there is not.
+        queries: Q token indices, at least one. band: False omits the DWConv.
+    Raises: ValueError for another kernel, for q, k, v that do not fit, or an index outside 0..N-1.
     """
     check_qkv(q, k, v, per_token=True)
     if core.kernel != "linear_angular":
-        raise ValueError(f"rows are those of the linear_angular kernel, not of {core.kernel!r}")
+        raise ValueError(f"expected a core with the linear_angular kernel, got {core.kernel!r}")
     index, dtype = torch.as_tensor(queries, device=q.device), torch.promote_types(v.dtype, torch.float32)
     if index.min() < 0 or index.max() >= q.shape[-2]:
         raise ValueError(f"tokens must be within 0..{q.shape[-2] - 1}, got {queries}")
@@ -584,13 +585,12 @@ def attention_rows(
 
 @torch.no_grad()
 def effective_rank(q: Tensor, k: Tensor, diagonal: float = 0.5) -> Tensor:
-    """Effective rank, 1..N, of diagonal I + Q K^T / pi, rows of Q and K on the unit sphere: (..., N, D) -> (...).
+    """Effective rank, 1..N, of `diagonal` I + Q K^T / pi with unit rows: (..., N, D) -> (...).
 
-    It is exp of the entropy of the singular values over their sum. With diagonal 1/2 the matrix is the map of Eq. (9)
-    before its normalisation, with 0 the map's low-rank part alone. In O(N D^2): outside the span of Q and K the matrix
-    is `diagonal` times the identity, inside it has at most 2 D x 2 D entries.
-    Args: diagonal: at least 0.
-    Raises: ValueError if the shapes do not fit.
+    It is exp(entropy of (singular values / their sum)). With `diagonal` 1/2 the matrix is the map
+    of Eq. (9) before its normalisation; with 0, its low-rank part. The cost is O(N D^2): outside
+    the span of Q and K, which has at most 2 D dimensions, the matrix is `diagonal` I.
+    Args: diagonal: at least 0. Raises: ValueError if the shapes do not fit.
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
     """
     check_qkv(q, k, k, per_token=True)
@@ -606,16 +606,17 @@ def effective_rank(q: Tensor, k: Tensor, diagonal: float = 0.5) -> Tensor:
     return (torch.special.entr(values / total[..., None]).sum(-1) + (N - r) * outside).exp()
 
 
-# ---- attention maps of a trained model -------------------------------------------------------------------------------
+# ---- attention maps of a trained model -----------------------------------------------------------
 
 
 def attention(path: Path, args: argparse.Namespace) -> None:
-    """What chosen tokens attend to in one layer: a column for each token, of a square image.
+    """What chosen tokens attend to in one layer: a column of pictures for each token.
 
-    From above: the image, the token's row of the linear-angular map, the same with the DWConv, and its row of the
-    auxiliary mask. Rows are means over heads and show patches only. The scale of the maps leaves out the token itself,
-    whose 1/2 outshines the others. Prints the effective rank of every layer's map.
-    Raises: ValueError for a checkpoint, layer or token that there is not; DataError for the image.
+    From top to bottom: the image, the token's row of the linear-angular map, the same with the
+    DWConv, and its row of the auxiliary mask. Rows are means over heads and show only patches. The
+    colour scale ignores the token itself, because its 1/2 is far above the other entries. The
+    effective rank of every layer's map is printed.
+    Raises: ValueError for an unknown checkpoint, layer or token; DataError for the image.
     """
     options = train.parser().parse_args([f"--checkpoint={args.checkpoint}"])
     options.script = "train.py"
@@ -636,7 +637,7 @@ def attention(path: Path, args: argparse.Namespace) -> None:
         print(f"{name}: {q.shape[2]} tokens, effective rank {full:.1f}; of q k^T alone {low:.1f} of {min(q.shape[2:])}")
     q, k, v = seen[layer]
     side = math.isqrt(q.shape[2])
-    prefix = q.shape[2] - side**2                          # 197 tokens are 1 and 14 x 14 patches
+    prefix = q.shape[2] - side**2  # 197 tokens are a class token and 14 x 14 patches
     diagonal = dict.fromkeys(prefix + place * side + place for place in (side // 4, side // 2, 3 * side // 4))
     tokens = args.tokens or [*range(min(prefix, 1)), *diagonal]
     maps, banded = (attention_rows(core, q, k, v, tokens, band)[0].mean(0) for band in (False, True))  # (Q, N)
@@ -667,7 +668,7 @@ def attention(path: Path, args: argparse.Namespace) -> None:
         figure.suptitle(f"{options.model}, {layer}, mean over {q.shape[1]} heads")
 
 
-# ---- results of runs -------------------------------------------------------------------------------------------------
+# ---- results of runs -----------------------------------------------------------------------------
 
 RUNS = [RESULTS / "cifar10.jsonl", RESULTS / "scenes.jsonl"]
 METRICS = {"train.py": ("acc1", "top-1, %"), "detect.py": ("AP", "AP"), "segment.py": ("mIoU", "mIoU")}
@@ -678,10 +679,10 @@ VARIED = {  # settings that may differ within a column
 
 
 def read_runs(path: Path) -> list[dict]:
-    """Runs as {"run": name, "config": config.json, "log": [records of log.jsonl]}, from a file of --collect or from a
-    folder that holds a folder for each run.
+    """[{"run": name, "config": config.json, "log": [records of log.jsonl]}] of every run.
 
-    Raises: ValueError for another file, for a run that is not complete, and if there is none.
+    path: a folder with one folder for each run, or a file that --collect wrote.
+    Raises: ValueError for another file, an incomplete run, or no run.
     """
     if path.is_dir():
         runs = []
@@ -703,7 +704,7 @@ def read_runs(path: Path) -> list[dict]:
 
 
 def row_of(run: dict) -> str:
-    """A run's row in the table: its attention, and what else sets it apart."""
+    """Name of a run's row in the table: its attention, and settings that tell it from others."""
     config = renamed(run["config"])
     mlp = config.get("mlp_dwconv")
     name = config["attention"]
@@ -722,7 +723,7 @@ def row_of(run: dict) -> str:
 
 @functools.cache
 def token_counts(model: str, pixels: int, **options) -> tuple[int, ...]:
-    """Query tokens N of a model's attention layers for a square image, each number once, in order."""
+    """Numbers of query tokens in a model's layers for a square image, without repetitions."""
     network, image = flops.meta_model(model, image_size=pixels, **options)
     with captured(network) as seen, torch.no_grad():
         network(image)
@@ -730,7 +731,7 @@ def token_counts(model: str, pixels: int, **options) -> tuple[int, ...]:
 
 
 def column_of(run: dict) -> tuple[str, str]:
-    """A run's column: (model, pixels and tokens, metric). The tokens of timm's models are not given."""
+    """A run's column: ("model, pixels, tokens", metric). For timm's models tokens are left out."""
     config, tokens = run["config"], ""
     if not config["model"].startswith("timm:"):
         name = config["model"] + ("_dense" if config["script"] == "segment.py" else "")
@@ -742,7 +743,7 @@ def column_of(run: dict) -> tuple[str, str]:
 
 
 def outcome(run: dict) -> dict[str, float | None]:
-    """The castled model's score and MACs (M), points lost by castling (None without a branch), seconds of a step."""
+    """Score and MACs (M) of the castled model; gap: points lost by castling, or None; step: s."""
     (report,) = (record["castling_report"] for record in run["log"] if "castling_report" in record)
     metric = METRICS[run["config"]["script"]][0]
     return dict(
@@ -754,19 +755,20 @@ def outcome(run: dict) -> dict[str, float | None]:
 
 
 def mean_and_spread(values: Sequence[float], form: str) -> str:
-    """Their mean in `form` and, of more than one, the standard deviation."""
+    """The mean in the number format `form`; for two or more values also the standard deviation."""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{spread}"
 
 
 def results_table(runs: list[dict], against: str = "softmax") -> str:
-    """A Markdown table: attentions down, models across. Scores are means and standard deviations over seeds.
+    """A Markdown table with a row for each attention and five columns for each model.
 
-    Row `against` is the reference. The column after the scores compares seed by seed: mean and standard deviation of
-    the score minus the reference's, and in brackets the number of pairs. Times of a training step are the first seed's
-    over the reference's. Both columns are empty for a model without that row.
+    They are: score, mean and standard deviation over seeds; the score minus that of row `against`
+    with the same seed, and in brackets the number of such pairs; gap, the points lost by castling;
+    step, the time of a training step divided by that of row `against`; and M MACs, castled.
 
-    Raises: ValueError if runs of one model differ in more than VARIED, or if two of one row have the same seed.
+    Raises: ValueError if runs of one model differ in settings that are not in VARIED, or if two
+        runs of one row have the same seed.
     """
     columns: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for run in sorted(runs, key=lambda run: run["config"]["seed"]):
@@ -805,8 +807,7 @@ def results_table(runs: list[dict], against: str = "softmax") -> str:
 
 
 def tables(args: argparse.Namespace) -> None:
-    """Print a table for each of --runs, and write all of them to --collect. Raises ValueError for an
-    --against that none of them has."""
+    """Print a table for each of --runs; write all runs to --collect. ValueError: bad --against."""
     every = [read_runs(path) for path in args.runs]
     if args.against != "softmax":
         look_up(dict.fromkeys(row_of(run) for runs in every for run in runs), args.against, "row")
@@ -827,7 +828,7 @@ FIGURES: dict[str, Callable[[Path], None]] = {
 }
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def parser() -> argparse.ArgumentParser:
@@ -835,19 +836,20 @@ def parser() -> argparse.ArgumentParser:
     p = Parser("figures.py", __doc__)
     add, figures = p.add_argument, [*FIGURES, "attention", "table"]
     add("names", nargs="*", metavar="NAME", choices=[*figures, "all"], default="all",
-        help=f"{', '.join(figures)}; default all but the last two")  # fmt: skip
+        help=f"{', '.join(figures)}; default: all but the last two")  # fmt: skip
     add("--output", type=Path, default=Path("figures"), help="folder for the PNGs; default figures")
-    add("--checkpoint", help="attention: of train.py")
-    add("--image", help="attention: an image file")
-    add("--layer", help="attention: name of a layer, as it is printed; default the one in the middle")
-    add("--tokens", type=int, nargs="+", help="attention: token numbers, prefix tokens first; default class token and "
-        "diagonal")  # fmt: skip
-    add("--progress", type=share, help="attention: show the mask as at this share of training; default the "
-        "checkpoint's own")  # fmt: skip
-    add("--runs", type=Path, nargs="+", default=RUNS, help="table: folders of runs' folders, or files of --collect")
-    add("--against", default="softmax", metavar="ROW", help="table: the row that others are compared "
-        "with, seed by seed, such as 'castling, ramp'; default softmax")  # fmt: skip
-    add("--collect", type=Path, help="table: a file to write configs and logs of --runs to, a run a line")
+    add("--checkpoint", help="for attention: a checkpoint of train.py")
+    add("--image", help="for attention: an image file")
+    add("--layer", help="for attention: a layer's name, as printed; default: the middle layer")
+    add("--tokens", type=int, nargs="+", help="for attention: token numbers; the class token, if "
+        "there is one, is 0; default: class token and three patches on the diagonal")  # fmt: skip
+    add("--progress", type=share, help="for attention: draw the mask for this share of training, "
+        "0..1; default: the checkpoint's own")  # fmt: skip
+    add("--runs", type=Path, nargs="+", default=RUNS, help="for table: folders that hold a folder "
+        "for each run, or files that --collect wrote; default: this project's runs")
+    add("--against", default="softmax", metavar="ROW", help="for table: the row with which the "
+        "others are compared, seed by seed, such as 'castling, ramp'; default softmax")  # fmt: skip
+    add("--collect", type=Path, help="for table: write settings and logs of --runs to this file")
     return p
 
 

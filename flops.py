@@ -1,11 +1,12 @@
-"""Parameters and multiply-adds of any module, under stated conventions; the paper's tables beside our counts.
+"""Count the parameters and multiply-adds (MACs) of a model, and compare with the paper's tables.
 
-    python flops.py --table 2                                                   a table of the paper, our counts beside
+    python flops.py --table 2                           a table of the paper beside our counts
     python flops.py --model levit128 --attention castling,softmax --image-size 512
-    python flops.py --curve --model deit_tiny                                   MACs against resolution, the crossover
+    python flops.py --curve --model deit_tiny           MACs of softmax and castled by image size
 
-One MAC is one multiply-add, that is 2 FLOPs; everything here is in MACs. Nothing is computed: models live on the meta
-device. Counts are of inference; the auxiliary branch is counted separately.
+One MAC is one multiplication and one addition, so 2 FLOPs. All counts are MACs of one inference.
+The auxiliary branch is counted separately. A convention says which operations count, see
+CONVENTIONS. The models are on PyTorch's meta device: only shapes are computed, no values.
 """
 
 import argparse
@@ -45,16 +46,17 @@ from segment import PIXEL_DECODERS, build_segmenter
 aten = torch.ops.aten
 
 
-# ---- counting --------------------------------------------------------------------------------------------------------
+# ---- counting ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Cost:
     """What one forward costs, for the inputs that `count` was given.
 
-    params: all parameters. params_weights: only the weights of convolutions and linear layers, as the paper counts.
-    macs: under the convention. attention: the part of macs that all attention cores spend on products of q, k and v.
-    by_module: {module: MACs of its products and convolutions, with its children's}.
+    params: all parameters.
+    params_weights: only the weights of convolutions and linear layers, as the paper counts.
+    macs: under the convention. attention: those of the products of q, k and v in all cores.
+    by_module: {module: MACs of matrix products and convolutions in it and its children}.
     """
 
     params: int
@@ -71,18 +73,18 @@ def fused_attention(query, key, value, *args, **kwargs) -> int:
 
 
 def samples(input, grid, mode=0, *args, out_val=None, **kwargs) -> int:
-    """FLOPs of grid_sample: an output value is a weighted sum of 4 (bilinear) or 16 (bicubic) values, or a copy."""
+    """FLOPs of grid_sample: an output sums 4 or 16 weighted values; with mode nearest, 0."""
     return 2 * {0: 4, 1: 0, 2: 16}[mode] * input[0] * input[1] * grid[1] * grid[2]
 
 
-# What torch's counter leaves at 0, by the shapes of the arguments.
+# Operations that torch's counter takes as 0. Each function is given the shapes of the arguments.
 FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: fused_attention, aten.grid_sampler_2d: samples}
 
 NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
          "_batch_norm_with_update", "_batch_norm_no_update"}  # fmt: skip
 
-# Operations without a sum of products. Strict counting refuses an operation that is not counted, not listed here, not
-# pointwise and no view.
+# Operations without a sum of products. Strict counting raises an error for any operation that is
+# neither counted nor listed here, unless it is pointwise or a view.
 FREE = NORMS | {
     # softmax, norms, reductions
     "_softmax", "_log_softmax", "_safe_softmax", "native_layer_norm", "native_group_norm", "linalg_vector_norm",
@@ -104,39 +106,41 @@ FREE = NORMS | {
 
 
 def norm_terms(batch_norm: int, layer_norm: int) -> dict[str, Callable]:
-    """For each operation that normalises: elements times its factor."""
+    """MACs of each normalising operation: the number of elements times the factor given."""
     terms = dict.fromkeys(NORMS, lambda a, o: batch_norm * a[0].numel())
     return terms | dict.fromkeys(("native_layer_norm", "native_group_norm"), lambda a, o: layer_norm * a[0].numel())
 
 
 def global_pool(args: tuple, out) -> int:
-    """Elements that adaptive_avg_pool2d(x, 1) reads, which dispatches to a mean over the last two axes."""
+    """Elements that adaptive_avg_pool2d(x, 1) reads. It arrives here as a mean over two axes."""
     return args[0].numel() if args[0].ndim == 4 and sorted(args[1]) == [-2, -1] else 0
 
 
-# Convention: operation -> what it adds to the MACs of products and convolutions, from its arguments and its result.
+# {convention: {operation: function of its arguments and result}}. The function gives what the
+# convention adds to the MACs of convolutions, linear layers and matrix products.
 CONVENTIONS: dict[str, dict[str, Callable]] = {
-    # Every multiply-add of convolutions, linear layers and matrix products, as executed. Ours.
+    # This project's convention: nothing is added.
     "macs": {},
-    # mobile-vision's counter, which the paper's classifiers fit: the same.
+    # That of mobile-vision, which fits the paper's classifiers. It counts the same.
     "paper-cls": {},
-    # mmcv 1.4's get_flops.py, which the paper's detectors fit: also conv biases, norms, some activations, pools. mmcv
-    # sees modules only. Here products outside of modules count too: the paper wraps its own in a MatMul module.
+    # That of mmcv 1.4, get_flops.py, which fits the paper's detectors. It adds biases of
+    # convolutions, norms, some activations and pooling. mmcv counts only modules. The paper's
+    # matrix products are modules (MatMul), so all products count here.
     "paper-det": norm_terms(2, 2) | {
         "convolution": lambda a, o: o.numel() if a[2] is not None else 0,
-        # _unsafe_index: what nearest-neighbour upsampling is decomposed to on its way here
+        # _unsafe_index: nearest-neighbour upsampling arrives here as this operation
         **dict.fromkeys(("relu", "relu_", "hardswish", "hardswish_", "hardtanh", "hardtanh_", "upsample_nearest2d",
                          "upsample_bilinear2d", "_unsafe_index"), lambda a, o: o.numel()),
         **dict.fromkeys(("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d"), lambda a, o: a[0].numel()),
         "mean": global_pool,
     },
-    # fvcore's FlopCountAnalysis (which counts MACs): also norms. Unlike it, fused attention is counted.
+    # That of fvcore, FlopCountAnalysis. It adds norms. fvcore omits fused attention; we count it.
     "fvcore-like": norm_terms(2, 5),
 }  # fmt: skip
 
 
 class Auditor(TorchDispatchMode):
-    """Sees every operation; adds a convention's terms to `extra`. In strict mode it refuses what nobody counts."""
+    """Sees every operation and sums the convention's terms in `extra`. Strict: see FREE."""
 
     def __init__(self, terms: dict[str, Callable], strict: bool):
         super().__init__()
@@ -155,7 +159,7 @@ class Auditor(TorchDispatchMode):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context in which a model is in eval mode, without gradients or mask statistics; afterwards all is as before."""
+    """Context: eval mode without gradients or mask statistics. Afterwards all is restored."""
     modes = {module: module.training for module in model.modules()}
     recording = {core: core.record for core in attention.cores(model).values()}
     try:
@@ -171,18 +175,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def count(model: nn.Module, *inputs: Tensor, convention: str = "macs", strict: bool = True) -> Cost:
-    """Parameters and MACs of one forward in eval mode; the model's modes stay as they are.
+    """Parameters and MACs of one forward in eval mode. The model is left as it was.
 
     Args:
         inputs: of the model, on its device; the meta device is enough.
         convention: a key of CONVENTIONS.
         strict: raise for an operation that has no count, instead of taking it as 0.
-    Raises: ValueError for an unknown convention, or in strict mode for an operation without a count.
+    Raises: ValueError for an unknown convention, or if `strict` for an operation without a count.
     """
     terms = attention.look_up(CONVENTIONS, convention, "convention")
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     auditor = Auditor(terms, strict)
-    # The formulas themselves: fast.py leaves out branches whose mask is certain to be empty.
+    # Count the formulas of attention.py: fast.py would skip a branch whose mask is empty.
     formulas = dict(
         form=staticmethod(attention.castling_attention), branch_form=staticmethod(attention.auxiliary_branch)
     )
@@ -191,7 +195,7 @@ def count(model: nn.Module, *inputs: Tensor, convention: str = "macs", strict: b
     root = type(model).__name__
     flops = counter.get_flop_counts()
     modules = {name.removeprefix(root).removeprefix("."): ops for name, ops in flops.items() if name != "Global"}
-    layers = {aten.mm, aten.addmm, aten.convolution}  # whatever else multiplies in a core is between q, k and v
+    layers = {aten.mm, aten.addmm, aten.convolution}  # other products in a core are of q, k and v
     between = sum(
         value // 2 for name in attention.cores(model) for op, value in modules.get(name, {}).items() if op not in layers
     )
@@ -207,7 +211,7 @@ def count(model: nn.Module, *inputs: Tensor, convention: str = "macs", strict: b
 
 
 class Storages(TorchDispatchMode):
-    """Bytes of the storages that operations have made and that are still referenced, and their peak."""
+    """Bytes of the results of operations that are still referenced, and their peak."""
 
     def __init__(self):
         super().__init__()
@@ -231,10 +235,10 @@ class Storages(TorchDispatchMode):
 
 
 def peak_activation_bytes(model: nn.Module, *inputs: Tensor) -> int:
-    """Most bytes of intermediate results alive at once in one eval forward without gradients.
+    """The most bytes that intermediate results take at one time, in one forward without gradients.
 
-    An estimate: without the allocator's overhead and without scratch memory inside an operation. Softmax attention is
-    taken as the fused kernel, which allocates its output only.
+    This is an estimate: it omits the allocator's overhead and the memory used inside an operation.
+    Softmax attention counts as the fused kernel, which allocates only its output.
     """
 
     def fused(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
@@ -246,13 +250,14 @@ def peak_activation_bytes(model: nn.Module, *inputs: Tensor) -> int:
     return storages.peak
 
 
-# ---- the paper's tables ----------------------------------------------------------------------------------------------
+# ---- the paper's tables --------------------------------------------------------------------------
 
 TABLE_1 = {1: 685, 2: 661, 3: 736, 4: 771, 5: 763, 6: 838}  # design: M MACs of LeViT-192
 
 # Table 1's attention designs by row. token_pooled: stages that pool keys and values by 2.
-# bottleneck: D < E in stage blocks. post_q: down-sampling blocks take every second query after the projection, instead
-# of every second token before it, and queries are added to the output where D = E.
+# bottleneck: queries have fewer channels than values (D < E) in stage blocks.
+# post_q: down-sampling blocks subsample after the projection to queries, not before it. Queries are
+# added to the output where D = E.
 DESIGNS = {
     1: dict(token_pooled=(0, 1), bottleneck=False, post_q=False),
     2: dict(token_pooled=(), bottleneck=True, post_q=False),
@@ -286,20 +291,20 @@ TABLES_6_AND_7 = {  # table: size, pixels, and the (parameters in M, MACs in G) 
     6: ("s", 320, (1.10, 0.48), (2.14, 0.69), (2.14, 0.62)),
     7: ("m", 416, (3.32, 2.15), (7.53, 3.51), (7.53, 3.15)),
 }
-TABLE_4 = {"softmax": (118, 229, 182), "castling": (118, 195, 147)}  # parameters in M; MACs in G, whole and backbone
+TABLE_4 = {"softmax": (118, 229, 182), "castling": (118, 195, 147)}  # M parameters; G MACs, of the backbone
 TABLE_4_SIZE = (512, 704)  # height, width
 
 
 class DesignAttention(attention.AttentionCore):
-    """LeViT's softmax attention as Table 1's designs have it: convolved q, k, v instead of a bias.
+    """LeViT's softmax attention in a design of Table 1, with convolved q, k, v instead of a bias.
 
     (B, N, C), grid -> (B, N', C'), grid'. The convolutions are 3x3 and depthwise.
 
     Args:
         key_dim, value_dim: D and E.
-        stride: 2 takes every second query of every second row, and does not convolve queries.
+        stride: with 2, queries are every second one of every second row, and are not convolved.
         stride_kv: of the convolutions of keys and values.
-        residual: queries are added to the output where D = E.
+        residual: add the queries to the output if D = E.
     """
 
     def __init__(
@@ -370,7 +375,7 @@ def meta_model(
 def table_row(
     name: str, attention_name: str, cost: Cost, params: int, paper_params: float | None, paper_macs: float, note: str
 ) -> dict:
-    """A row of a table as --json prints it: parameters in M, MACs in G, None where the paper prints nothing."""
+    """A table's row as --json prints it: parameters in M, MACs in G, None if the paper has none."""
     return dict(
         model=name,
         attention=attention_name,
@@ -383,7 +388,7 @@ def table_row(
 
 
 def table_1() -> list[dict]:
-    """LeViT-192 in the six attention designs that the paper compares; one head. The paper prints no parameters."""
+    """LeViT-192, one head, in the six attention designs that the paper compares by MACs."""
     rows = []
     for design, paper in TABLE_1.items():
         with torch.device("meta"):
@@ -397,7 +402,8 @@ def table_1() -> list[dict]:
 def table_2() -> list[dict]:
     """ImageNet classification models, as the paper counted them.
 
-    Weights only and one head, but for LeViT's published rows, which the paper copied: all parameters, two heads.
+    Parameters are weights only, with one head. But the rows of softmax LeViTs are copied from their
+    paper: all parameters, two heads.
     """
     rows = []
     for name, (softmax, castling) in TABLE_2.items():
@@ -424,7 +430,7 @@ def detector_row(
     branch: bool = False,
     **options,
 ) -> dict:
-    """A row for a detector, castled unless with its `branch`: the paper's convention, and `pure_macs_g` without it."""
+    """A detector's row, castled unless `branch`. Convention "paper-det"; pure_macs_g without it."""
     with torch.device("meta"):
         model = build_detector(name, attention_name, image_size=image_size, **options)
         image = torch.empty(1, 3, image_size, image_size)
@@ -436,8 +442,10 @@ def detector_row(
 
 
 def table_3() -> list[dict]:
-    """COCO detectors. The paper's ESNet-ViT rows fit models with the auxiliary branch, which castling drops. Its
-    LCNet-ViT row fits one without the branch and without the MLPs' DWConv."""
+    """COCO detectors. The paper's ESNet-ViT rows fit models that still have the auxiliary branch.
+
+    Its LCNet-ViT row fits a model without the branch and without the DWConv of the MLPs.
+    """
     rows = []
     for name, size, *paper in TABLE_3:
         if name.startswith("esnet"):
@@ -450,8 +458,11 @@ def table_3() -> list[dict]:
 
 
 def table_6_or_7(table: int) -> list[dict]:
-    """Ablation of LCNet-ViT. The paper prints the same parameters with and without "DW.", which only the DWConv on V
-    fits. The last row is the model as built here, with the MLPs' DWConv too."""
+    """Ablation of LCNet-ViT. The last row is the model of this project, with the MLPs' DWConv.
+
+    The paper prints the same parameters with and without "DW.". So "DW." is the DWConv on V: that
+    of the MLPs would change the number.
+    """
     size, pixels, lcnet, softmax, linear = TABLES_6_AND_7[table]
     vit = f"lcnet_vit_{size}"
     return [
@@ -465,11 +476,12 @@ def table_6_or_7(table: int) -> list[dict]:
 
 
 def table_4() -> list[dict]:
-    """ViT-B with Mask2Former on ADE20K: the whole model, and its backbone with the pyramid, for both pixel decoders.
+    """ViT-B with Mask2Former on ADE20K: the whole model, and its backbone with the pyramid.
 
-    The paper names no input size. Its six numbers fit 512 x 704: the first validation image, 683 x 512, padded to /32,
-    and the commonest size there. Mask2Former's own counts include the sum over queries that turns masks into class
-    scores; the paper's do not.
+    The paper names no input size. Its six numbers fit 512 x 704 (height x width). That is the first
+    validation image, 512 x 683, padded to multiples of 32; this size is also the most common one.
+    Mask2Former's own counts include the sum over queries that turns masks into class scores. The
+    paper's counts do not.
     """
     rows, (height, width) = [], TABLE_4_SIZE
     for decoder in PIXEL_DECODERS:
@@ -502,7 +514,7 @@ def deviation(ours: float, paper: float | None) -> str:
 
 
 def print_rows(rows: list[dict]) -> None:
-    """A table of the paper, our counts beside its own and the deviations."""
+    """A table of the paper: our count, the paper's, and the deviation in percent."""
     print(f"{'model':18}{'attention':12}{'params, M':>10}{'paper':>8}{'':>9}{'MACs, G':>10}{'paper':>8}{'':>9}  note")
     for r in rows:
         paper_params = "" if r["paper_params_m"] is None else f"{r['paper_params_m']:g}"
@@ -513,11 +525,11 @@ def print_rows(rows: list[dict]) -> None:
         )
 
 
-# ---- one model, and resolution ---------------------------------------------------------------------------------------
+# ---- one model, and resolution -------------------------------------------------------------------
 
 
 def compare(name: str, attentions: list[str], image_size: int, convention: str) -> list[dict]:
-    """One model with several attentions: what it costs, where, and what its auxiliary branch costs in training."""
+    """Costs of one model with several attentions, by part; and of its branch in training."""
     rows = []
     for attention_name in attentions:
         model, image = meta_model(name, attention_name, image_size)
@@ -545,7 +557,7 @@ def compare(name: str, attentions: list[str], image_size: int, convention: str) 
 
 
 def print_comparison(rows: list[dict]) -> None:
-    """`compare`'s rows side by side, one column per attention."""
+    """The rows of `compare`, one column per attention."""
     first = rows[0]
     print(f"{first['model']} at {first['image_size']} px, one image, convention {first['convention']}; 1 MAC = 2 FLOPs")
     lines = [
@@ -565,7 +577,7 @@ CURVE_PIXELS = range(64, 1025, 64)  # of --curve
 
 
 def curve(name: str, sizes: Iterable[int]) -> list[dict]:
-    """MACs of the softmax and the castled model over image size."""
+    """MACs of the softmax model and of the castled model at several image sizes."""
     rows = []
     for size in sizes:
         costs = {a: count(*meta_model(name, a, size)) for a in ("softmax", "castling")}
@@ -577,7 +589,7 @@ def curve(name: str, sizes: Iterable[int]) -> list[dict]:
 
 
 def print_curve(rows: list[dict]) -> None:
-    """`curve`'s rows, and from which size on the castled model is the cheaper."""
+    """The rows of `curve`, and the smallest size at which the castled model costs less."""
     print(f"{rows[0]['model']}: MACs per image, G, over image size")
     print(f"{'px':>6}{'softmax':>12}{'castled':>12}{'ratio':>8}")
     for r in rows:
@@ -587,19 +599,19 @@ def print_curve(rows: list[dict]) -> None:
     print(f"castled is cheaper from {min(cheaper)} px" if cheaper else "castled is never cheaper at these sizes")
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of flops.py."""
     p = Parser("flops.py", __doc__)
     add = p.add_argument
-    add("--table", type=int, choices=list(TABLES), help="a table of the paper")
-    add("--model", help="a model by name; default levit128")
+    add("--table", type=int, choices=list(TABLES), help="a table of the paper, beside our counts")
+    add("--model", help="name of a model; default levit128, with --curve deit_tiny")
     add("--attention", default="castling,softmax", help=f"of {', '.join(ATTENTIONS)}, separated by commas")
     add("--image-size", type=at_least(1), default=224, help="pixels per side; default 224")
-    add("--convention", default="macs", help=f"{', '.join(CONVENTIONS)}; default macs")
-    add("--curve", action="store_true", help="MACs against resolution, softmax and castled")
+    add("--convention", default="macs", help=f"what counts: {', '.join(CONVENTIONS)}; default macs")
+    add("--curve", action="store_true", help="MACs of softmax and castled at 64 to 1024 pixels")
     add("--json", action="store_true", help="print JSON instead of a table")
     return p
 
@@ -609,7 +621,7 @@ def main(args: argparse.Namespace) -> None:
         known = {"table", "json"} if args.table else {"curve", "model", "json"} if args.curve else set(vars(args))
         given = {name for name, value in vars(args).items() if value != parser().get_default(name)}
         if foreign := sorted(name.replace("_", "-") for name in given - known):
-            raise ValueError(f"--table goes with --json only, --curve with --model and --json; got --{foreign[0]}")
+            raise ValueError(f"--table takes only --json, --curve only --model and --json; got --{foreign[0]}")
         if args.table:
             rows, show = TABLES[args.table](), print_rows
         elif args.curve:

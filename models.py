@@ -1,20 +1,22 @@
-"""Backbones of Castling-ViT. `attention=` chooses: the paper's castling model, the published softmax model, or a rival.
+"""Backbones of Castling-ViT. `attention=` chooses the kernel, and with it the architecture.
 
-    build_model("levit128")                         the paper's model: linear-angular attention + auxiliary branch
-    build_model("levit128", attention="softmax")    LeViT as published, official weights and logits
-    build_model("deit_tiny", attention="cosine")    a kernel of Table 5 in the castling architecture
+    build_model("levit128")                       the paper's: linear-angular and auxiliary branch
+    build_model("levit128", attention="softmax")  LeViT as published, for the official weights
+    build_model("deit_tiny", attention="cosine")  a kernel of Table 5 in the castling architecture
 
 DeiT    Touvron et al., arXiv:2012.12877;  timm 1.0.31, vision_transformer.py
 LeViT   Graham et al., arXiv:2104.01136;   github.com/facebookresearch/LeViT @ 3772b8e, levit.py
 MViTv2  Li et al., arXiv:2112.01526;       timm 1.0.31, mvitv2.py
 LCNet   Cui et al., arXiv:2109.15099;      timm 1.0.31, mobilenetv3.py
-ESNet   Yu et al., arXiv:2111.00902;       github.com/PaddlePaddle/PaddleDetection @ v2.6.0, ppdet/.../esnet.py
-ViT     He et al., arXiv:2111.06377 (MAE); dense, for segment.py: feature maps instead of logits
-Castling variants: arXiv:2211.10526v4, section 4, and the counts of its tables, which fix what the text leaves out: a
-depthwise convolution inside the MLPs (D7, D8), 3x3 depthwise pooling of q, k, v, queries added to the output.
+ESNet   Yu et al., arXiv:2111.00902;       PaddlePaddle/PaddleDetection @ v2.6.0, ppdet/.../esnet.py
+ViT     He et al., arXiv:2111.06377 (MAE); for segment.py: feature maps instead of logits
+The castling architecture: arXiv:2211.10526v4, section 4. Its text leaves out details. They follow
+from the parameters and MACs in its tables: a depthwise convolution inside the MLPs (D7, D8),
+3x3 depthwise pooling of q, k, v, and queries added to the output.
 
-Parameter names are timm's (which has no ESNet), plus `attn.dconv`, `attn.{pool,norm}_{q,k,v}`, `mlp.dwconv` and `skip`.
-Shapes: B images, N tokens, C channels, H heads, D channels per head; `grid` is the token grid (y, x), row-major.
+Parameter names are timm's. New are `attn.dconv`, `attn.{pool,norm}_{q,k,v}`, `mlp.dwconv`, `skip`,
+and those of ESNet, which timm does not have.
+B images, N tokens, C channels, H heads, D channels per head; `grid`: token grid (y, x), row-major.
 """
 
 import inspect
@@ -36,21 +38,21 @@ ATTENTIONS = {  # name: options of AttentionCore
 
 BASELINE = dict(kernel="softmax", auxiliary=False)
 
-DEIT = {  # arXiv:2012.12877, Table 1; drop path as released; the first is this project's own, for images of 32 pixels
+DEIT = {  # arXiv:2012.12877, Table 1; drop path as released. deit_mini is our own, for 32 pixels.
     "deit_mini": dict(dim=96, heads=3, depth=6, patch_size=4, drop_path=0.0),
     "deit_tiny": dict(dim=192, heads=3, depth=12),
     "deit_small": dict(dim=384, heads=6, depth=12),
     "deit_base": dict(dim=768, heads=12, depth=12),
 }
 
-VIT_DENSE = {  # ViT without class token or final norm; drop path of MAE's fine-tuning; the last is for small images
+VIT_DENSE = {  # no class token or final norm; drop path of MAE's fine-tuning. The last is our own.
     "vit_base_dense": dict(dim=768, heads=12, depth=12),
     "vit_small_dense": dict(dim=384, heads=6, depth=12),
     "vit_tiny_dense": dict(dim=192, heads=3, depth=12),
     "vit_mini_dense": dict(dim=128, heads=4, depth=4),
 }
 
-LEVIT = {  # arXiv:2104.01136, Table 1 and released specification, the first our own; key_dim is D in stage blocks
+LEVIT = {  # arXiv:2104.01136, Table 1 and released specification. levit_mini is our own.
     "levit_mini": dict(dims=(64, 96, 128), heads=(2, 3, 4), key_dim=16, drop_path=0.0),
     "levit128": dict(dims=(128, 256, 384), heads=(4, 8, 12), key_dim=16),
     "levit192": dict(dims=(192, 288, 384), heads=(3, 5, 6), key_dim=32),
@@ -64,7 +66,7 @@ MVITV2 = {  # arXiv:2112.01526, Table 1 and released configurations
     "mvitv2_base": dict(depths=(2, 3, 16, 3), drop_path=0.3),
 }
 
-# Depthwise separable convolutions (kernel, stride, squeeze and excitation) of each stage; timm's division into stages.
+# (kernel, stride, squeeze and excitation) of each depthwise separable convolution; timm's stages.
 LCNET_STAGES = (
     ((3, 1, False),),
     ((3, 2, False), (3, 1, False)),
@@ -75,7 +77,7 @@ LCNET_STAGES = (
 )
 LCNET_DIMS = (32, 64, 128, 256, 256, 512)  # channels at width 1
 
-# Each stride-16 and stride-32 stage of LCNet-ViT is its stride-2 convolution and one transformer block.
+# At strides 16 and 32, LCNet-ViT has LCNet's stride-2 convolution and then one transformer block.
 LCNET = {
     "lcnet_s": dict(width=0.75),
     "lcnet_m": dict(width=1.5),
@@ -85,11 +87,11 @@ LCNET = {
     "lcnet_vit_l": dict(width=2.0, heads=(8, 16)),
 }
 
-# Inner channels of each block over the stage's 128, 256, 512 times `width`.
+# Inner channels of each block, divided by the channels of its stage (128, 256, 512 times `width`).
 ESNET_RATIOS_S = ((0.875, 0.5, 0.5), (0.5, 0.625, 0.5, 0.625, 0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 ESNET_RATIOS_ML = ((0.875, 0.5, 1.0), (0.625, 0.5, 0.75, 0.625, 0.625, 0.5, 0.625), (1.0, 0.625, 0.75))
 
-ESNET = {  # the stride-32 stage of ESNet-ViT is its stride-2 block and two transformer blocks
+ESNET = {  # at stride 32, ESNet-ViT has ESNet's stride-2 block and then two transformer blocks
     "esnet_s": dict(width=0.75, ratios=ESNET_RATIOS_S),
     "esnet_m": dict(width=1.0, ratios=ESNET_RATIOS_ML),
     "esnet_l": dict(width=1.25, ratios=ESNET_RATIOS_ML),
@@ -98,12 +100,12 @@ ESNET = {  # the stride-32 stage of ESNet-ViT is its stride-2 block and two tran
     "esnet_vit_l": dict(width=1.25, ratios=ESNET_RATIOS_ML, heads=16),
 }
 
-HIDDEN_BYTES = 3 * 2**19  # of an MLP's hidden layer, float32, that inference on a CPU computes at a time
+HIDDEN_BYTES = 3 * 2**19  # of an MLP's hidden layer computed at a time, in inference on a CPU
 
 Grid = tuple[int, int]
 
 
-# ---- shared parts ----------------------------------------------------------------------------------------------------
+# ---- shared parts --------------------------------------------------------------------------------
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -120,7 +122,7 @@ def symbolic(sizes: Iterable[int]) -> bool:
 
 
 def channels_per_head(dim: int, heads: int) -> int:
-    """dim / heads. Raises ValueError if that is no whole number."""
+    """dim / heads. Raises ValueError if heads does not divide dim."""
     if heads < 1 or dim % heads:
         raise ValueError(f"dim {dim} must be divisible by the number of heads, {heads}")
     return dim // heads
@@ -132,7 +134,7 @@ def halved(grid: Grid) -> Grid:
 
 
 def init_linear(module: nn.Module) -> None:
-    """DeiT's and MViTv2's initialisation: linear weights ~ N(0, 0.02) within -2..2, biases 0."""
+    """DeiT's and MViTv2's initialisation: weights normal with deviation 0.02, biases 0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -140,7 +142,7 @@ def init_linear(module: nn.Module) -> None:
 
 
 def mlp_kernel(given: int | None, core: Mapping, castling: int = 5) -> int:
-    """Kernel size of the MLPs' DWConv: as given; else 0 for the softmax kernel, `castling` for all others (D7)."""
+    """Taps of the MLPs' DWConv per side, if not given: 0 for softmax, else `castling` (D7)."""
     if given is not None:
         return given
     return 0 if core["kernel"] == "softmax" else castling
@@ -149,8 +151,8 @@ def mlp_kernel(given: int | None, core: Mapping, castling: int = 5) -> int:
 class TokenConv(nn.Conv2d):
     """Depthwise convolution on token maps, (B, C, y, x) -> (B, C, y', x'), padded by kernel // 2.
 
-    On a small map the outer taps meet padding only and are left out; their gradient is 0. The function is the same.
-    Training on a CPU gets up to 4 times as fast on a map of one token.
+    On a small map the outer taps meet only padding. They are left out, which changes no result:
+    their gradient is 0. On a CPU, training on a map of one token is up to 4 times faster.
     """
 
     def __init__(self, channels: int, kernel: int, stride: int = 1, bias: bool = False):
@@ -166,9 +168,10 @@ class TokenConv(nn.Conv2d):
 
 
 class MlpDWConv(TokenConv):
-    """Depthwise convolution on the token grid, between the two layers of an MLP; starts as the identity.  D7
+    """Depthwise convolution on the token grid, between the two layers of an MLP.  D7
 
-    (B, N, C), grid -> same. The paper says only "DWConv in the middle of MLP layers". With `norm` a BatchNorm follows.
+    (B, N, C), grid -> same. It is initialised as the identity. With `norm` a BatchNorm follows.
+    The paper says only "DWConv in the middle of MLP layers".
     """
 
     def __init__(self, channels: int, kernel: int, bias: bool = False, norm: bool = False):
@@ -179,7 +182,7 @@ class MlpDWConv(TokenConv):
         self.norm = nn.BatchNorm2d(channels) if norm else nn.Identity()
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        # Contiguous tokens are a channels-last map without a copy, the layout in which this convolution is fast.
+        # Contiguous tokens are already a channels-last map, for which this convolution is fast.
         x = self.norm(super().forward(rearrange(x.contiguous(), "b (y x) c -> b c y x", y=grid[0])))
         return rearrange(x, "b c y x -> b (y x) c")
 
@@ -191,29 +194,29 @@ def subsample(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
 
 
 def pool_heads(x: Tensor, grid: Grid, conv: nn.Conv2d, norm: nn.LayerNorm) -> tuple[Tensor, Grid]:
-    """Depthwise convolution on the token grid with weights shared over heads, then LayerNorm over D.
+    """Depthwise convolution on the token grid, the same for all heads, then LayerNorm over D.
 
     (B, H, N, D), grid -> (B, H, N', D), grid'.
     """
     heads = x.shape[1]
-    # Contiguous tokens are a channels-last map without a copy, the layout in which this convolution is fast.
     x = conv(rearrange(x.contiguous(), "b h (y x) d -> (b h) d y x", y=grid[0]))
     grid = (x.shape[2], x.shape[3])
     return norm(rearrange(x, "(b h) d y x -> b h (y x) d", h=heads)), grid
 
 
 class PooledAttention(AttentionCore):
-    """Self-attention on pooled q, k, v: 3x3 depthwise convolutions and norms shared over heads.
+    """Self-attention on pooled q, k, v: each passes a 3x3 depthwise convolution and a LayerNorm.
 
-    (B, N, C), grid -> (B, N', C'), grid'. The pooled query is added to the attention's output.
+    (B, N, C), grid -> (B, N', C'), grid'. All heads share their weights. The pooled query is added
+    to the attention's output.
 
     Args:
-        qkv: the layer C -> 3 H D; its output is (q|k|v, H, D) or, if `head_major`, (H, q|k|v, D).
+        qkv: the layer C -> 3 H D. Its output is (q|k|v, H, D) or, if `head_major`, (H, q|k|v, D).
         proj: the layer H D -> C'.
         head_dim: D.
-        stride_q, stride_kv: of the convolutions.
+        stride_q, stride_kv: strides of the convolutions of q, and of k and v.
         core: options of AttentionCore.
-    Source: MViTv2, arXiv:2112.01526, section 4.1 (residual pooling connection); timm's and the official names.
+    Source: MViTv2, arXiv:2112.01526, section 4.1 (residual pooling connection).
     """
 
     def __init__(
@@ -237,7 +240,7 @@ class PooledAttention(AttentionCore):
             self.add_module(f"norm_{name}", nn.LayerNorm(head_dim, eps=1e-6))
 
     def logit_bias(self, q: Tensor, q_grid: Grid, k_grid: Grid) -> Tensor | None:
-        """Added to the softmax baseline's logits, (H, N', M) or (B, H, N', M)."""
+        """What to add to the logits of the softmax kernel, (H, N', M) or (B, H, N', M)."""
         return None
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
@@ -245,11 +248,11 @@ class PooledAttention(AttentionCore):
         q, q_grid = pool_heads(q, grid, self.pool_q, self.norm_q)
         k, k_grid = pool_heads(k, grid, self.pool_k, self.norm_k)
         v, _ = pool_heads(v, grid, self.pool_v, self.norm_v)
-        y = q + self.attend(q, k, v, self.logit_bias(q, q_grid, k_grid))
+        y = q + self.attend(q, k, v, self.logit_bias(q, q_grid, k_grid))             # (B, H, N', D)
         return self.proj(rearrange(y, "b h n d -> b n (h d)")), q_grid
 
 
-# ---- DeiT ------------------------------------------------------------------------------------------------------------
+# ---- DeiT ----------------------------------------------------------------------------------------
 
 
 def resize_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
@@ -262,10 +265,10 @@ def resize_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
 
 
 class SelfAttention(AttentionCore):
-    """(B, N, C) -> (B, N, C): one linear layer to q, k, v (biased, laid out (3, H, D)), the core, one linear layer."""
+    """(B, N, C) -> (B, N, C): linear layer to q, k, v with layout (3, H, D), core, linear layer."""
 
     def __init__(self, dim: int, heads: int, **core):
-        channels_per_head(dim, heads)  # raises unless a whole number
+        channels_per_head(dim, heads)  # only checks
         super().__init__(heads, **core)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -276,10 +279,10 @@ class SelfAttention(AttentionCore):
 
 
 class Mlp(nn.Module):
-    """Linear, [DWConv, [BatchNorm,]] GELU, linear on (B, P + N, C); `conv` is the DWConv's kernel size, 0 for none.
+    """Linear, [DWConv, [BatchNorm,]] GELU, linear on (B, P + N, C). conv: kernel of DWConv, or 0.
 
-    The P prefix tokens bypass the DWConv (D6). Inference on a CPU takes only as many images at a time as stay in cache,
-    so that hooks on the layers see parts of the batch.
+    The P prefix tokens do not enter the DWConv (D6). In inference, a CPU computes as many images at
+    a time as fit into its cache. Hooks on the layers then see parts of the batch.
     """
 
     def __init__(self, dim: int, hidden: int, conv: int = 0, conv_bias: bool = False, conv_norm: bool = False):
@@ -334,15 +337,15 @@ class ViTBlock(nn.Module):
 class ViT(nn.Module):
     """What DeiT and DenseViT share: an image's patches as tokens, position embeddings, blocks.
 
-    Any H x W: images are padded to whole patches, position embeddings resampled to their grid.
+    Images of any H x W are padded to whole patches. Position embeddings are resampled to the grid.
 
     Args:
-        tokens: names of the learned tokens before the patches'.
+        tokens: names of the learned tokens that come before the patches.
         dim, heads, depth: C, H and the number of blocks.
-        mlp_ratio: hidden channels of the MLPs over C.
+        mlp_ratio: hidden channels of the MLPs, divided by C.
         patch_size: pixels.
-        image_size: what the position embeddings are made for, pixels.
-        drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
+        image_size: pixels; the position embeddings are made for it.
+        drop_path: stochastic depth; rises linearly from 0 in the first block to this in the last.
         mlp_dwconv: kernel of the MLPs' DWConv, 0 for none; conv_bias: whether it has a bias.
         core: options of AttentionCore.
     Raises: ValueError if dim is not divisible by heads.
@@ -354,8 +357,8 @@ class ViT(nn.Module):
         super().__init__()
         self.tokens, self.dim, self.patch_size = tokens, dim, patch_size
         self.grid = tuple(-(-side // patch_size) for side in pair(image_size))
-        # Rows of pos_embed before the patches'. ViT's and MAE's files have one for the class token, so a model without
-        # that token has it too; nothing reads it.
+        # Rows of pos_embed before those of the patches. The files of ViT and MAE have one for the
+        # class token. A model without that token keeps the row too, but does not use it.
         self.prefix = max(1, len(tokens))
         for name in tokens:
             self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, dim)))
@@ -368,7 +371,7 @@ class ViT(nn.Module):
         )
 
     def initialise(self) -> None:
-        """DeiT's initialisation. Call it when all layers are there."""
+        """DeiT's initialisation. Call it after all layers are made."""
         self.apply(init_linear)
         for parameter in self.parameters(recurse=False):
             nn.init.trunc_normal_(parameter, std=0.02)
@@ -378,7 +381,7 @@ class ViT(nn.Module):
         return {*self.tokens, "pos_embed"}
 
     def features(self, x: Tensor) -> tuple[Tensor, Grid]:
-        """(B, 3, H, W) pixels -> the last block's output, (B, P + N, C), P = len(tokens); grid."""
+        """(B, 3, H, W) pixels -> last block's output (B, P + N, C), P = len(tokens); grid."""
         x = F.pad(x, (0, -x.shape[-1] % self.patch_size, 0, -x.shape[-2] % self.patch_size))
         x = self.patch_embed(x)                                                      # (B, C, y, x)
         grid = (x.shape[2], x.shape[3])
@@ -396,9 +399,9 @@ class DeiT(ViT):
     """(B, 3, H, W) pixels -> (B, num_classes) logits; any H x W.
 
     Args:
-        distilled: second class token and head; in training the logits are a pair (class, distillation), in eval their
-            mean.
-        mlp_dwconv: None means 5, for the softmax kernel 0 (D7).
+        distilled: add a second class token and head. In training the model then returns a pair of
+            logits (class, distillation), in eval their mean.
+        mlp_dwconv: None means 5, or 0 for the softmax kernel (D7).
         Others as in `ViT`.
     """
 
@@ -434,17 +437,17 @@ class DeiT(ViT):
         return logits if self.training else (logits[0] + logits[1]) / 2
 
 
-# ---- dense ViT -------------------------------------------------------------------------------------------------------
+# ---- dense ViT -----------------------------------------------------------------------------------
 
 
 class DenseViT(ViT):
-    """(B, 3, H, W) pixels -> (B, C, y, x), the last block's features, y = ceil(H / patch_size). Any H x W.
+    """(B, 3, H, W) pixels -> (B, C, y, x), the last block's features; any H x W.
 
     A plain ViT for dense prediction, without class token, final norm or head.
 
     Args:
-        mlp_dwconv: None means 3, for the softmax kernel 0: the paper's 118 M and 147 G for Castling-ViT-B leave no room
-            for a 5x5 (D8). It has a bias here.
+        mlp_dwconv: None means 3, or 0 for the softmax kernel. It has a bias here. The 118 M and
+            147 G of Castling-ViT-B in the paper are too few for a 5x5 (D8).
         Others as in `ViT`.
     """
 
@@ -470,7 +473,7 @@ class DenseViT(ViT):
         return rearrange(x, "b (y x) c -> b c y x", y=grid[0])
 
 
-# ---- LeViT -----------------------------------------------------------------------------------------------------------
+# ---- LeViT ---------------------------------------------------------------------------------------
 
 
 class ConvNorm(nn.Module):
@@ -519,32 +522,33 @@ def activated_projection(dim: int, out_dim: int, bn_weight: float = 1.0) -> nn.S
 
 
 def resize_offsets(table: Tensor, grid: Grid) -> Tensor:
-    """A table of absolute offsets, (H, y, x), for another grid (bilinear); the first and last offset keep theirs."""
+    """Resample a table of absolute offsets, (H, y, x), to another grid: bilinear, corners kept."""
     if not symbolic(grid) and tuple(table.shape[1:]) == tuple(grid):
         return table
     return F.interpolate(table[None].float(), size=grid, mode="bilinear", align_corners=True)[0].to(table.dtype)
 
 
 def offset_bias(table: Tensor, built: Grid, grid: Grid, stride: int) -> Tensor:
-    """LeViT's attention bias (H, N, M) from one entry per head and absolute offset, |dy| * x + |dx|.
+    """LeViT's attention bias, (H, N, M): one learned entry per head and absolute offset.
 
     Args:
-        table: (H, y x) learned for the key grid `built`; resampled for another one, the entry of offset 0 kept.
-        grid: key grid (y, x); stride: query (i, j) sits at key (stride i, stride j).
+        table: (H, y x), learned for the key grid `built` and resampled to `grid`. The entry of the
+            offset (dy, dx) has the index |dy| x + |dx|.
+        grid: key grid (y, x); stride: query (i, j) is at the place of key (stride i, stride j).
     """
     table = resize_offsets(rearrange(table, "h (y x) -> h y x", y=built[0]), grid)
     y, x = (torch.arange(side, device=table.device) for side in grid)
-    dy, dx = (y[::stride, None] - y).abs(), (x[::stride, None] - x).abs()             # (queries, keys) along each axis
+    dy, dx = (y[::stride, None] - y).abs(), (x[::stride, None] - x).abs()  # (queries, keys)
     return table[:, dy[:, None, :, None], dx[None, :, None, :]].flatten(3, 4).flatten(1, 2)
 
 
 class LeViTAttention(AttentionCore):
     """LeViT's softmax attention as published, with a bias per head and absolute offset.
 
-    (B, N, C), grid -> (B, N', C'), grid'. Values have twice (stride 2: four times) the channels D of queries and keys.
-    Stride 2 takes queries from every second token of every second row; its output has no residual.
+    (B, N, C), grid -> (B, N', C'), grid'. Queries and keys have D channels, values 2 D, or 4 D with
+    stride 2. With stride 2 the queries are every second token of every second row.
 
-    Args: key_dim: D; heads: H; grid: key grid that the bias table is made for.
+    Args: key_dim: D; heads: H; grid: the key grid for which the bias table is made.
     """
 
     def __init__(
@@ -580,18 +584,17 @@ class LeViTAttention(AttentionCore):
             k, v = heads_first(self.kv(x)).split(self.split, dim=-1)
             x, out_grid = subsample(x, grid)
             q = heads_first(self.q(x))
-        bias = offset_bias(self.attention_biases, self.grid, grid, self.stride)
-        y = self.attend(q, k, v, bias)
+        bias = offset_bias(self.attention_biases, self.grid, grid, self.stride)      # (H, N', N)
+        y = self.attend(q, k, v, bias)                                               # (B, H, N', E)
         return self.proj(rearrange(y, "b h n d -> b n (h d)")), out_grid
 
 
 class CastlingLeViTAttention(PooledAttention):
-    """LeViT's attention in the castling architecture: no bottleneck, pooled q, k, v, residual query, any kernel.
+    """LeViT's attention in the castling architecture: `PooledAttention` between LeViT's layers.
 
-    (B, N, C), grid -> (B, N', C'), grid'. Queries and keys have as many channels as LeViT's values. With `stride` 2 the
-    queries are pooled, and so are keys and values unless the kernel is softmax. Softmax keeps LeViT's bias (D5).
-
-    Args: key_dim, heads, grid: as in `LeViTAttention`.
+    (B, N, C), grid -> (B, N', C'), grid'. Arguments as in `LeViTAttention`, but queries and keys
+    have as many channels as values. `stride` is that of the pooling of q, and of k and v too unless
+    the kernel is softmax. The softmax kernel keeps LeViT's bias (D5).
     """
 
     def __init__(
@@ -653,10 +656,10 @@ class LeViTBlock(nn.Module):
 
 
 class LeViTDownsample(nn.Module):
-    """Attention onto every second token of every second row, then a residual MLP: (B, N, C) -> (B, N', C').
+    """Attention that halves the grid, then a residual MLP: (B, N, C), grid -> (B, N', C'), grid'.
 
-    The published attention has no residual. The castling one has a linear `skip`, computed at full resolution and then
-    subsampled, as the MACs of Tables 1 and 2 require.
+    The published attention has no residual. The castling one has a linear layer, `skip`, applied to
+    all tokens and then subsampled. Only this order gives the MACs of Tables 1 and 2.
     """
 
     def __init__(self, attn: nn.Module, mlp: nn.Module, skip: nn.Module | None, drop_path: float):
@@ -689,23 +692,24 @@ class LeViTStage(nn.Module):
 class LeViT(nn.Module):
     """(B, 3, H, W) pixels -> (B, num_classes) logits; any H x W.
 
-    With the softmax kernel, LeViT as published: its tables of attention biases are made for `image_size` and resampled
-    for other images. With any other, the castling architecture, which has none.
+    With the softmax kernel this is LeViT as published. With any other kernel it has the castling
+    architecture.
 
     Args:
-        dims, heads, depths: per stage; key_dim: D.
-            The down-sampling block after stage i has dims[i] // D heads, with 4 D channels of values each.
-        image_size: pixels.
-        distilled: second head; in training the logits are a pair (class, distillation), in eval their mean. None means
-            as published for the softmax kernel (two heads) and as counted by the paper for the others (one).
+        dims, heads, depths: C, H and the number of blocks of each stage; key_dim: D.
+            The down-sampling block after stage i has dims[i] // D heads, its values 4 D channels.
+        image_size: pixels; the tables of attention biases are made for it, and resampled for others.
+        distilled: add a second head. In training the model then returns a pair of logits (class,
+            distillation), in eval their mean. None means two heads with the softmax kernel, as
+            published, and one with all others, as the paper's parameter counts say.
         drop_path: stochastic depth, the same in all blocks.
-        castle_downsample: in the castling architecture, down-sampling blocks use `core` too, with keys and values
-            pooled onto the queries' grid (D5, "C2"); False keeps softmax there ("C1").
-        mlp_dwconv: kernel of the DWConv in the stage blocks' MLPs, 0 for none; None: 5 in the castling architecture
-            (D7).
+        castle_downsample: True ("C2"): the down-sampling blocks of the castling architecture use
+            `core` too, with keys and values pooled to the queries' grid (D5). False ("C1"): softmax.
+        mlp_dwconv: kernel of the DWConv in the MLPs of stage blocks, 0 for none. None means 5, or 0
+            for the softmax kernel (D7).
         core: options of AttentionCore.
     Raises: ValueError if dims, heads and depths differ in length.
-    Source: arXiv:2104.01136; facebookresearch/LeViT @ 3772b8e, levit.py; arXiv:2211.10526v4, Table 2.
+    Source: LeViT's paper, and levit.py @ 3772b8e (above); arXiv:2211.10526v4, Table 2.
     """
 
     def __init__(
@@ -776,20 +780,21 @@ class LeViT(nn.Module):
         return logits if self.training else (logits[0] + logits[1]) / 2
 
 
-# ---- MViTv2 ----------------------------------------------------------------------------------------------------------
+# ---- MViTv2 --------------------------------------------------------------------------------------
 
 
 def resize_relative(table: Tensor, length: int) -> Tensor:
-    """A table of relative positions along one axis, (length', D), for another length (linear)."""
+    """Resample a table of relative positions along one axis, (length', D), to another length."""
     if not symbolic([length]) and len(table) == length:
         return table
     return F.interpolate(table.T[None].float(), size=length, mode="linear")[0].T.to(table.dtype)
 
 
 def relative_rows(table: Tensor, queries: int, keys: int) -> Tensor:
-    """Rows of a table of relative positions for each query and key along one axis, (length, D) -> (queries, keys, D).
+    """The row of a relative position table for each query and key along one axis.
 
-    The longer axis has unit steps, the shorter one steps of their ratio. A table for another size is resampled.
+    (length, D) -> (queries, keys, D). If there are more keys than queries, the queries are spread
+    evenly over the keys, and the reverse. A table of another length is resampled.
     Source: MViTv2, arXiv:2112.01526, section 4.1; timm 1.0.31, mvitv2.py, cal_rel_pos_type.
     """
     table = resize_relative(table, 2 * max(queries, keys) - 1)
@@ -799,9 +804,10 @@ def relative_rows(table: Tensor, queries: int, keys: int) -> Tensor:
 
 
 class MViTAttention(PooledAttention):
-    """MViTv2's pooling attention. With the softmax kernel, decomposed relative positions are added to its logits.
+    """MViTv2's pooling attention, (B, N, C), grid -> (B, N', C'), grid'.
 
-    (B, N, C), grid -> (B, N', C'), grid'. Args: grid: x's, for images of the size that the tables are made for.
+    With the softmax kernel, MViTv2's relative positions are added to the logits, a term for rows
+    and one for columns. Args: grid: the grid of x for which their tables are made.
     """
 
     def __init__(self, dim: int, out_dim: int, heads: int, grid: Grid, stride_q: int, stride_kv: int, core: Mapping):
@@ -823,7 +829,7 @@ class MViTAttention(PooledAttention):
     def logit_bias(self, q: Tensor, q_grid: Grid, k_grid: Grid) -> Tensor | None:
         if self.rel_pos_h is None:
             return None
-        q = rearrange(q, "b h (y x) d -> b h y x d", y=q_grid[0])  # not scaled, unlike in the logits
+        q = rearrange(q, "b h (y x) d -> b h y x d", y=q_grid[0])  # not divided by sqrt(D)
         rows = torch.einsum("bhyxd,ykd->bhyxk", q, relative_rows(self.rel_pos_h, q_grid[0], k_grid[0]))
         columns = torch.einsum("bhyxd,xkd->bhyxk", q, relative_rows(self.rel_pos_w, q_grid[1], k_grid[1]))
         return (rows[..., :, None] + columns[..., None, :]).flatten(4, 5).flatten(2, 3)
@@ -832,8 +838,8 @@ class MViTAttention(PooledAttention):
 class MViTBlock(nn.Module):
     """Pre-norm block, (B, N, C), grid -> (B, N', C'), grid'.
 
-    The residual past attention is a linear layer of the normed tokens where C changes; it is max-pooled where the grid
-    changes.
+    The residual of the attention is x. If C changes, it is a linear layer of the normed x. If the
+    grid changes, it is max-pooled.
     """
 
     def __init__(self, dim: int, attn: PooledAttention, out_dim: int, mlp: nn.Module, stride: int, drop_path: float):
@@ -861,14 +867,15 @@ class MViTBlock(nn.Module):
 class MViTv2(nn.Module):
     """(B, 3, H, W) pixels -> (B, num_classes) logits; any H x W.
 
-    With the softmax kernel, MViTv2 as published: keys and values pooled by 4, 2, 1, 1 in stages 1 to 4, and decomposed
-    relative positions. With any other, the castling architecture: no such pooling, for every query needs a value; a
-    DWConv in the MLPs of blocks that do not down-sample (D7).
+    With the softmax kernel this is MViTv2 as published: keys and values are pooled by 4, 2, 1, 1 in
+    stages 1 to 4, and logits have relative positions. With any other kernel it has the castling
+    architecture. There, keys and values keep the queries' grid, because Eq. (9) needs a value per
+    query. The MLPs have a DWConv, except in down-sampling blocks (D7).
 
     Args:
-        depths: blocks per stage; dim, heads: C and H of the first stage, both double from stage to stage.
-        castle_downsample: as in `LeViT`; with False ("C1") the down-sampling blocks pool q, k and v all by 2.
-        drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
+        depths: blocks per stage; dim, heads: C and H of the first stage. Each stage doubles both.
+        castle_downsample: as in `LeViT`. Both settings pool q, k and v by 2 in those blocks.
+        drop_path: stochastic depth; rises linearly from 0 in the first block to this in the last.
         image_size, num_classes, mlp_dwconv, core: as in `LeViT`.
     """
 
@@ -927,11 +934,11 @@ class MViTv2(nn.Module):
         return self.head(self.norm(x).mean(dim=1))
 
 
-# ---- LCNet, ESNet, and their ViT variants ----------------------------------------------------------------------------
+# ---- LCNet, ESNet, and their ViT variants --------------------------------------------------------
 
 
 def make_divisible(value: float, divisor: int) -> int:
-    """`value` rounded to a multiple of `divisor`, at least one, and not below 90% of `value`."""
+    """`value` rounded to a multiple of `divisor`: at least `divisor`, at least 90% of `value`."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
 
@@ -939,14 +946,14 @@ def make_divisible(value: float, divisor: int) -> int:
 def conv_norm(
     channels_in: int, channels_out: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: bool = True
 ) -> nn.Sequential:
-    """Convolution (He initialisation), BatchNorm and, if `act`, Hardswish; (B, C, y, x) -> (B, C', y', x')."""
+    """Convolution, BatchNorm and, if `act`, Hardswish: (B, C, y, x) -> (B, C', y', x')."""
     conv = nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, groups=groups, bias=False)
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     return nn.Sequential(conv, nn.BatchNorm2d(channels_out), *([nn.Hardswish()] if act else []))
 
 
 class SqueezeExcitation(nn.Module):
-    """Channels scaled by a gate in 0..1 from their means; torchvision's module under timm's parameter names."""
+    """Multiply each channel by a gate in 0..1, computed from the means of all. timm's names."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -959,7 +966,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class DepthSeparable(nn.Module):
-    """Depthwise and pointwise convolution, each with BatchNorm and Hardswish; no residual. timm's names."""
+    """Depthwise and pointwise convolution, each with BatchNorm and Hardswish. timm's names."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, squeeze: bool = False):
         super().__init__()
@@ -973,10 +980,10 @@ class DepthSeparable(nn.Module):
 
 
 class MapBlock(MViTBlock):
-    """Transformer block on a feature map, (B, C, y, x) -> (B, C, y, x): MViTv2's pooled attention, MLP ratio 2.
+    """Transformer block on a feature map, (B, C, y, x) -> same: pooled attention, MLP ratio 2.
 
-    Without position embeddings, so any y and x. The MLP's DWConv has a BatchNorm. Source: the counts of the paper's
-    Tables 3, 6 and 7, which it fits; the text does not describe it.
+    It has no position embeddings, so y and x are free. The MLP's DWConv has a BatchNorm. The paper
+    does not describe this block. It is chosen to fit the counts of Tables 3, 6 and 7.
     """
 
     def __init__(self, dim: int, heads: int, mlp_dwconv: int, drop_path: float, core: Mapping):
@@ -992,16 +999,16 @@ class MapBlock(MViTBlock):
 
 
 class ConvBackbone(nn.Module):
-    """(B, 3, H, W) pixels -> feature maps [C3, C4, C5] of strides 8, 16, 32, or, with `num_classes`, logits.
+    """(B, 3, H, W) pixels -> logits or, without `num_classes`, feature maps [C3, C4, C5].
 
-    A subclass has `channels`, of the three maps, and `features(x)`, which gives the maps. Sides need not be multiples
-    of 32: each stride-2 step rounds up.
+    The maps have strides 8, 16, 32; each stride-2 step rounds up, so any H x W will do. A subclass
+    defines `channels` of the three maps, and `features(x)`, which returns the maps.
     """
 
     channels: tuple[int, int, int]
 
     def make_classifier(self, num_classes: int | None) -> None:
-        """The published classifier: 1x1 convolution to 1280 channels, Hardswish, linear. timm's names."""
+        """Make the published classifier: 1x1 convolution to 1280 channels, Hardswish, linear."""
         self.conv_head = nn.Conv2d(self.channels[-1], 1280, 1) if num_classes else None
         self.classifier = nn.Linear(1280, num_classes) if num_classes else None
 
@@ -1014,12 +1021,12 @@ class ConvBackbone(nn.Module):
 
 
 class LCNet(ConvBackbone):
-    """LCNet, and LCNet-ViT where `heads` are given.
+    """LCNet; with `heads`, LCNet-ViT.
 
     Args:
         width: factor on all channels.
-        heads: of the transformer block at stride 16, and at stride 32.
-        mlp_dwconv: kernel of the MLPs' DWConv, 0 for none; None means 5, for the softmax kernel 0 (D7).
+        heads: H of the transformer block at stride 16, and of that at stride 32.
+        mlp_dwconv: kernel of the MLPs' DWConv, 0 for none. None means 5, or 0 for softmax (D7).
         drop_path: stochastic depth of the transformer blocks.
     """
 
@@ -1044,7 +1051,7 @@ class LCNet(ConvBackbone):
             for kernel, stride, squeeze in rows:
                 if stride == 2 or not transformer:
                     blocks.append(DepthSeparable(dim, out_dim, kernel, stride, squeeze))
-                elif stage != 4:  # one transformer block for all of stages 3 and 4
+                elif stage != 4:  # stages 3 and 4, both of stride 16, share one transformer block
                     blocks.append(MapBlock(dim, heads[stage == 5], mlp_dwconv, drop_path, core))
                 dim = out_dim
             self.blocks.append(nn.Sequential(*blocks))
@@ -1062,9 +1069,9 @@ class LCNet(ConvBackbone):
 
 
 class ESBlockDown(nn.Module):
-    """Stride-2 block of ESNet, (B, C, y, x) -> (B, C', y/2, x/2) with sides rounded up: two branches, then both mixed.
+    """Stride-2 block of ESNet: two branches, concatenated and mixed by a last convolution.
 
-    Args: inner: channels, of which the second branch has half.
+    (B, C, y, x) -> (B, C', y/2, x/2), rounded up. Args: the second branch has inner / 2 channels.
     """
 
     def __init__(self, channels_in: int, channels_out: int, inner: int):
@@ -1089,7 +1096,7 @@ class ESBlockDown(nn.Module):
 
 
 class ESBlock(nn.Module):
-    """Stride-1 block of ESNet, (B, C, y, x) -> same: one half of the channels passes, then the halves are shuffled."""
+    """Stride-1 block of ESNet: half of the channels are kept, then both halves are interleaved."""
 
     def __init__(self, channels: int, inner: int):
         super().__init__()
@@ -1107,12 +1114,12 @@ class ESBlock(nn.Module):
 
 
 class ESNet(ConvBackbone):
-    """ESNet, and ESNet-ViT where `heads` are given.
+    """ESNet; with `heads`, ESNet-ViT.
 
     Args:
         width: factor on all channels but the stem's 24.
-        ratios: inner channels of each block of each stage, over the stage's.
-        heads: of the two transformer blocks at stride 32.
+        ratios: of each stage and block: inner channels, divided by the channels of the stage.
+        heads: H of the two transformer blocks at stride 32.
         mlp_dwconv, drop_path: see `LCNet`.
     """
 
@@ -1151,7 +1158,7 @@ class ESNet(ConvBackbone):
         return maps
 
 
-# ---- builders --------------------------------------------------------------------------------------------------------
+# ---- builders ------------------------------------------------------------------------------------
 
 MODELS = {
     name: (family, row)
@@ -1179,15 +1186,16 @@ def build_model(
 
     Args:
         name: one of `list_models()`.
-        attention: "castling" (linear-angular with the auxiliary branch), "softmax" (the published architecture), or
-            another kernel of Table 5 in the castling architecture, without the branch unless `auxiliary=True`.
-        num_classes: length of the logits; no effect on dense models, which have none. None means 1000, but LCNet and
-            ESNet then return their feature maps [C3, C4, C5].
-        image_size: pixels, one number or (height, width); the model runs at other sizes too.
-        castle_downsample: see `LeViT`; no effect on families without down-sampling blocks.
-        overrides: further arguments of the model (dims, depth, drop_path, distilled, mlp_dwconv, ...) or of its
-            AttentionCore (auxiliary, epsilon, schedule, dconv, dropout).
-    Raises: ValueError for an unknown name, attention or override, with what is known.
+        attention: "castling": linear-angular attention with the auxiliary branch. "softmax": the
+            published architecture. Another kernel of Table 5: the castling architecture with that
+            kernel, without the branch unless auxiliary=True.
+        num_classes: number of logits. None means 1000; LCNet and ESNet then return their feature
+            maps [C3, C4, C5]. It has no effect on dense models.
+        image_size: pixels, one number or (height, width). The model accepts other sizes too.
+        castle_downsample: see `LeViT`. It has no effect on models without down-sampling blocks.
+        overrides: other arguments of the model (dims, depth, drop_path, distilled, mlp_dwconv, ...)
+            or of its AttentionCore (auxiliary, epsilon, schedule, dconv, dropout).
+    Raises: ValueError for an unknown name, attention or override. It lists the known ones.
     """
     family, row = look_up(MODELS, name, "model")
     core = dict(look_up(ATTENTIONS, attention, "attention"))
@@ -1209,7 +1217,7 @@ def build_model(
 
 
 def __getattr__(name: str):
-    """Functions of convert.py that can be imported from here too; asking for one loads that file."""
+    """Functions of convert.py can be imported from here too. The first use loads convert.py."""
     if name not in ("load_pretrained", "convert", "fuse", "export"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import convert
