@@ -308,6 +308,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", type=usable_device, default="cpu", help="cpu, cuda or cuda:1; default cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default float32")
     add("--compile", action="store_true", help="torch.compile every form")
+    add("--formulas", action="store_true", help="time the formulas of attention.py, without fast.py")
     add("--threads", type=at_least(1), default=1, help="CPU threads; default 1")
     add("--rounds", type=at_least(1), default=5, help="times that each form is timed; default 5")
     add("--rows", type=at_least(1), help="only the first ROWS rows of each table; default all")
@@ -316,7 +317,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    fast.enable()
+    if not args.formulas:
+        fast.enable()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
     args.dtype, args.least = getattr(torch, args.dtype), 4e-3
     torch.set_num_threads(args.threads)
