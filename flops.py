@@ -291,8 +291,9 @@ TABLES_6_AND_7 = {  # table: size, pixels, and the (parameters in M, MACs in G) 
     6: ("s", 320, (1.10, 0.48), (2.14, 0.69), (2.14, 0.62)),
     7: ("m", 416, (3.32, 2.15), (7.53, 3.51), (7.53, 3.15)),
 }
-TABLE_4 = {"softmax": (118, 229, 182), "castling": (118, 195, 147)}  # M parameters; G MACs, of the backbone
-TABLE_4_SIZE = (512, 704)  # height, width
+# M parameters, G MACs, G MACs of the backbone; height and width of the image.
+TABLE_4 = {"softmax": (118, 229, 182), "castling": (118, 195, 147)}
+TABLE_4_SIZE = (512, 704)
 
 
 class DesignAttention(attention.AttentionCore):
