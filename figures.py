@@ -730,9 +730,9 @@ def mean_and_spread(values: Sequence[float], form: str) -> str:
 def results_table(runs: list[dict], against: str = "softmax") -> str:
     """A Markdown table with a row for each attention and five columns for each model.
 
-    The columns are: score, mean and standard deviation over seeds; the score minus that of row `against`
-    with the same seed, and in brackets the number of such pairs; gap, the points lost by castling;
-    step, the time of a training step divided by that of row `against`; and M MACs, castled.
+    score: mean and standard deviation over seeds. against: the score minus that of row `against`
+    with the same seed, and in brackets the number of such pairs. gap: points lost by castling.
+    step: time of a training step divided by that of row `against`. M MACs: of the castled model.
 
     Raises: ValueError if runs of one model differ in settings that are not in VARIED, or if two
         runs of one row have the same seed.
@@ -774,7 +774,7 @@ def results_table(runs: list[dict], against: str = "softmax") -> str:
 
 
 def tables(args: argparse.Namespace) -> None:
-    """Print a table for each of --runs, write all to --collect. ValueError if no row is --against."""
+    """Print a table for each of --runs, write all to --collect. ValueError if no row --against."""
     every = [read_runs(path) for path in args.runs]
     if args.against != "softmax":
         look_up(dict.fromkeys(row_of(run) for runs in every for run in runs), args.against, "row")
