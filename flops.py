@@ -610,7 +610,7 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--table", type=int, choices=list(TABLES), help="a table of the paper, beside our counts")
     add("--model", help="name of a model; default levit128, with --curve deit_tiny")
-    add("--attention", default="castling,softmax", help=f"some of {', '.join(ATTENTIONS)}")
+    add("--attention", default="castling,softmax", help=f"with commas between: {', '.join(ATTENTIONS)}")
     add("--image-size", type=at_least(1), default=224, help="pixels per side; default 224")
     add("--convention", default="macs", help=f"what counts: {', '.join(CONVENTIONS)}; default macs")
     add("--curve", action="store_true", help="MACs of softmax and castled at 64 to 1024 pixels")
