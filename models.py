@@ -387,7 +387,7 @@ class ViT(nn.Module):
         grid = (x.shape[2], x.shape[3])
         prefix_pos, patch_pos = self.pos_embed.tensor_split([self.prefix], dim=1)
         x = rearrange(x, "b c y x -> b (y x) c") + resize_positions(patch_pos, self.grid, grid)
-        if self.tokens:
+        if self.tokens:                                                              # (B, P + N, C)
             tokens = torch.cat([getattr(self, name) for name in self.tokens], dim=1)
             x = torch.cat([(tokens + prefix_pos).expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.blocks:
