@@ -548,10 +548,10 @@ class AttentionCore(nn.Module):
 
 
 class LinearAngularAttention(AttentionCore):
-    """Drop-in self-attention block. It takes the authors' arguments and loads their checkpoints.
+    """Self-attention block with the arguments of the authors' block. It loads their checkpoints.
 
     Args:
-        dim: C, divisible by num_heads.
+        dim: C, divisible by num_heads (the authors call it in_channels).
         num_heads: H. qkv_bias: whether the layer to q, k, v has a bias.
         attn_drop: dropout on M_sparse (the authors' block accepts and ignores it).
         proj_drop: dropout after the output layer. res_kernel_size: taps of the DWConv on V.

@@ -257,7 +257,7 @@ TABLES = {  # name: function of a row, rows, title
 
 
 def print_row(row: dict, first: bool) -> None:
-    """Print a line: time and MiB of the first form; ratio of time and MiB of every other form."""
+    """Print a line: time and MiB of the first form; time ratio and MiB of the others."""
     base, *others = [name for name in row if name != "shape"]
     if first:
         heads = "".join(f"{name + ' / ' + base:>28}{'MiB':>8}" for name in others)

@@ -150,7 +150,7 @@ class ConvertedAttention(AttentionCore):
 
     @classmethod
     def strange(cls, module: nn.Module) -> list[str]:
-        """Try a module on a few tokens: how it differs from plain softmax attention; [] if not."""
+        """Try a module on a few tokens: how does it differ from softmax attention? [] if not."""
         weight = next(module.parameters())
         if weight.is_meta:
             return []

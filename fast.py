@@ -241,13 +241,13 @@ def auxiliary_branch(
             if empty.all():
                 return None, q.new_zeros(2)
             if empty.any():
-                live = (~empty).nonzero()[:, 0]
+                live = (~empty).nonzero()[:, 0]  # heads whose mask may keep an entry
                 q, k, v, limits = (x[live] for x in (q, k, v, limits))
         if threshold.ndim == 0:  # comparing with a number is faster
             number = threshold.item()
     entries = BLOCK_BYTES.get(q.device.type, 2**28) // q.element_size()
     heads, rows = max(1, entries // N**2), max(1, entries // N)  # many heads, or rows of one head
-    outs, totals = [], q.new_zeros(2)
+    outs, totals = [], q.new_zeros(2)  # totals: kept entries, their sum
     parts = [repeat(None) if x is None else x.split(heads) for x in (q, k, v, limits, hidden)]
     for qs, ks, vs, ts, hs in zip(*parts):
         for q_rows, limit in zip(qs.split(rows, dim=1), ts.split(rows, dim=1)):
@@ -256,7 +256,7 @@ def auxiliary_branch(
             totals = totals + seen
     out = torch.cat(outs).unflatten(0, (len(q), N))
     if live is not None:
-        out = out.new_zeros(B * H, *out.shape[1:]).index_copy(0, live, out)
+        out = out.new_zeros(B * H, *out.shape[1:]).index_copy(0, live, out)  # other heads: 0
     return out.unflatten(0, (B, H)), totals
 
 

@@ -3,14 +3,14 @@
     python figures.py                    all but attention and table, to figures/; takes 30 seconds
     python figures.py kernel masks       only these
     python figures.py --output /elsewhere
-    python figures.py attention --checkpoint runs/deit_tiny-castling-shapes/best.pt --image photo.jpg
+    python figures.py attention --checkpoint runs/deit_tiny-castling-shapes/best.pt --image one.jpg
 
     figure        paper           from
     idea          -               a drawing of the method
     kernel        Fig. 3, Eq. (7) attention.angular_similarity
     series        Eq. (8)         attention.angular_series and its bound
     accuracy      Fig. 1, Fig. 5  the paper's accuracies (Tables 2, 3, 6, 7); MACs from flops.py
-    masks         Fig. 6          results/levit128_mask_ramp.jsonl, results/levit128_mask_fixed.jsonl
+    masks         Fig. 6          results/levit128_mask_ramp.jsonl and levit128_mask_fixed.jsonl
     frequency     Fig. 7          a two-layer network, trained here in seconds
     resolution    -               flops.curve; results/bench_cpu.json
     crossover     -               results/bench_cpu.json
@@ -171,7 +171,7 @@ def turned(axes: Tensor) -> Tensor:
 def kernel(path: Path) -> None:
     """Fig. 3: points around a circle, their features under the angular kernel, and distances.
 
-    Only directions count, so the features form a closed curve on a unit sphere. Its axes are the
+    Only directions count, so the features form a closed curve on a unit sphere. Axes are the
     harmonics k = 1, 3, 5, ... of the angle, each with 8 / (pi k)^2 of the variance. The last panel
     shows distance against angle for this kernel and others.
     """
@@ -379,14 +379,14 @@ def frequency_study(steps: int = 4000, seed: int = 0) -> dict:
     Network: (cos theta, sin theta) -> 256 tanh units -> 1. Adam, rate 1e-3, all 256 angles a step.
     Args: steps: training steps; seed: of the initial weights.
     Returns: a dict. angle, target, linear, fit (256,): the angles and three functions of them.
-        step, loss: when was measured, and the mean squared error. residual (steps, frequencies):
+        step, loss: the steps measured, and the squared errors. residual (steps, frequencies):
         |F[fit] - F[target]| / |F[target]|. linear_residual (frequencies,): of the linear terms.
     Source: the residual is that of the F-principle, the paper's [67]. The paper names no network,
         optimiser or target range.
     """
     angle = torch.arange(-128, 128, dtype=torch.float64) * math.pi / 128
     keys = circle(angle)
-    target, linear = angular_similarity(keys, keys[128:129])[:, 0], angular_series(angle.cos(), 0)  # the query at 0
+    target, linear = angular_similarity(keys, keys[128:129])[:, 0], angular_series(angle.cos(), 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Linear(2, 256), nn.Tanh(), nn.Linear(256, 1)).double()
@@ -763,9 +763,9 @@ def mean_and_spread(values: Sequence[float], form: str) -> str:
 def results_table(runs: list[dict], against: str = "softmax") -> str:
     """A Markdown table with a row for each attention and five columns for each model.
 
-    They are: score, mean and standard deviation over seeds; the score minus that of row `against`
-    with the same seed, and in brackets the number of such pairs; gap, the points lost by castling;
-    step, the time of a training step divided by that of row `against`; and M MACs, castled.
+    score: mean and standard deviation over seeds. against: the score minus that of row `against`
+    with the same seed, and in brackets the number of such pairs. gap: points lost by castling.
+    step: time of a training step divided by that of row `against`. M MACs: of the castled model.
 
     Raises: ValueError if runs of one model differ in settings that are not in VARIED, or if two
         runs of one row have the same seed.
@@ -807,7 +807,7 @@ def results_table(runs: list[dict], against: str = "softmax") -> str:
 
 
 def tables(args: argparse.Namespace) -> None:
-    """Print a table for each of --runs; write all runs to --collect. ValueError: bad --against."""
+    """Print a table for each of --runs, write all to --collect. ValueError if no row --against."""
     every = [read_runs(path) for path in args.runs]
     if args.against != "softmax":
         look_up(dict.fromkeys(row_of(run) for runs in every for run in runs), args.against, "row")

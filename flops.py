@@ -5,8 +5,9 @@
     python flops.py --curve --model deit_tiny           MACs of softmax and castled by image size
 
 One MAC is one multiplication and one addition, so 2 FLOPs. All counts are MACs of one inference.
-The auxiliary branch is counted separately. A convention says which operations count, see
-CONVENTIONS. The models are on PyTorch's meta device: only shapes are computed, no values.
+The auxiliary branch is counted separately. Conventions: `macs` counts convolutions, linear layers
+and matrix products. `paper-cls` and `paper-det` count as the paper does for classifiers and for
+detectors, `fvcore-like` as fvcore. Models are on the meta device: no values are computed.
 """
 
 import argparse
@@ -291,8 +292,9 @@ TABLES_6_AND_7 = {  # table: size, pixels, and the (parameters in M, MACs in G) 
     6: ("s", 320, (1.10, 0.48), (2.14, 0.69), (2.14, 0.62)),
     7: ("m", 416, (3.32, 2.15), (7.53, 3.51), (7.53, 3.15)),
 }
-TABLE_4 = {"softmax": (118, 229, 182), "castling": (118, 195, 147)}  # M parameters; G MACs, of the backbone
-TABLE_4_SIZE = (512, 704)  # height, width
+# M parameters, G MACs, G MACs of the backbone; height and width of the image.
+TABLE_4 = {"softmax": (118, 229, 182), "castling": (118, 195, 147)}
+TABLE_4_SIZE = (512, 704)
 
 
 class DesignAttention(attention.AttentionCore):
@@ -608,7 +610,7 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--table", type=int, choices=list(TABLES), help="a table of the paper, beside our counts")
     add("--model", help="name of a model; default levit128, with --curve deit_tiny")
-    add("--attention", default="castling,softmax", help=f"of {', '.join(ATTENTIONS)}, separated by commas")
+    add("--attention", default="castling,softmax", help=f"with commas between: {', '.join(ATTENTIONS)}")
     add("--image-size", type=at_least(1), default=224, help="pixels per side; default 224")
     add("--convention", default="macs", help=f"what counts: {', '.join(CONVENTIONS)}; default macs")
     add("--curve", action="store_true", help="MACs of softmax and castled at 64 to 1024 pixels")

@@ -142,7 +142,7 @@ def init_linear(module: nn.Module) -> None:
 
 
 def mlp_kernel(given: int | None, core: Mapping, castling: int = 5) -> int:
-    """Taps of the MLPs' DWConv per side, if not given: 0 for softmax, else `castling` (D7)."""
+    """Kernel size of the MLPs' DWConv: `given`, or if None 0 for softmax, else `castling` (D7)."""
     if given is not None:
         return given
     return 0 if core["kernel"] == "softmax" else castling
@@ -387,7 +387,7 @@ class ViT(nn.Module):
         grid = (x.shape[2], x.shape[3])
         prefix_pos, patch_pos = self.pos_embed.tensor_split([self.prefix], dim=1)
         x = rearrange(x, "b c y x -> b (y x) c") + resize_positions(patch_pos, self.grid, grid)
-        if self.tokens:
+        if self.tokens:                                                              # (B, P + N, C)
             tokens = torch.cat([getattr(self, name) for name in self.tokens], dim=1)
             x = torch.cat([(tokens + prefix_pos).expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.blocks:
@@ -696,15 +696,16 @@ class LeViT(nn.Module):
     architecture.
 
     Args:
-        dims, heads, depths: C, H and the number of blocks of each stage; key_dim: D.
-            The down-sampling block after stage i has dims[i] // D heads, its values 4 D channels.
-        image_size: pixels; the tables of attention biases are made for it, and resampled for others.
+        dims, heads, depths: C, H and the number of blocks of each stage.
+        key_dim: D as published; see `CastlingLeViTAttention` for the castling architecture. The
+            down-sampling block after stage i has dims[i] // key_dim heads.
+        image_size: pixels; tables of attention biases are made for it, and resampled for others.
         distilled: add a second head. In training the model then returns a pair of logits (class,
             distillation), in eval their mean. None means two heads with the softmax kernel, as
             published, and one with all others, as the paper's parameter counts say.
         drop_path: stochastic depth, the same in all blocks.
         castle_downsample: True ("C2"): the down-sampling blocks of the castling architecture use
-            `core` too, with keys and values pooled to the queries' grid (D5). False ("C1"): softmax.
+            `core` too; keys and values are pooled to the queries' grid (D5). False ("C1"): softmax.
         mlp_dwconv: kernel of the DWConv in the MLPs of stage blocks, 0 for none. None means 5, or 0
             for the softmax kernel (D7).
         core: options of AttentionCore.
@@ -1189,8 +1190,8 @@ def build_model(
         attention: "castling": linear-angular attention with the auxiliary branch. "softmax": the
             published architecture. Another kernel of Table 5: the castling architecture with that
             kernel, without the branch unless auxiliary=True.
-        num_classes: number of logits. None means 1000; LCNet and ESNet then return their feature
-            maps [C3, C4, C5]. It has no effect on dense models.
+        num_classes: number of logits. None means 1000, but LCNet and ESNet then have no classifier
+            and return feature maps [C3, C4, C5]. It has no effect on dense models.
         image_size: pixels, one number or (height, width). The model accepts other sizes too.
         castle_downsample: see `LeViT`. It has no effect on models without down-sampling blocks.
         overrides: other arguments of the model (dims, depth, drop_path, distilled, mlp_dwconv, ...)
