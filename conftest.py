@@ -50,14 +50,14 @@ TINY_ESNET = dict(width=0.25, ratios=((0.875, 0.5), (0.5, 0.75), (0.5, 0.5)), he
 FAMILIES = ["levit", "deit", "mvit", "lcnet", "esnet"]
 
 
-def tiny(family, attention="castling", image_size=64, seed=0, **options):
-    """A small model with 5 classes; norms and other constants shaken, so that nothing is zero by accident."""
+def tiny(family, attention="castling", image_size=64, seed=0, num_classes=5, **options):
+    """A small model; norms and other constants shaken, so that nothing is zero by accident."""
     name, row = {
         "levit": ("levit128", TINY_LEVIT), "deit": ("deit_tiny", TINY_DEIT), "mvit": ("mvitv2_tiny", TINY_MVIT),
         "lcnet": ("lcnet_vit_s", TINY_LCNET), "esnet": ("esnet_vit_s", TINY_ESNET),
     }[family]  # fmt: skip
     torch.manual_seed(seed)
-    return shaken(build_model(name, attention, 5, image_size, **(row | options))).eval()
+    return shaken(build_model(name, attention, num_classes, image_size, **(row | options))).eval()
 
 
 def shaken(model, std=0.1):

@@ -42,6 +42,8 @@ from models import (
     MViTv2,
     NormLinear,
     ViT,
+    build_model,
+    list_models,
     pair,
     resize_offsets,
     resize_positions,
@@ -626,6 +628,30 @@ def official_mvit_names(weights: dict[str, Tensor], depths: list[int]) -> dict[s
     return renamed
 
 
+def renamed_weights(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The file's weights; those of an official LeViT or MViTv2 get the names of `model`."""
+    if "patch_embed.0.c.weight" in weights and isinstance(model, LeViT):
+        return official_levit_names(weights, [len(stage.blocks) for stage in model.stages])
+    if "blocks.0.attn.pool_q.weight" in weights and isinstance(model, MViTv2):
+        return official_mvit_names(weights, [len(stage["blocks"]) for stage in model.stages])
+    return weights
+
+
+def likeliest_model(weights: dict[str, Tensor], model: nn.Module) -> str | None:
+    """Which of `list_models()` a file is of, if more of its entries have that one's names and
+    shapes than have those of `model`, and half of them have. Else None."""
+
+    def agreeing(other: nn.Module) -> int:
+        own = {name: x.shape for name, x in other.state_dict().items() if not name.startswith(("head", "class"))}
+        found = renamed_weights(weights, other).items()
+        return sum(name in own and own[name] == getattr(value, "shape", None) for name, value in found)
+
+    with torch.device("meta"):
+        counts = {name: agreeing(build_model(name, "softmax")) for name in list_models()}
+    best = max(counts, key=counts.get)
+    return best if counts[best] > max(agreeing(model), len(weights) / 2) else None
+
+
 def square_side(entries: int) -> int | None:
     """Side of the square grid with this number of entries, or None if there is none."""
     side = math.isqrt(max(0, entries))
@@ -669,7 +695,7 @@ def value_rows(name: str, weights: dict[str, Tensor], own: Tensor, model: nn.Mod
     return result.flatten(0, 1)
 
 
-def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None) -> LoadReport:
+def load_pretrained(model: nn.Module, path: str | Path, class_layers: tuple[str, ...] = ()) -> LoadReport:
     """Load a checkpoint of this project or timm, or an official one of DeiT, LeViT, MViTv2 or MAE.
 
     A castling model loads the weights that it shares with the published softmax model. Its other
@@ -677,7 +703,9 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None
     Position tables of another image size are resized. If a table has another length than the
     model's, its token grid is assumed to be square, as files do not store it.
 
-    Args: fresh: parameters whose names start with this keep their initial values.
+    Args:
+        class_layers: how names of class layers start. They keep their initial values if the file
+            has another number of classes.
     Returns: names of what was loaded, resized, loaded in part, new or ignored. It can be printed.
     Raises: ValueError that names the file and each entry that is missing, unknown or of another
         shape, if none of the cases above explains it. The model is then unchanged.
@@ -687,10 +715,7 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None
         raise ValueError(f"{path} holds no parameters by name")
     # `progress` is not a weight: each training run sets its own.
     weights, own = ({n: x for n, x in state.items() if not n.endswith("progress")} for state in (weights, own))
-    if "patch_embed.0.c.weight" in weights and isinstance(model, LeViT):
-        weights = official_levit_names(weights, [len(stage.blocks) for stage in model.stages])
-    if "blocks.0.attn.pool_q.weight" in weights and isinstance(model, MViTv2):
-        weights = official_mvit_names(weights, [len(stage["blocks"]) for stage in model.stages])
+    file_weights, weights = weights, renamed_weights(weights, model)
     kernels = {name: core.kernel for name, core in cores(model).items()}
     castling = any(kernel != "softmax" for kernel in kernels.values())
     published = not any(".dconv." in name for name in weights)
@@ -723,13 +748,15 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None
         # the published LeViT has separate layers to kv and to q in its down-sampling attention
         return castling and bool(re.search(r"\.attn_downsample\.(kv|q\.ln)\.", name))
 
+    classes = {name: value.shape for name, value in own.items() if name.startswith(class_layers)}
+    other_classes = any(getattr(weights.get(name), "shape", shape) != shape for name, shape in classes.items())
     final = {}
     tensors = {name: x for name, x in weights.items() if isinstance(x, Tensor)}
     numbers = {name: x.float() for name, x in tensors.items() if x.is_floating_point()}
     wrong = [f"{name} holds nan or inf" for name, x in numbers.items() if not x.isfinite().all()]
     for name, value in own.items():
         found = weights.get(name)
-        if fresh and name.startswith(fresh):
+        if other_classes and name in classes:
             report.new.append(name)
         elif found is not None and not isinstance(found, Tensor):
             wrong.append(f"{name} is no tensor")
@@ -757,6 +784,10 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: str | None = None
     wrong += [f"unknown {name}" for name in rest if not expected_rest(name)]
     if wrong:
         more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
-        raise ValueError(f"{path} does not fit the model: {'; '.join(wrong[:8])}{more}")
+        other = likeliest_model(file_weights, model)
+        hint = f"It looks like a checkpoint of {other}. " if other else ""
+        if any("pos_embed is" in one for one in wrong):
+            hint += "Its position table has another size: perhaps it is of another --image-size. "
+        raise ValueError(f"{path} does not fit the model. {hint}{'; '.join(wrong[:8])}{more}")
     model.load_state_dict(model.state_dict() | final)
     return report

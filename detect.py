@@ -729,7 +729,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
         torch.manual_seed(args.seed)  # the same first weights on every rank
         model = make_model(args, len(train_set.classes), args.image_size)
-        run.start_from(model, args, partial(run.load_start, layers="head.predict."))
+        run.start_from(model, args, partial(load_pretrained, class_layers=("head.predict.",)))
         if args.backbone and run.begins_anew(args):
             report = load_pretrained(model.backbone, args.backbone)
             if rank() == 0:

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import SCHEDULES, castle, cores, mask_statistics, mask_threshold, record_masks, set_threshold
-from convert import LoadReport, check_export, damage, export, load_pretrained, read_checkpoint, weights_in
+from convert import check_export, damage, export, load_pretrained, read_checkpoint, weights_in
 from data import DataError, mixed_seed, read_image
 from models import ATTENTIONS
 
@@ -999,7 +999,7 @@ def count_classes(path: str, heads: Iterable[str]) -> int:
     raise ValueError(f"{path} has none of {', '.join(heads)}: it is no model of this script")
 
 
-def start_from(model: nn.Module, args: argparse.Namespace, load: Callable = load_pretrained) -> None:
+def start_from(model: nn.Module, args: argparse.Namespace, load: Callable) -> None:
     """A new run's first weights: the DWConv on V at zero with --zero-dconv; then those of --checkpoint."""
     for core in cores(model).values() if args.zero_dconv else ():
         if core.dconv is not None:
@@ -1051,15 +1051,6 @@ def write_export(model: nn.Module, args: argparse.Namespace) -> None:
         say(f"{args.export}: run on {shapes}; largest difference {difference:.1e}")
         if not difference < 1e-4:
             raise DataError(f"{args.export} is not the model that it was made from")
-
-
-def load_start(model: nn.Module, path: str | Path, layers: str) -> LoadReport:
-    """Weights to start from; without the class `layers`, named by what their parameters start with, where the file
-    knows another number of classes. Raises ValueError as `load_pretrained` does."""
-    name = next(name for name in model.state_dict() if name.startswith(layers) and name.endswith("weight"))
-    found = weights_in(read_checkpoint(path)).get(name)
-    other = found is not None and len(found) != len(model.get_parameter(name))
-    return load_pretrained(model, path, fresh=layers if other else None)
 
 
 # ---- pictures in and out ---------------------------------------------------------------------------------------------

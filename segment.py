@@ -506,12 +506,14 @@ def build_segmenter(
 
 
 def load_start(model: Segmenter, path: str | Path) -> LoadReport:
-    """Weights to start from: a segmenter's, as `run.load_start` does; or a ViT's (MAE, DeiT, timm) for the backbone.
+    """Weights to start from: those of a segmenter, or of a ViT (MAE, DeiT, timm) for its backbone.
+
+    The class layer keeps its initial values if the file has another number of classes.
 
     Raises: ValueError as `load_pretrained` does.
     """
     if any(name.startswith("backbone.") for name in weights_in(read_checkpoint(path))):
-        return run.load_start(model, path, "decoder.class_head.")
+        return load_pretrained(model, path, class_layers=("decoder.class_head.",))
     prefix = "backbone.vit."
     report = load_pretrained(model.backbone.vit, path)
     for group in (report.loaded, report.resized, report.partly, report.new):

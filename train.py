@@ -15,6 +15,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -294,7 +295,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         torch.manual_seed(args.seed)  # the same first weights on every rank
         model = make_model(args, len(train_set.classes), args.image_size)
         check_batch_norm(args, model)
-        run.start_from(model, args)
+        run.start_from(model, args, partial(load_pretrained, class_layers=("head", "classifier.")))
         model.to(device)
         ema = run.averaged(model, args.ema_decay)
         groups = parameter_groups(model, args.weight_decay)

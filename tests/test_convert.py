@@ -252,6 +252,34 @@ def test_bad_checkpoints_are_named(tmp_path):
                 load_pretrained(model, tmp_path / "table.pt")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_of_other_classes_gives_all_but_its_class_layers(tmp_path, family):
+    """Weights to start from: class layers keep their initial values where the classes are not as many, and are loaded
+    where they are."""
+    torch.save(official(family, tiny(family, "softmax")), tmp_path / "five.pth")
+    layers = ("head", "classifier.")
+    for count in (5, 7):
+        model = tiny(family, "softmax", seed=1, num_classes=count)
+        report = load_pretrained(model, tmp_path / "five.pth", class_layers=layers)
+        assert all(name.startswith(layers) for name in report.new) and bool(report.new) == (count == 7)
+        assert len(report.loaded) + len(report.new) == len(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "attention", "into"),
+    [
+        ("levit", "levit128", "softmax", "deit_tiny"),
+        ("mvit", "mvitv2_tiny", "softmax", "levit128"),
+        ("deit", "deit_tiny", "castling", "deit_small"),
+    ],
+)
+def test_the_checkpoint_of_another_model_is_recognised(tmp_path, family, name, attention, into):
+    """The error names the model that the file is of, whether its authors or this project wrote it."""
+    torch.save(official(family, build_model(name, attention)), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=f"x.pt does not fit the model. It looks like a checkpoint of {name}"):
+        load_pretrained(build_model(into), tmp_path / "x.pt")
+
+
 # ---- folding norms, converting other models ------------------------------------------------------
 
 

@@ -249,6 +249,8 @@ def test_folder_trains_and_names_what_is_wrong(tmp_path, photos, capsys):
     images = ["--image", *map(str, (photos / "test" / "dark").iterdir())]
     train.main(train.parser().parse_args([*images, f"--checkpoint={tmp_path}/run/best.pt"]))
     assert capsys.readouterr().out.count("bright") == 3
+    run_train(tmp_path / "shapes", f"--checkpoint={tmp_path}/run/best.pt", "--max-steps=1")  # other classes
+    assert re.search("^new: head.bias, head.weight$", capsys.readouterr().out, re.MULTILINE)
 
     def said(code, *options):
         return refused(capsys, code, run_train, tmp_path / "refused", "--batch-size=4", "--max-steps=2", *options)
