@@ -10,19 +10,19 @@ Authors' block: `LinAngularAttention`, github.com/GATECH-EIC/Castling-ViT @ c7b7
     a_k          angular_coefficients    (K,)           k = 1..K                            Eq. (8)
     DWConv(V)    dwconv                  (B, H, N, E)   9 taps along the tokens             Eq. (9)
     M_sparse     masked_softmax          (B, H, N, N)   softmax entries above epsilon       Eq. (10)
-    epsilon      mask_threshold          scalar         0..1; at 1 the mask is empty        Eq. (10)
+    epsilon      mask_threshold          () or (B,)     0..1; at 1 the mask is empty        Eq. (10)
 
 B images, H heads, N tokens, D channels per head. Castling: train with the auxiliary branch
-M_sparse V, which costs O(N^2), and infer without it. The share of training done sets epsilon. So
-call set_threshold before every step, and after training remove the branch:
+M_sparse V, which costs O(N^2), and infer without it. The threshold depends on the share of training
+done. So call set_threshold before every step, and after training remove the branch:
 
     block = LinearAngularAttention(dim=192, num_heads=3, sparse_reg=True)
     set_threshold(block, progress=step / total_steps)       # before every step
     y = block(x)                                            # (B, N, 192) or (B, 192, H, W)
     castle(block)                                           # from here on O(N): no softmax is left
 
-`python attention.py` checks the laws of this file. D1, D2, ... number the departures from the paper
-and from the authors' block. The README lists them.
+`python attention.py` checks Eq. (8), Eq. (9) and castling; the repository's tests check the rest.
+D1, D2, ... number the departures from the paper and from the authors' block. The README lists them.
 """
 
 import contextlib
@@ -91,10 +91,11 @@ def unit(x: Tensor) -> Tensor:
     """x / |x| over the last axis.
 
     D2: a zero vector has no direction. It stays zero, and its gradient is 0.
-    float32 cannot hold the squares of numbers above 1e18 or below 1e-18. On a CPU such vectors are
-    divided by their largest entry first. Looking for them would make a GPU wait, and a compiled
-    graph cannot branch on values. There, too long vectors become NaN and too short ones zero. Under
-    vmap on a CPU both become zero.
+    float32 cannot hold the squares of very long or very short vectors. If a tensor on a CPU has a
+    vector above 1e18 or below 1e-18, all its vectors are first divided by their largest entries. A
+    GPU would have to wait for this test, and a compiled graph cannot make it. There a vector above
+    about 1e19 becomes NaN, and one below about 1e-19 becomes zero. Under vmap on a CPU both become
+    zero.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -130,7 +131,8 @@ def angular_similarity(q: Tensor, k: Tensor) -> Tensor:
 def angular_coefficients(terms: int) -> Tensor:
     """a_1 .. a_terms of Eq. (8), a_k = (2k)! / (2^2k (k!)^2 (2k + 1)), as float64 (terms,).
 
-    Computed from a_0 = 1 and a_k / a_(k-1) = (2k - 1)^2 / (2k (2k + 1)), as (2k)! overflows at 86.
+    Computed from a_0 = 1 and a_k / a_(k-1) = (2k - 1)^2 / (2k (2k + 1)). In float64, (2k)! itself
+    overflows at k = 86.
     Raises: ValueError for a negative number of terms.
     """
     if terms < 0:
@@ -190,10 +192,10 @@ def channels_last(v: Tensor) -> Tensor:
 
 
 def dwconv(v: Tensor, weight: Tensor) -> Tensor:
-    """DWConv(V) of Eq. (9) along the tokens, (B, H, N, E) -> same, by filters (H, 1, K, 1)."""
-    H, E, K = v.shape[1], v.shape[3], weight.shape[2]
-    filters = weight.to(v.dtype).mT.repeat_interleave(E, dim=0)  # (H E, 1, 1, K), one per channel
-    y = F.conv2d(channels_last(v), filters, padding=(0, K // 2), groups=H * E)
+    """DWConv(V) of Eq. (9) along the tokens, (B, H, N, E) -> same, by filters (H, 1, T, 1)."""
+    H, E, T = v.shape[1], v.shape[3], weight.shape[2]
+    filters = weight.to(v.dtype).mT.repeat_interleave(E, dim=0)  # (H E, 1, 1, T), one per channel
+    y = F.conv2d(channels_last(v), filters, padding=(0, T // 2), groups=H * E)
     return y.squeeze(2).unflatten(1, (H, E)).mT
 
 
@@ -205,10 +207,11 @@ def castling_attention(
 
     Args:
         q, k: (B, H, N, D); v: (B, H, N, E).
-        weight: (H, 1, K, 1), the filters of DWConv, or None for no DWConv.
-        branch: M_sparse V of Eq. (10), (B, H, N, E), or None once castled.
+        weight: (H, 1, T, 1), the filters of DWConv, T taps, or None for no DWConv.
+        branch: M_sparse V of Eq. (10), (B, H, N, E), or None if there is none, as once castled.
         kernel: another function of q, k, v in place of the linear-angular one (Table 5).
-    Returns: (B, H, N, E).
+    Returns: (B, H, N, E). The sum before the DWConv is normalised as in the authors' block; Eq. (9)
+        does not write it.
     """
     y = kernel(q, k, v)                                    # 1/2 V + (1/pi) Q (K^T V)    Eq. (9)
     if branch is not None:
@@ -262,7 +265,8 @@ def relu_s_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def relu_e_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> Tensor:
-    """"ReLU-E" (EfficientViT): only exp is replaced; rows sum to 1, up to eps."""
+    """"ReLU-E" (EfficientViT): only exp is replaced. Rows sum to 1, up to eps; a row without a
+    positive product sums to 0."""
     check_qkv(q, k, v)
     q, k = F.relu(q), F.relu(k)
     return q @ (k.mT @ v) / (q @ k.sum(dim=-2, keepdim=True).mT + eps)
@@ -309,9 +313,10 @@ def mask_threshold(
 
     The largest entry of a softmax over N keys is at least 1/N. So a threshold of 0.02, the paper's,
     cannot empty the mask of a layer with N < 50. `fixed` is the paper's setting. `ramp` starts at
-    min(1, max(epsilon, 4/N)), about 0.02 at the paper's N = 197, and rises to 1, where the mask is
-    empty. With N <= 4 it is empty from the first step. `anneal` starts dense at 1/(4N) and rises to
-    1 geometrically. `ramp` and `anneal` reach 1 when RAMP_END of training is done.
+    min(1, max(epsilon, 4/N)), about 0.02 at the paper's N = 197. It rises to 1 with the square of
+    the training done. At 1 the mask is empty; with N <= 4 it is empty from the first step. `anneal`
+    starts dense at 1/(4N) and rises to 1 geometrically. `ramp` and `anneal` reach 1 when RAMP_END
+    of training is done.
 
     Args:
         progress: share of training done, 0..1.
@@ -343,7 +348,8 @@ def softmax_rows(q: Tensor, k: Tensor, hidden: Tensor | None = None) -> Tensor:
 
 
 def above(p: Tensor, threshold: float | Tensor) -> Tensor:
-    """P where P > threshold, else 0. A threshold of 1 or more keeps nothing, also by rounding.
+    """P where P > threshold, else 0. A threshold of 1 or more keeps nothing, not even an entry that
+    is rounded to more than 1.
 
     threshold: a number, or a tensor that broadcasts. The comparison has no gradient.
     """
@@ -357,7 +363,8 @@ def masked_softmax(
 ) -> Tensor:
     """M_sparse of Eq. (10), (..., N, D), (..., M, D) -> (..., N, M). See `softmax_rows`, `above`.
 
-    q and k keep their lengths here: with unit vectors no entry would exceed 0.02 at 196 tokens.
+    q and k keep their lengths here. With unit vectors of 3 or more channels no entry would exceed
+    0.02 at 196 tokens.
     The kept entries of a row are not scaled to sum to 1.
     """
     return above(softmax_rows(q, k, hidden), threshold)                                # Eq. (10)
@@ -366,7 +373,7 @@ def masked_softmax(
 def masked_softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, threshold: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The auxiliary branch, M_sparse V.  Eq. (10)
+    """M_sparse V of Eq. (10) and no more. Layers run `auxiliary_branch`, which has more options.
 
     Args: q (..., N, D), k (..., M, D), v (..., M, E); threshold 0..1, see `above`.
     Returns: out (..., N, E), and kept (..., N, M), True at the entries above the threshold.
@@ -408,7 +415,7 @@ def leave_out_progress(core: nn.Module, state: dict[str, Any], prefix: str, *unu
 
 
 def take_progress(core: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
-    """Hook before load_state_dict(): without `progress`, as in the authors' files, keep our own."""
+    """Hook before load_state_dict(). The authors' files have no `progress`: then keep our own."""
     if prefix + "progress" in state:
         core.set_progress(float(state[prefix + "progress"]))
     else:
@@ -433,9 +440,9 @@ class AttentionCore(nn.Module):
         dropout outside 0..1, or a branch on the softmax baseline.
     Source: authors' attention.py @ c7b75c1: the same operations and the parameter `dconv.weight`.
 
-    Attributes: `auxiliary`, whether the branch exists; `active`, whether its mask can still keep an
-    entry; `record`, whether mask statistics are collected; `progress`, the share of training done,
-    in the state dict only while the branch exists. Hooks on `dconv` are not called.
+    Attributes: `auxiliary`, whether the branch exists; `active`, False once `ramp` or `anneal` has
+    emptied its mask; `record`, whether mask statistics are collected; `progress`, the share of
+    training done, in the state dict only while the branch exists. Hooks on `dconv` are not called.
     """
 
     # fast.py replaces these two by forms that need less memory in training.
@@ -497,8 +504,9 @@ class AttentionCore(nn.Module):
             q, k: (B, H, N, D); v: (B, H, N, E). With the softmax kernel k and v may have M tokens.
             bias: (H, N, M) or (B, H, N, M), added to the logits; softmax kernel only.
             padding: (B, N) boolean, True at tokens to ignore; linear_angular kernel only.
-        Returns: (B, H, N, E) in v's dtype. All kernels but softmax compute in float32 or wider,
-            also under autocast (D3): in float16 k^T v overflows at a few thousand tokens.
+        Returns: (B, H, N, E) in v's dtype; the softmax kernel under autocast, in autocast's. All
+            other kernels compute in float32 or wider, also under autocast (D3): in float16 k^T v
+            overflows at a few thousand tokens.
         Raises: ValueError if the inputs do not fit, or the kernel does not take bias or padding.
         """
         self.check(q, k, v, bias, padding)
@@ -533,7 +541,10 @@ class AttentionCore(nn.Module):
             check_padding(padding, (v.shape[0], v.shape[2]))
 
     def branch(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor | None:
-        """M_sparse V at this layer's threshold, (B, H, N, E), or None if it is zero.  Eq. (10)"""
+        """M_sparse V at this layer's threshold, (B, H, N, E).  Eq. (10)
+
+        fast.py may return None in its place, if the mask is certainly empty.
+        """
         tokens = v.shape[2] if padding is None else (~padding).sum(-1)                 # N or (B,)
         threshold = mask_threshold(self.progress.float(), tokens, self.epsilon, self.schedule)
         dropout = self.dropout if self.training else 0.0
@@ -656,12 +667,13 @@ def record_masks(model: nn.Module, on: bool = True) -> None:
 
 
 def mask_statistics(model: nn.Module) -> dict[str, tuple[float, float, float]]:
-    """{layer: (density, mass, tokens)} of every branch, since `set_threshold` was last called.
+    """{layer: (density, mass, tokens)} of every branch, since the threshold was last set.
 
     density: share of non-zero entries of M_sparse, 0..1 (Fig. 6).
     mass: mean sum of a row of M_sparse, 0..1: how much of the softmax is kept.
-    tokens: N. All three are nan if nothing was recorded, but density and mass are 0 if the mask
-    must be empty. A castled layer is left out.
+    tokens: N; if inputs differed in it, the mean over rows.
+    All three are nan if nothing was recorded, but density and mass are 0 if `active` is False. A
+    castled layer is left out.
     The sums run over all processes: in a process group every process must call this.
     """
     branches = {name: core for name, core in cores(model).items() if core.auxiliary}

@@ -670,8 +670,8 @@ def resized_table(name: str, value: Tensor, own: Tensor, model: nn.Module, file_
         if side is None:
             return None
         patches = resize_positions(value[:, prefix:], (side, side), owner.grid)
-        kept = value[:, : min(prefix, owner.prefix)]
-        return torch.cat([kept, own[:, kept.shape[1] : owner.prefix], patches], dim=1)
+        kept = value[:, : min(prefix, owner.position_rows)]
+        return torch.cat([kept, own[:, kept.shape[1] : owner.position_rows], patches], dim=1)
     if kind == "attention_biases" and len(value) == len(own) and (side := square_side(value.shape[1])):
         return resize_offsets(value.unflatten(1, (side, side)), owner.grid).flatten(1)
     if kind in ("rel_pos_h", "rel_pos_w") and value.shape[1] == own.shape[1] and len(value) > 0:

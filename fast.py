@@ -1,14 +1,15 @@
 """Eq. (9) and (10) of attention.py with gradients written by hand: training takes less memory.
 
     import fast
-    fast.enable()     # every AttentionCore uses these forms; the scripts and bench.py call this
+    fast.enable()     # the linear-angular kernel and every branch use these forms in training
     fast.disable()    # back to the formulas of attention.py
 
 Eq. (9) keeps q, k, v and its result for backward, half of what the formula's graph keeps. Eq. (10)
 works on a few heads or rows at a time and computes their part of M_sparse again in backward. So it
-keeps nothing of size N x N. On a CPU it skips the heads whose mask is certainly empty. Gradients of
-any order and torch.func work as with the formulas. Under torch.compile Eq. (9) is the formula, and
-Eq. (10) the formula recomputed in backward.
+keeps nothing of size N x N. On a CPU, and without padding, it skips the heads whose mask is
+certainly empty. Gradients of any order and torch.func work as with the formulas. Without gradients,
+and under torch.compile, Eq. (9) runs as its formula. With dropout, and under torch.compile, so does
+Eq. (10), and backward computes it again. The scripts and bench.py enable this file.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from attention import (
     without_autocast,
 )
 
-BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # of M_sparse, the part computed at a time
+BLOCK_BYTES = {"cpu": 4 * 2**20}  # of M_sparse, the part computed at a time; 256 MiB elsewhere
 
 
 class KeepsInputs(torch.autograd.Function):
@@ -101,10 +102,10 @@ class DWConv(KeepsInputs):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         v, weight = ctx.saved_tensors
-        H, E, K = v.shape[1], v.shape[3], weight.shape[2]
+        H, E, T = v.shape[1], v.shape[3], weight.shape[2]
         filters = weight.to(v.dtype).mT.repeat_interleave(E, dim=0)
         x, grad = channels_last(v), channels_last(grad)
-        options = dict(padding=(0, K // 2), groups=H * E)
+        options = dict(padding=(0, T // 2), groups=H * E)
         with without_autocast(v.device):
             grad_x = conv2d_input(x.shape, filters, grad, **options)
             grad_filters = conv2d_weight(x, filters.shape, grad, **options)
@@ -245,7 +246,7 @@ def auxiliary_branch(
                 q, k, v, limits = (x[live] for x in (q, k, v, limits))
         if threshold.ndim == 0:  # comparing with a number is faster
             number = threshold.item()
-    entries = BLOCK_BYTES.get(q.device.type, 2**28) // q.element_size()
+    entries = BLOCK_BYTES.get(q.device.type, 256 * 2**20) // q.element_size()
     heads, rows = max(1, entries // N**2), max(1, entries // N)  # many heads, or rows of one head
     outs, totals = [], q.new_zeros(2)  # totals: kept entries, their sum
     parts = [repeat(None) if x is None else x.split(heads) for x in (q, k, v, limits, hidden)]

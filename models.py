@@ -11,11 +11,11 @@ LCNet   Cui et al., arXiv:2109.15099;      timm 1.0.31, mobilenetv3.py
 ESNet   Yu et al., arXiv:2111.00902;       PaddlePaddle/PaddleDetection @ v2.6.0, ppdet/.../esnet.py
 ViT     He et al., arXiv:2111.06377 (MAE); for segment.py: feature maps instead of logits
 The castling architecture: arXiv:2211.10526v4, section 4. Its text leaves out details. They follow
-from the parameters and MACs in its tables: a depthwise convolution inside the MLPs (D7, D8),
-3x3 depthwise pooling of q, k, v, and queries added to the output.
+from the parameters and MACs in its tables: a depthwise convolution inside the MLPs (D7, D8) and,
+in LeViT and MViTv2, 3x3 depthwise pooling of q, k, v, and queries added to the output.
 
-Parameter names are timm's. New are `attn.dconv`, `attn.{pool,norm}_{q,k,v}`, `mlp.dwconv`, `skip`,
-and those of ESNet, which timm does not have.
+Parameter names are timm's. New are `attn.dconv`, `mlp.dwconv`, `skip`, LeViT's pooling and
+down-sampling attention, the transformer blocks of LCNet-ViT, and ESNet, which timm does not have.
 B images, N tokens, C channels, H heads, D channels per head; `grid`: token grid (y, x), row-major.
 """
 
@@ -141,11 +141,12 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def mlp_kernel(given: int | None, core: Mapping, castling: int = 5) -> int:
-    """Kernel size of the MLPs' DWConv: `given`, or if None 0 for softmax, else `castling` (D7)."""
+def mlp_dwconv_size(given: int | None, core_options: Mapping, castling: int = 5) -> int:
+    """Kernel size of the MLPs' DWConv: `given`, unless it is None. Then it is 0 for softmax, and
+    `castling` for all others (D7)."""
     if given is not None:
         return given
-    return 0 if core["kernel"] == "softmax" else castling
+    return 0 if core_options["kernel"] == "softmax" else castling
 
 
 class TokenConv(nn.Conv2d):
@@ -207,7 +208,7 @@ def pool_heads(x: Tensor, grid: Grid, conv: nn.Conv2d, norm: nn.LayerNorm) -> tu
 class PooledAttention(AttentionCore):
     """Self-attention on pooled q, k, v: each passes a 3x3 depthwise convolution and a LayerNorm.
 
-    (B, N, C), grid -> (B, N', C'), grid'. All heads share their weights. The pooled query is added
+    (B, N, C), grid -> (B, N', C'), grid'. All heads share the weights of these layers. The pooled query is added
     to the attention's output.
 
     Args:
@@ -215,7 +216,7 @@ class PooledAttention(AttentionCore):
         proj: the layer H D -> C'.
         head_dim: D.
         stride_q, stride_kv: strides of the convolutions of q, and of k and v.
-        core: options of AttentionCore.
+        core_options: options of AttentionCore.
     Source: MViTv2, arXiv:2112.01526, section 4.1 (residual pooling connection).
     """
 
@@ -229,9 +230,9 @@ class PooledAttention(AttentionCore):
         stride_q: int = 1,
         stride_kv: int = 1,
         head_major: bool = False,
-        core: Mapping,
+        core_options: Mapping,
     ):
-        super().__init__(heads, **core)
+        super().__init__(heads, **core_options)
         self.head_dim, self.stride_q = head_dim, stride_q
         self.layout = "(h s d)" if head_major else "(s h d)"
         self.qkv, self.proj = qkv, proj
@@ -265,11 +266,14 @@ def resize_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
 
 
 class SelfAttention(AttentionCore):
-    """(B, N, C) -> (B, N, C): linear layer to q, k, v with layout (3, H, D), core, linear layer."""
+    """Tokens (B, N, C) -> same: linear layer to q, k, v (3, H, D), attention, linear layer.
 
-    def __init__(self, dim: int, heads: int, **core):
+    N counts all tokens, class tokens too.
+    """
+
+    def __init__(self, dim: int, heads: int, **core_options):
         channels_per_head(dim, heads)  # only checks
-        super().__init__(heads, **core)
+        super().__init__(heads, **core_options)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -279,16 +283,17 @@ class SelfAttention(AttentionCore):
 
 
 class Mlp(nn.Module):
-    """Linear, [DWConv, [BatchNorm,]] GELU, linear on (B, P + N, C). conv: kernel of DWConv, or 0.
+    """Linear, [DWConv, [BatchNorm,]] GELU, linear on (B, P + N, C); no DWConv if mlp_dwconv is 0.
 
-    The P prefix tokens do not enter the DWConv (D6). In inference, a CPU computes as many images at
-    a time as fit into its cache. Hooks on the layers then see parts of the batch.
+    The P prefix tokens do not enter the DWConv (D6). In inference, a CPU computes a few images at a
+    time, so that the hidden layer (HIDDEN_BYTES) stays in its cache. Hooks then see parts of the
+    batch.
     """
 
-    def __init__(self, dim: int, hidden: int, conv: int = 0, conv_bias: bool = False, conv_norm: bool = False):
+    def __init__(self, dim: int, hidden: int, mlp_dwconv: int = 0, bias: bool = False, batch_norm: bool = False):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = MlpDWConv(hidden, conv, conv_bias, conv_norm) if conv else None
+        self.dwconv = MlpDWConv(hidden, mlp_dwconv, bias, batch_norm) if mlp_dwconv else None
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
@@ -319,14 +324,14 @@ class ViTBlock(nn.Module):
         mlp_ratio: int,
         mlp_dwconv: int,
         drop_path: float,
-        core: Mapping,
-        conv_bias: bool = False,
+        core_options: Mapping,
+        dwconv_bias: bool = False,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = SelfAttention(dim, heads, **core)
+        self.attn = SelfAttention(dim, heads, **core_options)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, mlp_ratio * dim, mlp_dwconv, conv_bias=conv_bias)
+        self.mlp = Mlp(dim, mlp_ratio * dim, mlp_dwconv, dwconv_bias)
         self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
@@ -346,28 +351,28 @@ class ViT(nn.Module):
         patch_size: pixels.
         image_size: pixels; the position embeddings are made for it.
         drop_path: stochastic depth; rises linearly from 0 in the first block to this in the last.
-        mlp_dwconv: kernel of the MLPs' DWConv, 0 for none; conv_bias: whether it has a bias.
-        core: options of AttentionCore.
+        mlp_dwconv: kernel of the MLPs' DWConv, 0 for none; dwconv_bias: whether it has a bias.
+        core_options: options of AttentionCore.
     Raises: ValueError if dim is not divisible by heads.
     """
 
     def __init__(self, tokens: tuple[str, ...], dim: int, heads: int, depth: int, mlp_ratio: int,
                  patch_size: int, image_size: int | tuple[int, int], drop_path: float,
-                 mlp_dwconv: int, conv_bias: bool, core: Mapping):  # fmt: skip
+                 mlp_dwconv: int, dwconv_bias: bool, core_options: Mapping):  # fmt: skip
         super().__init__()
         self.tokens, self.dim, self.patch_size = tokens, dim, patch_size
         self.grid = tuple(-(-side // patch_size) for side in pair(image_size))
         # Rows of pos_embed before those of the patches. The files of ViT and MAE have one for the
         # class token. A model without that token keeps the row too, but does not use it.
-        self.prefix = max(1, len(tokens))
+        self.position_rows = max(1, len(tokens))
         for name in tokens:
             self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, dim)))
-        rows = self.prefix + self.grid[0] * self.grid[1]
+        rows = self.position_rows + self.grid[0] * self.grid[1]
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
-            ViTBlock(dim, heads, mlp_ratio, mlp_dwconv, rate, core, conv_bias) for rate in rates
+            ViTBlock(dim, heads, mlp_ratio, mlp_dwconv, rate, core_options, dwconv_bias) for rate in rates
         )
 
     def initialise(self) -> None:
@@ -385,7 +390,7 @@ class ViT(nn.Module):
         x = F.pad(x, (0, -x.shape[-1] % self.patch_size, 0, -x.shape[-2] % self.patch_size))
         x = self.patch_embed(x)                                                      # (B, C, y, x)
         grid = (x.shape[2], x.shape[3])
-        prefix_pos, patch_pos = self.pos_embed.tensor_split([self.prefix], dim=1)
+        prefix_pos, patch_pos = self.pos_embed.tensor_split([self.position_rows], dim=1)
         x = rearrange(x, "b c y x -> b (y x) c") + resize_positions(patch_pos, self.grid, grid)
         if self.tokens:                                                              # (B, P + N, C)
             tokens = torch.cat([getattr(self, name) for name in self.tokens], dim=1)
@@ -417,12 +422,12 @@ class DeiT(ViT):
         distilled: bool = False,
         drop_path: float = 0.1,
         mlp_dwconv: int | None = None,
-        core: Mapping = ATTENTIONS["castling"],
+        core_options: Mapping = ATTENTIONS["castling"],
     ):
         tokens = ("cls_token", "dist_token") if distilled else ("cls_token",)
-        mlp_dwconv = mlp_kernel(mlp_dwconv, core)
+        mlp_dwconv = mlp_dwconv_size(mlp_dwconv, core_options)
         super().__init__(tokens, dim, heads, depth, mlp_ratio, patch_size, image_size, drop_path,
-                         mlp_dwconv, conv_bias=False, core=core)  # fmt: skip
+                         mlp_dwconv, dwconv_bias=False, core_options=core_options)  # fmt: skip
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
         self.head_dist = nn.Linear(dim, num_classes) if distilled else None
@@ -461,11 +466,11 @@ class DenseViT(ViT):
         image_size: int | tuple[int, int] = 512,
         drop_path: float = 0.1,
         mlp_dwconv: int | None = None,
-        core: Mapping = ATTENTIONS["castling"],
+        core_options: Mapping = ATTENTIONS["castling"],
     ):
-        mlp_dwconv = mlp_kernel(mlp_dwconv, core, castling=3)                           # D8
+        mlp_dwconv = mlp_dwconv_size(mlp_dwconv, core_options, castling=3)                           # D8
         super().__init__((), dim, heads, depth, mlp_ratio, patch_size, image_size, drop_path,
-                         mlp_dwconv, conv_bias=True, core=core)  # fmt: skip
+                         mlp_dwconv, dwconv_bias=True, core_options=core_options)  # fmt: skip
         self.initialise()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -559,9 +564,9 @@ class LeViTAttention(AttentionCore):
         key_dim: int,
         grid: Grid,
         stride: int,
-        core: Mapping,
+        core_options: Mapping,
     ):
-        super().__init__(heads, **core)
+        super().__init__(heads, **core_options)
         self.stride, self.grid = stride, grid
         self.attention_biases = nn.Parameter(torch.zeros(heads, grid[0] * grid[1]))
         self.split = [key_dim, 2 * stride * key_dim]
@@ -605,9 +610,9 @@ class CastlingLeViTAttention(PooledAttention):
         key_dim: int,
         grid: Grid,
         stride: int,
-        core: Mapping,
+        core_options: Mapping,
     ):
-        softmax, head_dim = core["kernel"] == "softmax", 2 * stride * key_dim
+        softmax, head_dim = core_options["kernel"] == "softmax", 2 * stride * key_dim
         super().__init__(
             LinearNorm(dim, 3 * heads * head_dim),
             activated_projection(heads * head_dim, out_dim, bn_weight=0.0 if stride == 1 else 1.0),
@@ -616,7 +621,7 @@ class CastlingLeViTAttention(PooledAttention):
             stride_q=stride,
             stride_kv=1 if softmax else stride,
             head_major=True,
-            core=core,
+            core_options=core_options,
         )
         self.grid = grid
         self.attention_biases = nn.Parameter(torch.zeros(heads, grid[0] * grid[1])) if softmax else None
@@ -705,10 +710,11 @@ class LeViT(nn.Module):
             published, and one with all others, as the paper's parameter counts say.
         drop_path: stochastic depth, the same in all blocks.
         castle_downsample: True ("C2"): the down-sampling blocks of the castling architecture use
-            `core` too; keys and values are pooled to the queries' grid (D5). False ("C1"): softmax.
+            `core_options` too, and keys and values are pooled to the queries' grid (D5). False
+            ("C1"): they keep softmax.
         mlp_dwconv: kernel of the DWConv in the MLPs of stage blocks, 0 for none. None means 5, or 0
             for the softmax kernel (D7).
-        core: options of AttentionCore.
+        core_options: options of AttentionCore.
     Raises: ValueError if dims, heads and depths differ in length.
     Source: LeViT's paper, and levit.py @ 3772b8e (above); arXiv:2211.10526v4, Table 2.
     """
@@ -726,13 +732,13 @@ class LeViT(nn.Module):
         drop_path: float = 0.0,
         castle_downsample: bool = True,
         mlp_dwconv: int | None = None,
-        core: Mapping = ATTENTIONS["castling"],
+        core_options: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
         if not len(dims) == len(heads) == len(depths):
             raise ValueError(f"dims, heads and depths must have one entry per stage: {dims}, {heads}, {depths}")
-        published = core["kernel"] == "softmax"
-        mlp_dwconv = mlp_kernel(mlp_dwconv, core)
+        published = core_options["kernel"] == "softmax"
+        mlp_dwconv = mlp_dwconv_size(mlp_dwconv, core_options)
         widths = [3, dims[0] // 8, dims[0] // 4, dims[0] // 2, dims[0]]
         grid = pair(image_size)
         self.stem = nn.Sequential()
@@ -743,7 +749,7 @@ class LeViT(nn.Module):
             grid = halved(grid)
 
         attention = LeViTAttention if published else CastlingLeViTAttention
-        down_core = core if castle_downsample else {**core, **BASELINE}                  # D5
+        down_core = core_options if castle_downsample else {**core_options, **BASELINE}              # D5
         stages = []
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
             downsample = None
@@ -755,7 +761,7 @@ class LeViT(nn.Module):
                 downsample, grid = LeViTDownsample(attn, mlp, skip, drop_path), halved(grid)
             blocks = []
             for _ in range(depth):
-                attn = attention(dim, dim, heads[i], key_dim, grid, 1, core)
+                attn = attention(dim, dim, heads[i], key_dim, grid, 1, core_options)
                 mlp = LeViTMlp(dim, mlp_ratio * dim, mlp_dwconv)
                 blocks.append(LeViTBlock(attn, mlp, drop_path))
             stages.append(LeViTStage(downsample, blocks))
@@ -811,7 +817,9 @@ class MViTAttention(PooledAttention):
     and one for columns. Args: grid: the grid of x for which their tables are made.
     """
 
-    def __init__(self, dim: int, out_dim: int, heads: int, grid: Grid, stride_q: int, stride_kv: int, core: Mapping):
+    def __init__(
+        self, dim: int, out_dim: int, heads: int, grid: Grid, stride_q: int, stride_kv: int, core_options: Mapping
+    ):
         head_dim = channels_per_head(out_dim, heads)
         super().__init__(
             nn.Linear(dim, 3 * out_dim),
@@ -820,10 +828,10 @@ class MViTAttention(PooledAttention):
             head_dim,
             stride_q=stride_q,
             stride_kv=stride_kv,
-            core=core,
+            core_options=core_options,
         )
         self.rel_pos_h = self.rel_pos_w = None
-        if core["kernel"] == "softmax":
+        if core_options["kernel"] == "softmax":
             lengths = [2 * -(-side // min(stride_q, stride_kv)) - 1 for side in grid]
             self.rel_pos_h, self.rel_pos_w = (nn.Parameter(torch.zeros(length, head_dim)) for length in lengths)
 
@@ -839,8 +847,8 @@ class MViTAttention(PooledAttention):
 class MViTBlock(nn.Module):
     """Pre-norm block, (B, N, C), grid -> (B, N', C'), grid'.
 
-    The residual of the attention is x. If C changes, it is a linear layer of the normed x. If the
-    grid changes, it is max-pooled.
+    The residual of the attention is x. If C changes, a linear layer of the normed x takes its
+    place. If the grid changes, the residual is max-pooled.
     """
 
     def __init__(self, dim: int, attn: PooledAttention, out_dim: int, mlp: nn.Module, stride: int, drop_path: float):
@@ -877,7 +885,7 @@ class MViTv2(nn.Module):
         depths: blocks per stage; dim, heads: C and H of the first stage. Each stage doubles both.
         castle_downsample: as in `LeViT`. Both settings pool q, k and v by 2 in those blocks.
         drop_path: stochastic depth; rises linearly from 0 in the first block to this in the last.
-        image_size, num_classes, mlp_dwconv, core: as in `LeViT`.
+        image_size, num_classes, mlp_dwconv, core_options: as in `LeViT`.
     """
 
     def __init__(
@@ -891,11 +899,11 @@ class MViTv2(nn.Module):
         drop_path: float = 0.1,
         castle_downsample: bool = True,
         mlp_dwconv: int | None = None,
-        core: Mapping = ATTENTIONS["castling"],
+        core_options: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
-        published = core["kernel"] == "softmax"
-        mlp_dwconv = mlp_kernel(mlp_dwconv, core)
+        published = core_options["kernel"] == "softmax"
+        mlp_dwconv = mlp_dwconv_size(mlp_dwconv, core_options)
         grid = tuple((side - 1) // 4 + 1 for side in pair(image_size))
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, 7, stride=4, padding=3)))
         rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
@@ -907,7 +915,8 @@ class MViTv2(nn.Module):
             for j in range(depth):
                 down = i > 0 and j == 0
                 stride = 2 if down else 1
-                chosen = core if published or castle_downsample or not down else {**core, **BASELINE}        # D5
+                keep_softmax = down and not castle_downsample                                        # D5
+                chosen = {**core_options, **BASELINE} if keep_softmax else core_options
                 attn = MViTAttention(in_dim, dim, heads, grid, stride, stride_kv if published else stride, chosen)
                 mlp = Mlp(dim, mlp_ratio * dim, 0 if down else mlp_dwconv)
                 blocks.append(MViTBlock(in_dim, attn, dim, mlp, stride, rates.pop(0)))
@@ -962,8 +971,8 @@ class SqueezeExcitation(nn.Module):
         self.conv_expand = nn.Conv2d(channels // 4, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = F.adaptive_avg_pool2d(x, 1)
-        return x * F.hardsigmoid(self.conv_expand(F.relu(self.conv_reduce(gate))))
+        mean = F.adaptive_avg_pool2d(x, 1)
+        return x * F.hardsigmoid(self.conv_expand(F.relu(self.conv_reduce(mean))))
 
 
 class DepthSeparable(nn.Module):
@@ -987,10 +996,10 @@ class MapBlock(MViTBlock):
     does not describe this block. It is chosen to fit the counts of Tables 3, 6 and 7.
     """
 
-    def __init__(self, dim: int, heads: int, mlp_dwconv: int, drop_path: float, core: Mapping):
+    def __init__(self, dim: int, heads: int, mlp_dwconv: int, drop_path: float, core_options: Mapping):
         qkv, proj, head_dim = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), channels_per_head(dim, heads)
-        attn = PooledAttention(qkv, proj, heads, head_dim, core=core)
-        super().__init__(dim, attn, dim, Mlp(dim, 2 * dim, mlp_dwconv, conv_norm=True), stride=1, drop_path=drop_path)
+        attn = PooledAttention(qkv, proj, heads, head_dim, core_options=core_options)
+        super().__init__(dim, attn, dim, Mlp(dim, 2 * dim, mlp_dwconv, batch_norm=True), stride=1, drop_path=drop_path)
         self.apply(init_linear)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1038,10 +1047,10 @@ class LCNet(ConvBackbone):
         num_classes: int | None = None,
         mlp_dwconv: int | None = None,
         drop_path: float = 0.0,
-        core: Mapping = ATTENTIONS["castling"],
+        core_options: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
-        mlp_dwconv = mlp_kernel(mlp_dwconv, core)
+        mlp_dwconv = mlp_dwconv_size(mlp_dwconv, core_options)
         dims = [make_divisible(dim * width, 8) for dim in LCNET_DIMS]
         dim = make_divisible(16 * width, 8)
         self.conv_stem, self.bn1, self.act1 = conv_norm(3, dim, 3, stride=2)
@@ -1053,7 +1062,7 @@ class LCNet(ConvBackbone):
                 if stride == 2 or not transformer:
                     blocks.append(DepthSeparable(dim, out_dim, kernel, stride, squeeze))
                 elif stage != 4:  # stages 3 and 4, both of stride 16, share one transformer block
-                    blocks.append(MapBlock(dim, heads[stage == 5], mlp_dwconv, drop_path, core))
+                    blocks.append(MapBlock(dim, heads[stage == 5], mlp_dwconv, drop_path, core_options))
                 dim = out_dim
             self.blocks.append(nn.Sequential(*blocks))
         self.channels = (dims[2], dims[4], dims[5])
@@ -1070,9 +1079,9 @@ class LCNet(ConvBackbone):
 
 
 class ESBlockDown(nn.Module):
-    """Stride-2 block of ESNet: two branches, concatenated and mixed by a last convolution.
+    """Stride-2 block of ESNet: two branches, concatenated and mixed by two convolutions.
 
-    (B, C, y, x) -> (B, C', y/2, x/2), rounded up. Args: the second branch has inner / 2 channels.
+    (B, C, y, x) -> (B, C', y/2, x/2), rounded up. Args: inner: twice the second branch's channels.
     """
 
     def __init__(self, channels_in: int, channels_out: int, inner: int):
@@ -1097,7 +1106,8 @@ class ESBlockDown(nn.Module):
 
 
 class ESBlock(nn.Module):
-    """Stride-1 block of ESNet: half of the channels are kept, then both halves are interleaved."""
+    """Stride-1 block of ESNet: half of the channels pass, the other half is transformed. Then both
+    halves are interleaved."""
 
     def __init__(self, channels: int, inner: int):
         super().__init__()
@@ -1132,10 +1142,10 @@ class ESNet(ConvBackbone):
         num_classes: int | None = None,
         mlp_dwconv: int | None = None,
         drop_path: float = 0.0,
-        core: Mapping = ATTENTIONS["castling"],
+        core_options: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
-        mlp_dwconv = mlp_kernel(mlp_dwconv, core)
+        mlp_dwconv = mlp_dwconv_size(mlp_dwconv, core_options)
         self.channels = tuple(make_divisible(dim * width, 16) for dim in (128, 256, 512))
         self.stem = nn.Sequential(conv_norm(3, 24, 3, stride=2), nn.MaxPool2d(3, stride=2, padding=1))
         self.stages, dim = nn.ModuleList(), 24
@@ -1143,7 +1153,7 @@ class ESNet(ConvBackbone):
             inner = [make_divisible(int(out_dim * ratio), 8) for ratio in row]
             blocks = [ESBlockDown(dim, out_dim, inner[0])]
             if heads is not None and stage == 2:
-                blocks += [MapBlock(out_dim, heads, mlp_dwconv, drop_path, core) for _ in inner[1:]]
+                blocks += [MapBlock(out_dim, heads, mlp_dwconv, drop_path, core_options) for _ in inner[1:]]
             else:
                 blocks += [ESBlock(out_dim, channels) for channels in inner[1:]]
             self.stages.append(nn.Sequential(*blocks))
@@ -1188,25 +1198,25 @@ def build_model(
     Args:
         name: one of `list_models()`.
         attention: "castling": linear-angular attention with the auxiliary branch. "softmax": the
-            published architecture. Another kernel of Table 5: the castling architecture with that
-            kernel, without the branch unless auxiliary=True.
+            architecture without castling, as published where it is. Another of KERNELS: the
+            castling architecture with it, without the branch unless auxiliary=True.
         num_classes: number of logits. None means 1000, but LCNet and ESNet then have no classifier
             and return feature maps [C3, C4, C5]. It has no effect on dense models.
         image_size: pixels, one number or (height, width). The model accepts other sizes too.
         castle_downsample: see `LeViT`. It has no effect on models without down-sampling blocks.
         overrides: other arguments of the model (dims, depth, drop_path, distilled, mlp_dwconv, ...)
             or of its AttentionCore (auxiliary, epsilon, schedule, dconv, dropout).
-    Raises: ValueError for an unknown name, attention or override. It lists the known ones.
+    Raises: ValueError for an unknown name, attention or override. It lists known or similar ones.
     """
     family, row = look_up(MODELS, name, "model")
-    core = dict(look_up(ATTENTIONS, attention, "attention"))
+    core_options = dict(look_up(ATTENTIONS, attention, "attention"))
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    core_options = set(inspect.signature(AttentionCore).parameters) - {"heads", "kernel"}
-    core |= {key: overrides.pop(key) for key in core_options & set(overrides)}
-    known = set(inspect.signature(family).parameters) - {"core"}
+    known_core = set(inspect.signature(AttentionCore).parameters) - {"heads", "kernel"}
+    core_options |= {key: overrides.pop(key) for key in known_core & set(overrides)}
+    known = set(inspect.signature(family).parameters) - {"core_options"}
     for key in set(overrides) - known:
-        raise ValueError(f"{name} has no option {key!r}: choose from {', '.join(sorted(core_options | known))}")
+        raise ValueError(f"{name} has no option {key!r}: choose from {', '.join(sorted(known_core | known))}")
     mlp_dwconv = overrides.get("mlp_dwconv")
     if mlp_dwconv and (mlp_dwconv < 0 or mlp_dwconv % 2 == 0):
         raise ValueError(f"mlp_dwconv must be odd, or 0 for none, got {mlp_dwconv}")
@@ -1214,7 +1224,7 @@ def build_model(
     if num_classes is not None:
         common["num_classes"] = num_classes
     options = {key: value for key, value in common.items() if key in known} | row | overrides
-    return family(core=core, **options)
+    return family(core_options=core_options, **options)
 
 
 def __getattr__(name: str):

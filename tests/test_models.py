@@ -325,7 +325,7 @@ def test_mlp_passes_prefix_tokens_by_and_may_take_parts_of_the_batch(conv, monke
 
 def test_mlp_in_training_takes_the_batch_whole():
     """BatchNorm sees the batch in training, without gradients too (update_bn); a trace has no parts to count."""
-    mlp, x = models.Mlp(6, 2**16, 3, conv_norm=True), randn(4, 12, 6, dtype=torch.float32)
+    mlp, x = models.Mlp(6, 2**16, 3, batch_norm=True), randn(4, 12, 6, dtype=torch.float32)
     expected = mlp.dwconv.norm(F.conv2d(mlp.fc1(x).mT.unflatten(2, (3, 4)), mlp.dwconv.weight, padding=1, groups=2**16))
     mlp.dwconv.norm.reset_running_stats()
     with torch.no_grad():
