@@ -31,12 +31,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, generalized_box_iou, generalized_box_iou_loss
 from torchvision.transforms import v2
-from torchvision.utils import draw_bounding_boxes
 
 import fast
 import run
@@ -815,6 +815,33 @@ EMA {a.ema_decay}{reset}
 augmentation: {'crops, flips, colours' if a.augment else 'flips'}, sides {a.image_size} +- {32 * a.multi_scale} px"""
 
 
+# ---- drawing -------------------------------------------------------------------------------------
+
+
+def draw_boxes(image: Image.Image, rows: list[dict], colours: list[str]) -> Image.Image:
+    """The image with boxes and their labels. A small image is enlarged to a short side near 512.
+
+    A label is above its box. If there is no room, it is below, else inside at the top.
+
+    Args: rows: [{"label", "score", "box"}], best first; a box is xyxy in pixels of the image.
+    colours: one of each box.
+    """
+    factor = max(1, round(512 / min(image.size)))
+    image = ImageOps.scale(image, factor, Image.Resampling.NEAREST)
+    draw, size = ImageDraw.Draw(image), min(image.size) // 32
+    font, line = ImageFont.load_default(size), max(2, size // 8)
+    for row, colour in reversed([*zip(rows, colours, strict=True)]):  # the best last, on top
+        x1, y1, x2, y2 = (factor * side for side in row["box"])
+        draw.rectangle((x1, y1, x2, y2), outline=colour, width=line)
+        text = f"{row['label']} {row['score']:.2f}"
+        width, height = draw.textlength(text, font) + 2 * line, size + 2 * line
+        x = max(0, min(x1, image.width - width))
+        y = next((y for y in (y1 - height, y2) if 0 <= y <= image.height - height), y1)
+        draw.rectangle((x, y, x + width, y + height), fill=colour)
+        draw.text((x + line, y + line), text, "white", font)
+    return image
+
+
 # ---- what is done with a checkpoint ----------------------------------------------------------------------------------
 
 
@@ -868,11 +895,8 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
             ]
             printed.append(dict(image=str(path), boxes=rows))
             if drawn:
-                if rows:
-                    texts = [f"{row['label']} {row['score']:.2f}" for row in rows]
-                    colours = [COLOURS[label % len(COLOURS)] for label in labels]
-                    pixels = draw_bounding_boxes(pixels, torch.tensor(boxes), texts, colors=colours, width=2)
-                run.write_image(v2.functional.to_pil_image(pixels), targets[path])
+                colours = [COLOURS[label % len(COLOURS)] for label in labels]
+                run.write_image(draw_boxes(image, rows, colours), targets[path])
             if not args.json:
                 say(f"{path}: {len(rows)} boxes, drawn to {targets[path]}")
     finally:  # also where an image could not be read

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
@@ -1120,19 +1120,30 @@ def shares_of(labels: np.ndarray, classes: list[str]) -> dict[str, float]:
 
 
 def overlay(image: Image.Image, labels: np.ndarray, classes: list[str]) -> Image.Image:
-    """The image under the colours of its labels (H, W), with a legend of the classes found below."""
-    colours = np.array([colour_of(i) for i in range(len(classes))], np.uint8)
-    blended = Image.blend(image, Image.fromarray(colours[labels]), 0.5)
-    shares, font, line = shares_of(labels, classes), ImageFont.load_default(), 16
+    """The image, tinted with the colours of its labels (H, W), and a legend of the classes below.
+
+    A class named "background" is not tinted. A small image is enlarged to a short side near 512.
+    """
+    tints = np.array([colour_of(i) for i in range(len(classes))], np.uint8)[labels]
+    if "background" in classes:
+        bare = labels == classes.index("background")
+        tints[bare] = np.asarray(image)[bare]
+    factor = max(1, round(512 / min(image.size)))
+    image = ImageOps.scale(Image.blend(image, Image.fromarray(tints), 0.5), factor, Image.Resampling.NEAREST)
+
+    # The legend has a row for each class found: its colour, its name and its share of the pixels.
+    shares, line = shares_of(labels, classes), min(image.size) // 24
+    font = ImageFont.load_default(2 * line // 3)
     texts = [f"{name} {share:.1%}" for name, share in shares.items()]
     width = max(image.width, *(math.ceil(font.getlength(text)) + 2 * line for text in texts))
-    canvas = Image.new("RGB", (width, image.height + line * len(shares) + 4), "white")
-    canvas.paste(blended, (0, 0))
+    canvas = Image.new("RGB", (width, image.height + line * len(shares)), "white")
+    canvas.paste(image, (0, 0))
     draw = ImageDraw.Draw(canvas)
     for row, (name, text) in enumerate(zip(shares, texts, strict=True)):
-        top = image.height + 4 + line * row
-        draw.rectangle((4, top, line, top + line - 4), fill=colour_of(classes.index(name)))
-        draw.text((line + 6, top), text, fill="black", font=font)
+        top = image.height + line * row
+        colour = "white" if name == "background" else colour_of(classes.index(name))
+        draw.rectangle((4, top + 4, line, top + line), colour, "black")
+        draw.text((line + 6, top + 4), text, "black", font)
     return canvas
 
 

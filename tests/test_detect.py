@@ -490,7 +490,8 @@ def test_detection_script(tmp_path, capsys, monkeypatch):
 
 
 def test_detection_draws_and_prints(tmp_path, capsys):
-    """--image draws images, upright, each in its size; --json prints classes, scores and boxes."""
+    """--image draws images, upright, small ones enlarged by a whole number to a short side near 512;
+    --json prints classes, scores and boxes in the file's pixels."""
     run_detect(tmp_path / "run", "--max-steps=1")
     sure = confident(tmp_path / "run" / "best.pt", tmp_path / "sure.pt")
     photos = [tmp_path / name for name in ("a.png", "b.jpg", "c.png")]
@@ -506,16 +507,17 @@ def test_detection_draws_and_prints(tmp_path, capsys):
     assert capsys.readouterr().out.count("drawn to") == 3
     drawn = {path.name: np.asarray(Image.open(path)) for path in (tmp_path / "drawn").iterdir()}
     assert {name: image.shape for name, image in drawn.items()} == {
-        "a.png": (90, 90, 3), "b.png": (90, 70, 3), "c.png": (50, 90, 3),
+        "a.png": (540, 540, 3), "b.png": (630, 490, 3), "c.png": (500, 900, 3),
     }  # fmt: skip
-    assert (drawn["a.png"] != np.asarray(Image.open(a))).any()
+    enlarged = np.asarray(Image.open(a)).repeat(6, 0).repeat(6, 1)
+    assert (drawn["a.png"] != enlarged).any()
     run_detect_with(*common, c, f"{tmp_path}/drawn/c.png", "--json")  # of one name, but nothing is drawn
     found = json.loads(capsys.readouterr().out)
     assert [one["image"] for one in found] == [c, f"{tmp_path}/drawn/c.png"]
     assert found[0]["boxes"][0].keys() == {"label", "score", "box"}
     assert all(box["label"] in SHAPES and box["box"][3] <= 50 for box in found[0]["boxes"])
     run_detect_with(*common, a, "--min-score=1", f"--output={tmp_path}/none.png")
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "none.png")), np.asarray(Image.open(a)))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "none.png")), enlarged)
     (tmp_path / "d.png").write_text("no picture")
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:  # the rest is printed, the failure too
@@ -530,6 +532,28 @@ def test_detection_draws_and_prints(tmp_path, capsys):
         ((str(tmp_path),), "x.png", "no image file"),
     ):
         assert message in refused(capsys, 2, run_detect_with, *common, *images, f"--output={tmp_path}/{output}")
+
+
+@pytest.mark.parametrize(("box", "side"), [
+    ((20, 30, 70, 60), "above"), ((110, 30, 120, 60), "above"), ((20, 1, 70, 60), "below"), ((0, 0, 120, 90), "inside"),
+])  # fmt: skip
+def test_labels_leave_objects_free(box, side):
+    """A label is whole, in the picture, beside its box where there is room: it covers no object.
+    Boxes keep their places when a picture is enlarged; a large picture keeps its size."""
+    row = dict(label="half disc", score=0.5, box=box)
+    drawn = np.asarray(detect.draw_boxes(Image.new("RGB", (120, 90)), [row], ["red"])).astype(int)
+    assert drawn.shape == (540, 720, 3)
+    x1, y1, x2, y2 = (6 * v for v in box)
+    painted = drawn.any(-1)
+    assert painted[(y1 + y2) // 2, x1] and painted[y2 - 1, (x1 + x2) // 2]  # left and lower side
+    edge = 3
+    inside = painted[y1 + edge : y2 - edge, x1 + edge : x2 - edge]
+    assert inside.any() == (side == "inside") and inside.mean() < 0.02
+    assert painted[: max(0, y1)].any() == (side == "above") and painted[y2 + 1 :].any() == (side == "below")
+    text = (drawn.min(-1) > 200).nonzero()  # white
+    at_left = np.asarray(detect.draw_boxes(Image.new("RGB", (120, 90)), [row | dict(box=(20, 30, 70, 60))], ["red"]))
+    assert len(text[0]) == (at_left.min(-1) > 200).sum() > 100  # nothing of the text is cut off
+    assert detect.draw_boxes(Image.new("RGB", (900, 700)), [row], ["red"]).size == (900, 700)
 
 
 def test_average_starts_anew(tmp_path):
