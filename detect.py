@@ -854,7 +854,8 @@ def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> D
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train to the end, then print the castling report: what castling costs and saves.
 
-    Each epoch ends with a checkpoint and a log line. Every --eval-every epochs it is evaluated.
+    Each epoch ends with a checkpoint and a log line. The model is evaluated every --eval-every
+    epochs, and at the end.
     """
     with run.checked(args):  # an error in here ends the script with one line
         # Data

@@ -465,7 +465,7 @@ def test_bad_validation_files_are_found_before_work(tmp_path, streets, capsys):
     options = (f"--data={streets}", "--model=vit_mini", "--patch-size=8", "--encoder-layers=1")
     for wrong, message in (
         (good.crop((0, 0, 9, 9)), "9 x 9"), (good.convert("RGB"), "mode RGB"),
-        (Image.fromarray(np.full((good.height, good.width), 5, np.uint8)), "label 5 of 4"),
+        (Image.fromarray(np.full((good.height, good.width), 5, np.uint8)), "label 5, but there are 4 classes"),
     ):  # fmt: skip
         wrong.save(folder / "1.png")
         said = refused(capsys, 2, run_segment, tmp_path / "run", *options)
@@ -616,9 +616,11 @@ def test_segmenter_is_exported_as_scores(tmp_path, monkeypatch, capsys):
     ("--attention=relu_e", "--accumulate=2", "--ema-decay=0", "--epochs=1"),
     ("--mask-schedule=fixed", "--drop-path=0.1", "--patch-size=16", "--clip-grad=0", "--eval-every=2"),
 ])  # fmt: skip
-def test_every_segmentation_option_trains(tmp_path, options):
-    """Each combination runs to its report; a model without a branch reports no gap."""
+def test_every_segmentation_option_trains(tmp_path, capsys, options):
+    """Each combination runs to its report; a model without a branch reports no gap; no limit of gradients is printed
+    where there is none."""
     *_, report = run_segment(tmp_path, "--max-steps=2", "--eval-steps=1", *options)
+    assert ("gradient norm at most" in capsys.readouterr().out) == ("--clip-grad=0" not in options)
     assert ("castling_gap" in report["castling_report"]) == all("attention=" not in o for o in options)
 
 
@@ -663,7 +665,7 @@ def test_segmentation_folder_trains_and_names_what_is_wrong(tmp_path, streets, c
     good = Image.open(annotation / "spare.png").copy()
     for workers, (wrong, message) in enumerate((
         (good.convert("RGB"), "mode RGB"), (good.crop((0, 0, 9, 9)), "9 x 9"),
-        (Image.fromarray(np.full((good.height, good.width), 5, np.uint8)), "label 5 of 4"),
+        (Image.fromarray(np.full((good.height, good.width), 5, np.uint8)), "label 5, but there are 4 classes"),
         (good.convert("I;16"), "mode I;16"), (good.convert("1"), "mode 1"),
     )):  # fmt: skip
         wrong.save(annotation / "2.png")
