@@ -1,17 +1,24 @@
-"""Train a Castling-ViT detector on COCO, evaluate it, castle it, draw its boxes. The same script on any machine.
+"""Train an object detector on COCO with a Castling-ViT backbone. Evaluate it and draw its boxes.
 
-    python detect.py                                                   built-in rendered scenes, no download
-    torchrun --nproc-per-node=8 detect.py --model esnet_vit_m --data /data/coco     the paper's recipe on eight GPUs
-    python detect.py --eval --checkpoint runs/X/best.pt                AP with and without the auxiliary branch
+    python detect.py                                                    built-in rendered scenes
+    torchrun --nproc-per-node=8 detect.py --model esnet_vit_m --data /data/coco    on eight GPUs
+    python detect.py --eval --checkpoint runs/X/best.pt                 prints AP
     python detect.py --checkpoint runs/X/best.pt --image photo.jpg --output boxes.png
 
-The same command again continues a run where it was stopped. `train` below is the loop; run.py has what it calls.
-PicoDet v1 on ESNet-ViT or LCNet-ViT: arXiv:2211.10526v4, section 4.2, which follows "PicoDet's detection head design as
-well as their training recipe". PicoDet: Yu et al., arXiv:2111.00902; PaddleDetection @ v2.6.0; its PyTorch port,
-github.com/Bo396543018/Picodet_Pytorch. Where the text is silent, the counts of its Tables 3, 6 and 7 decide.
+The backbone trains with an auxiliary softmax branch in its attention. Castling removes the branch
+after training. Evaluation is done with and without it. The same command again continues a stopped
+run. `train` below is the training loop, and run.py holds the functions that it calls.
 
-Shapes: B images, P points (feature map cells of all levels), K classes, G ground-truth boxes of an image.
-Boxes are xyxy in pixels everywhere but in COCO's files. A point is (x, y, stride): the centre of its cell, in pixels.
+Paper: arXiv:2211.10526v4, section 4.2. It follows "PicoDet's detection head design as well as
+their training recipe". Where its text is silent, the parameters and MACs of its Tables 3, 6 and 7
+decide. The backbones are ESNet-ViT and LCNet-ViT, and the detector is version 1 of PicoDet.
+PicoDet: Yu et al., arXiv:2111.00902; PaddleDetection @ v2.6.0.
+Picodet_Pytorch: its PyTorch port, github.com/Bo396543018/Picodet_Pytorch.
+
+Shapes: B images, P points, K classes, G ground-truth boxes of an image.
+A point is the centre of a cell of a feature map. It is (x, y, stride) in pixels. P counts the
+points of all levels.
+Boxes are xyxy in pixels: left, top, right, bottom. Only COCO's files have x, y, width, height.
 """
 
 import argparse
@@ -31,12 +38,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, generalized_box_iou, generalized_box_iou_loss
 from torchvision.transforms import v2
-from torchvision.utils import draw_bounding_boxes
 
 import fast
 import run
@@ -57,23 +64,29 @@ from data import (
 from models import ESNET, LCNET, ConvBackbone, DepthSeparable, build_model, conv_norm
 from run import agreed, at_least, autocast, rank, say, share, world_size
 
-METRICS = {"AP": "AP", "AP50": "AP50", "AP75": "AP75"}  # of `evaluate`; best.pt is best in the first
+METRICS = {"AP": "AP", "AP50": "AP50", "AP75": "AP75"}  # printed; the first one chooses best.pt
 STRIDES = (8, 16, 32, 64)  # of the levels, pixels
-BINS = 8  # a side of a box is the mean of a distribution over 0..7 strides
-BOX_WEIGHT, BINS_WEIGHT = 2.0, 0.25  # of GIoU and distribution focal loss, beside 1 for varifocal loss
-MIN_SCORE, LEVEL_TOP, NMS_IOU, MAX_BOXES = 0.025, 1000, 0.6, 100  # of evaluation
-COLOURS = ("red", "blue", "green", "orange", "purple", "deeppink", "teal", "brown")  # of drawn boxes, in turn
-HEAD = "head.predict.0.weight"  # (K + 32, C, 1, 1) of a checkpoint: says how many classes it knows
-LR_BATCH = 640  # `lr` is the peak at a global batch of this size, the paper's 8 x 80; it scales with the batch
+BINS = 8  # the distance to a side of a box is the mean of a distribution over 0..7 strides
+# Weights of the GIoU loss and the distribution focal loss. The varifocal loss has weight 1.
+BOX_WEIGHT, BINS_WEIGHT = 2.0, 0.25
+# Evaluation: the least score, scores kept per level, IoU with a better box above which a box is
+# removed, and boxes kept per image.
+MIN_SCORE, LEVEL_TOP, NMS_IOU, MAX_BOXES = 0.025, 1000, 0.6, 100
+# Class i is drawn in colour i, and after the last colour the first one comes again.
+COLOURS = ("red", "blue", "green", "orange", "purple", "deeppink", "teal", "brown")
+HEAD = "head.predict.0.weight"  # (K + 32, C, 1, 1) of a checkpoint: tells its number of classes
+# `lr` is the peak for this many images per step, the paper's 8 x 80. It scales with that number.
+LR_BATCH = 640
+# By the last letter of the model: channels of neck and head, and convolutions of each head tower.
 SIZES = {"s": dict(channels=96, convs=2), "m": dict(channels=128, convs=4), "l": dict(channels=160, convs=4)}
 
-DETECTORS = {  # backbone: neck, and the channels and depth of the head
+DETECTORS = {  # backbone: its neck and its row of SIZES
     **{name: dict(neck="lc", **SIZES[name[-1]]) for name in LCNET},
     **{name: dict(neck="csp", **SIZES[name[-1]]) for name in ESNET},
 }
 
-# Defaults by kind of data. COCO: the paper's batch, PicoDet's recipe; S models are for 320 px, M and L for 416. The
-# rendered scenes have a small, short recipe of their own, made for two CPU cores.
+# Defaults by kind of data. COCO has the paper's batch and PicoDet's recipe. The rendered scenes
+# have a small and short recipe of our own, made for two CPU cores.
 DATA_DEFAULTS = {
     "coco": dict(epochs=300, batch_size=80, lr=0.4, multi_scale=2, augment=True, eval_every=10),
     "shapes": dict(
@@ -83,11 +96,15 @@ DATA_DEFAULTS = {
 }  # fmt: skip
 
 
-# ---- neck ------------------------------------------------------------------------------------------------------------
+# ---- neck ----------------------------------------------------------------------------------------
 
 
 class CSPBlock(nn.Module):
-    """(B, 2C, y, x) -> (B, C, y, x): convolutions on half of the channels.  CSP-PAN, arXiv:2111.00902"""
+    """(B, 2C, y, x) -> (B, C, y, x). Two branches give C / 2 channels each.
+
+    One of them has more convolutions than the other.
+    Source: CSP-PAN, arXiv:2111.00902.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -101,7 +118,10 @@ class CSPBlock(nn.Module):
 
 
 def lc_block(channels: int) -> nn.Sequential:
-    """(B, 2C, y, x) -> (B, C, y, x): two depthwise separable convolutions.  LC-PAN, PaddleDetection @ v2.6.0"""
+    """(B, 2C, y, x) -> (B, C, y, x): two depthwise separable convolutions.
+
+    Source: LC-PAN, PaddleDetection @ v2.6.0.
+    """
     return nn.Sequential(DepthSeparable(2 * channels, 2 * channels, 5), DepthSeparable(2 * channels, channels, 5))
 
 
@@ -109,7 +129,14 @@ NECKS = {"csp": CSPBlock, "lc": lc_block}
 
 
 class PAN(nn.Module):
-    """[C3, C4, C5] -> [P3, P4, P5, P6] of `channels` each, strides 8 to 64: top-down, then bottom-up."""
+    """Neck: maps [C3, C4, C5] of strides 8, 16, 32 -> [P3, P4, P5, P6] of strides 8, 16, 32, 64.
+
+    Information flows from coarse to fine maps (top-down), then from fine to coarse (bottom-up).
+
+    Args:
+        channels_in: channels of C3, C4, C5. channels: C, those of each output.
+        block: C -> module (B, 2C, y, x) -> (B, C, y, x). It merges two concatenated maps.
+    """
 
     def __init__(self, channels_in: tuple[int, int, int], channels: int, block: Callable[[int], nn.Module]):
         super().__init__()
@@ -121,26 +148,35 @@ class PAN(nn.Module):
         self.extra_out = DepthSeparable(channels, channels, 5, stride=2)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        # C channels for each map
         t3, t4, t5 = (reduce(x) for reduce, x in zip(self.reduce, maps, strict=True))
+        # Top-down
         m4 = self.top_down[0](torch.cat([enlarged(t5, t4), t4], dim=1))
         p3 = self.top_down[1](torch.cat([enlarged(m4, t3), t3], dim=1))
+        # Bottom-up
         p4 = self.bottom_up[0](torch.cat([self.down[0](p3), m4], dim=1))
         p5 = self.bottom_up[1](torch.cat([self.down[1](p4), t5], dim=1))
-        return [p3, p4, p5, self.extra_in(t5) + self.extra_out(p5)]
+        p6 = self.extra_in(t5) + self.extra_out(p5)
+        return [p3, p4, p5, p6]
 
 
 def enlarged(x: Tensor, like: Tensor) -> Tensor:
-    """Nearest-neighbour upsampling to the size of `like`: by 2 where the image's sides are multiples of 32."""
+    """Nearest-neighbour upsampling to the size of `like`.
+
+    The factor is 2 if the sides of the image are multiples of 32.
+    """
     return F.interpolate(x, size=like.shape[2:], mode="nearest")
 
 
-# ---- head and detector -----------------------------------------------------------------------------------------------
+# ---- head and detector ---------------------------------------------------------------------------
 
 
 class Head(nn.Module):
-    """[(B, C, y, x)] -> logits (B, P, K), bins (B, P, 4, 8): the distributions of left, top, right, bottom, as logits.
+    """PicoDet's first head: maps [(B, C, y, x)] -> logits (B, P, K) of classes, bins (B, P, 4, 8).
 
-    PicoDet's first head. Each level has a tower of its own, and one 1x1 convolution for both outputs.
+    The bins are logits of four distributions: of the distances from the point to the left, top,
+    right and bottom side of its box. Each level has its own convolutions (a tower) and its own 1x1
+    convolution, which gives both outputs.
     """
 
     def __init__(self, channels: int, convs: int, num_classes: int):
@@ -154,17 +190,21 @@ class Head(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
         for layer in self.predict:
-            nn.init.constant_(layer.bias, -math.log(99))  # every class starts at 1%; the bins' softmax cancels it
+            # Each class starts at 1%. The softmax of the bins ignores a common constant.
+            nn.init.constant_(layer.bias, -math.log(99))
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         layers = zip(self.predict, self.towers, maps, strict=True)
-        out = torch.cat([predict(tower(x)).flatten(2).mT for predict, tower, x in layers], dim=1)      # (B, P, K + 32)
-        logits, bins = out.split([self.num_classes, 4 * BINS], dim=-1)
+        out = torch.cat([predict(tower(x)).flatten(2).mT for predict, tower, x in layers], dim=1)
+        logits, bins = out.split([self.num_classes, 4 * BINS], dim=-1)  # out: (B, P, K + 32)
         return logits, bins.unflatten(-1, (4, BINS))
 
 
 def make_points(sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
-    """(P, 3) points of feature maps of the given sizes (y, x), one per level, row by row: x, y, stride in pixels."""
+    """Points (P, 3) of feature maps, level by level and row by row: x, y, stride in pixels.
+
+    Args: sizes: (y, x) of each level's map, in cells.
+    """
     points = []
     for (height, width), stride in zip(sizes, STRIDES, strict=True):
         y = (torch.arange(height, device=device) + 0.5) * stride
@@ -175,15 +215,23 @@ def make_points(sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
 
 
 def decode(bins: Tensor, points: Tensor) -> Tensor:
-    """Boxes (B, P, 4) from bins (B, P, 4, 8): each side's distance is the mean of its distribution, in strides."""
+    """Boxes (B, P, 4), from bins (B, P, 4, 8) and points (P, 3).
+
+    The distance from a point to a side of its box is the mean of a distribution, times the stride.
+    """
     steps = torch.arange(BINS, dtype=bins.dtype, device=bins.device)
-    distance = (bins.softmax(dim=-1) * steps).sum(-1)       # no matrix product, which autocast would round   (B, P, 4)
+    # A matrix product would be shorter, but autocast would round it.
+    distance = (bins.softmax(dim=-1) * steps).sum(-1)                                 # (B, P, 4)
     centre, stride = points[:, :2], points[:, 2:]
     return torch.cat([centre - stride * distance[..., :2], centre + stride * distance[..., 2:]], dim=-1)
 
 
 class Detector(nn.Module):
-    """(B, 3, H, W) -> logits (B, P, K), bins (B, P, 4, 8), points (P, 3). Any H x W."""
+    """Normalised pixels (B, 3, H, W) -> logits (B, P, K), bins (B, P, 4, 8), points (P, 3).
+
+    Any H x W. `Head` explains the logits and bins, `make_points` the points. `detections` turns
+    them into boxes.
+    """
 
     def __init__(self, backbone: ConvBackbone, neck: str, channels: int, convs: int, num_classes: int):
         super().__init__()
@@ -208,10 +256,12 @@ def build_detector(
 
     Args:
         name: a key of DETECTORS.
-        attention, overrides: see `build_model`; also neck ("csp" or "lc"), channels, convs.
+        attention: as in `build_model`.
+        overrides: options of `build_model`, or neck ("csp" or "lc"), channels, convs (see SIZES).
         num_classes: K.
-        image_size: pixels; for the signature that all builders share, no weight depends on it.
-    Raises: ValueError for an unknown name, attention or override, with what is known.
+        image_size: pixels. No weight depends on it, but all builders have this argument.
+    Raises: ValueError for num_classes below 1, or an unknown name, attention or override. It
+        suggests known names.
     """
     row = look_up(DETECTORS, name, "detector")
     row = row | {key: overrides.pop(key) for key in row.keys() & overrides.keys()}
@@ -220,13 +270,14 @@ def build_detector(
     return Detector(build_model(name, attention, image_size=image_size, **overrides), **row, num_classes=num_classes)
 
 
-# ---- assignment and losses -------------------------------------------------------------------------------------------
+# ---- assignment and losses -----------------------------------------------------------------------
 
 
 def varifocal_elements(logits: Tensor, targets: Tensor, *, alpha: float = 0.75, gamma: float = 2.0) -> Tensor:
-    """Varifocal loss of each logit: cross entropy to q = `targets` in 0..1, weighted by q, or alpha p^gamma if q = 0.
+    """Varifocal loss of each logit, in any shape.  VarifocalNet, arXiv:2008.13367, Eq. (2)
 
-    Source: VarifocalNet, arXiv:2008.13367, Eq. (2). The weight has a gradient too, as in PicoDet.
+    It is the binary cross entropy of p = sigmoid(logit) to a target q in 0..1. Its weight is q, or
+    alpha p^gamma where q = 0. Here the weight has a gradient too, as in PicoDet.
     """
     weight = torch.where(targets > 0, targets, alpha * logits.sigmoid() ** gamma)
     return weight * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
@@ -237,45 +288,57 @@ def simota(
     logits: Tensor, boxes: Tensor, points: Tensor, gt_boxes: Tensor, gt_labels: Tensor,
     *, radius: float = 2.5, top: int = 10, iou_weight: float = 6.0,
 ) -> Tensor:
-    """Which ground-truth box each point of an image is to predict: (P,) index into gt_boxes, -1 for background.
+    """SimOTA: which ground-truth box each point of one image has to predict.
 
-    A candidate is a point inside some box, or within `radius` strides of its centre. Each box takes the k candidates of
-    least cost: classification plus `iou_weight` (1 - GIoU). Those both inside it and near its centre come first. k is
-    the sum of its `top` largest IoUs, at least 1. A point that several boxes take goes to the one it costs least for.
+    A candidate is a point inside some box, or near the centre of one: within `radius` strides in x
+    and in y. The cost of a candidate for a box is the varifocal loss plus `iou_weight` (1 - GIoU).
+    Each box takes k candidates. Those that are both inside the box and near its centre come first,
+    and then those of least cost. k is the sum of its `top` largest IoUs with candidates, rounded
+    down, and at least 1. If several boxes take a point, the same order decides between all boxes.
+    So the point may go to a box that did not take it.
 
-    Args: logits: (P, K); boxes: (P, 4) predicted; points: (P, 3); gt_boxes: (G, 4); gt_labels: (G,).
-    Source: SimOTA, YOLOX, arXiv:2107.08430, with PicoDet's varifocal cost, arXiv:2111.00902, section 3.3.
+    Args:
+        logits: (P, K). boxes: (P, 4), as predicted. points: (P, 3).
+        gt_boxes: (G, 4). gt_labels: (G,).
+    Returns: (P,), an index into gt_boxes, or -1 for background.
+    Source: YOLOX, arXiv:2107.08430; PicoDet, arXiv:2111.00902, section 3.3, for the varifocal cost.
     """
     matched = torch.full((len(points),), -1, device=points.device)
-    centre, stride = points[:, None, :2], points[:, None, 2:]                                # (P, 1, 2), (P, 1, 1)
-    inside = torch.cat([centre - gt_boxes[:, :2], gt_boxes[:, 2:] - centre], dim=-1).amin(-1) > 0       # (P, G)
+    # The candidates: points inside a box, or near its centre.
+    centre, stride = points[:, None, :2], points[:, None, 2:]                 # (P, 1, 2), (P, 1, 1)
+    sides = torch.cat([centre - gt_boxes[:, :2], gt_boxes[:, 2:] - centre], dim=-1)   # (P, G, 4)
+    inside = sides.amin(-1) > 0                                                       # (P, G)
     middle = (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2
-    near = ((centre - middle).abs() < radius * stride).all(-1)                               # (P, G)
-    candidates = (inside | near).any(1).nonzero()[:, 0]                                      # (V,)
+    near = ((centre - middle).abs() < radius * stride).all(-1)                        # (P, G)
+    candidates = (inside | near).any(1).nonzero()[:, 0]                               # (V,)
     if len(candidates) == 0:
         return matched
     logits, boxes, inside, near = (x[candidates] for x in (logits, boxes, inside, near))
-    iou = box_iou(boxes, gt_boxes)                                                           # (V, G)
-    # Varifocal loss of every pair: the box's class is to predict their IoU, all other classes are background.
-    background = varifocal_elements(logits, torch.zeros_like(logits))                        # (V, K)
-    own = logits[:, gt_labels]                                                               # (V, G)
+    iou = box_iou(boxes, gt_boxes)                                                    # (V, G)
+    # The cost of every pair. In its varifocal loss the target of the box's class is their IoU, and
+    # that of all other classes is 0.
+    background = varifocal_elements(logits, torch.zeros_like(logits))                 # (V, K)
+    own = logits[:, gt_labels]                                                        # (V, G)
     cost = background.sum(1, keepdim=True) - background[:, gt_labels] + varifocal_elements(own, iou)
     cost = cost + iou_weight * (1 - generalized_box_iou(boxes, gt_boxes))
-    # Points that are not both inside and near come last. In float64: 1e8 would swallow a float32's cost.
+    # Points that are not both inside and near come last. In float32 the cost would vanish in 1e8.
     cost = cost.double() + 1e8 * ~(inside & near)
 
-    counts = iou.topk(min(top, len(iou)), dim=0).values.sum(0).int().clamp_min(1)            # (G,)
-    cheapest = cost.topk(int(counts.max()), dim=0, largest=False).indices                    # (k, G)
+    # Each box takes its cheapest candidates. A point that several boxes take goes to the cheapest.
+    counts = iou.topk(min(top, len(iou)), dim=0).values.sum(0).int().clamp_min(1)     # (G,), k
+    cheapest = cost.topk(int(counts.max()), dim=0, largest=False).indices             # (k, G)
     first = torch.arange(len(cheapest), device=cost.device)[:, None] < counts
-    taken = torch.zeros_like(cost, dtype=torch.bool).scatter_(0, cheapest, first)            # (V, G)
+    taken = torch.zeros_like(cost, dtype=torch.bool).scatter_(0, cheapest, first)     # (V, G)
     choice = torch.where(taken.sum(1) > 1, cost.argmin(1), taken.int().argmax(1))
     matched[candidates] = torch.where(taken.any(1), choice, -1)
     return matched
 
 
 def distribution_focal_elements(bins: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of (..., 8) bins to the two neighbours of each real target (...), 0 <= target < 7.
+    """Distribution focal loss: (..., 8) bins, (...) targets -> (...).
 
+    A target is a real number, 0 <= target < 7. The loss is the cross entropy to the two bins beside
+    it. The nearer bin has the larger weight, and the weights sum to 1.
     Source: Generalized Focal Loss, arXiv:2006.04388, Eq. (6).
     """
     log_p, lower = bins.log_softmax(dim=-1), targets.long()[..., None]
@@ -285,7 +348,7 @@ def distribution_focal_elements(bins: Tensor, targets: Tensor) -> Tensor:
 
 
 def paired_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of (N, 4) boxes with (N, 4) others, one by one: (N,)."""
+    """IoU (N,) of each box of a, (N, 4), with the box in the same row of b, (N, 4)."""
     overlap = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp_min(0).prod(-1)
     area_a, area_b = ((x[:, 2:] - x[:, :2]).prod(-1) for x in (a, b))
     return overlap / (area_a + area_b - overlap).clamp_min(1e-7)
@@ -294,37 +357,48 @@ def paired_iou(a: Tensor, b: Tensor) -> Tensor:
 def detection_losses(
     logits: Tensor, bins: Tensor, points: Tensor, targets: list[tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
-    """The three losses of a batch, weighted; training minimises their sum. Computed in float32.
+    """The three losses of a batch, with their weights. Training minimises their sum.
+
+    A point is positive if `simota` gives it a ground-truth box. Losses are computed in float32.
 
     Args:
-        logits: (B, P, K); bins: (B, P, 4, 8); points: (P, 3).
-        targets: of each image, boxes (G, 4) and labels (G,); G may be 0.
-    Returns: cls: varifocal loss of all points; box: GIoU loss, dfl: distribution focal loss, both of positive points
-        and weighted by their score. Normalisers are at least 1.
-    Source: Picodet_Pytorch, mmdet/models/dense_heads/pico_head.py; PaddleDetection @ v2.6.0, pico_head.py.
+        logits: (B, P, K). bins: (B, P, 4, 8). points: (P, 3).
+        targets: boxes (G, 4) and labels (G,) of each image. G may be 0.
+    Returns: three numbers:
+        cls: varifocal loss of all points, divided by the number of positive points. An image without
+            positive points counts as one.
+        box, dfl: GIoU loss and distribution focal loss of positive points, averaged with the largest
+            class score of each as its weight. The sum of these weights counts as at least 1.
+    Source: Picodet_Pytorch, mmdet/models/dense_heads/pico_head.py; PaddleDetection @ v2.6.0,
+        pico_head.py.
     """
     logits, bins, points = logits.float(), bins.float(), points.float()
     targets = [(gt_boxes.float(), gt_labels) for gt_boxes, gt_labels in targets]
-    boxes = decode(bins, points)                                                             # (B, P, 4)
+    # Match points to ground-truth boxes. Keep what belongs to the N positive points of the batch.
+    boxes = decode(bins, points)                                                      # (B, P, 4)
     matched = torch.stack([
         simota(logits[i].detach(), boxes[i].detach(), points, *target) for i, target in enumerate(targets)
-    ])  # fmt: skip                                                                            (B, P)
+    ])  # fmt: skip                                                               (B, P)
     positive = matched >= 0
-    gt_boxes = torch.cat([gt[m[m >= 0]] for m, (gt, _) in zip(matched, targets, strict=True)])          # (N, 4)
-    gt_labels = torch.cat([gt[m[m >= 0]] for m, (_, gt) in zip(matched, targets, strict=True)])         # (N,)
+    gt_boxes = torch.cat([gt[m[m >= 0]] for m, (gt, _) in zip(matched, targets, strict=True)])
+    gt_labels = torch.cat([gt[m[m >= 0]] for m, (_, gt) in zip(matched, targets, strict=True)])
     boxes, bins, points = boxes[positive], bins[positive], points.expand(len(logits), -1, -1)[positive]
 
+    # Varifocal loss. Its target is the IoU with the matched box in the class of that box, else 0.
     quality = torch.zeros_like(logits)
     image, point = positive.nonzero(as_tuple=True)
     quality[image, point, gt_labels] = paired_iou(boxes.detach(), gt_boxes).clamp_min(1e-6)
-    # Normalisers are means over ranks: so the mean of the ranks' gradients is that of one process with all images.
+    # The divisors `count` and `total` are means over all processes. DistributedDataParallel takes
+    # the mean of gradients. So the result is the gradient of one process with all images.
     count = max(1.0, agreed(logits.device, positive.sum(1).clamp_min(1).sum())[0])
     losses = dict(cls=varifocal_elements(logits, quality).sum() / count)
 
-    weight = logits.detach()[positive].sigmoid().amax(-1)                                    # (N,)
+    # GIoU loss
+    weight = logits.detach()[positive].sigmoid().amax(-1)                             # (N,)
     total = max(1.0, agreed(logits.device, weight.sum())[0])
     giou = generalized_box_iou_loss(boxes, gt_boxes, eps=1e-7)
     losses["box"] = BOX_WEIGHT * (weight * giou).sum() / total
+    # Distribution focal loss of the four distances, in strides
     centre, stride = points[:, :2], points[:, 2:]
     sides = torch.cat([centre - gt_boxes[:, :2], gt_boxes[:, 2:] - centre], dim=-1) / stride
     dfl = distribution_focal_elements(bins, sides.clamp(0, BINS - 1 - 0.1)).mean(-1)
@@ -332,34 +406,44 @@ def detection_losses(
     return losses
 
 
-# ---- from outputs to boxes -------------------------------------------------------------------------------------------
+# ---- from outputs to boxes -----------------------------------------------------------------------
 
 
 @torch.no_grad()
 def detections(
     logits: Tensor, bins: Tensor, points: Tensor, size: tuple[int, int], *, min_score: float = MIN_SCORE
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (n, 4) in pixels of an input of `size` (H, W), scores (n,) and labels (n,) of one image, best first.
+    """The objects found in one image: boxes (n, 4), scores (n,) and labels (n,), best first.
 
-    Args: logits: (P, K); bins: (P, 4, 8); points: (P, 3). A point may give several classes; n <= 100.
+    A point may give several objects, each of another class. n is at most MAX_BOXES.
+
+    Args:
+        logits: (P, K). bins: (P, 4, 8). points: (P, 3).
+        size: (H, W) of the model's input. Boxes are in its pixels, and clipped to it.
+        min_score: objects have a score above it, 0..1.
     """
     logits, bins = logits.float(), bins.float()
     boxes, scores = decode(bins, points), logits.sigmoid()
-    kept = []
+    # The best scores of each level
+    kept = []  # indices into the P K scores
     for stride in STRIDES:
-        level = (points[:, 2:] == stride) & (scores > min_score)                             # (P, K)
+        level = (points[:, 2:] == stride) & (scores > min_score)                      # (P, K)
         index = level.flatten().nonzero()[:, 0]
         kept.append(index[scores.flatten()[index].topk(min(LEVEL_TOP, len(index))).indices])
     kept = torch.cat(kept)
     scores, labels = scores.flatten()[kept], kept % logits.shape[1]
     boxes = clip_boxes_to_image(boxes[kept // logits.shape[1]], size)
+    # Of boxes that overlap in a class, the best one
     best = batched_nms(boxes, scores, labels, NMS_IOU)[:MAX_BOXES]
     return boxes[best], scores[best], labels[best]
 
 
 class Boxes(nn.Module):
-    """What `--export` writes of a detector: (B, 3, H, W) normalised pixels -> boxes (B, P, 4), xyxy in pixels, and
-    scores (B, P, K) in 0..1, of all points. Who runs it drops low scores and overlaps, as `detections` does."""
+    """The graph that `--export` writes: normalised pixels (B, 3, H, W) -> boxes and scores.
+
+    Boxes (B, P, 4) are xyxy in pixels, and scores (B, P, K) in 0..1. All points are there. Remove
+    low scores and overlaps yourself, as `detections` does.
+    """
 
     def __init__(self, detector: Detector):
         super().__init__()
@@ -370,74 +454,86 @@ class Boxes(nn.Module):
         return decode(bins, points), logits.sigmoid()
 
 
-# ---- data: COCO files and rendered scenes ----------------------------------------------------------------------------
+# ---- data: COCO files and rendered scenes --------------------------------------------------------
 
 
 def within(low: float, high: float = 1e10, kind: type = int | float) -> Callable:
-    """Whether a value is a number, no truth value, within low..high. COCO's metrics see as far as 1e10."""
+    """A check: is a value a number within low..high? True and False are not numbers here.
+
+    COCO's metrics ignore areas above 1e10.
+    """
     return lambda value: isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
 coordinate = within(-1e10)
-AN_ID = (within(1 - 2**63, 2**63 - 1, int), "an integer of 64 bits")
+AN_ID = (within(1 - 2**63, 2**63 - 1, int), "an integer of 64 bits")  # a check, and what it expects
 A_TEXT = (lambda value: isinstance(value, str), "a text")
 A_SIDE = (within(1), "a number of pixels within 1..1e10")
-AN_AREA = (within(0), "a number within 0..1e10, as COCO's metrics see")
+AN_AREA = (within(0), "a number within 0..1e10 (COCO's metrics ignore larger areas)")
 A_BOX = (
     lambda value: isinstance(value, list) and len(value) == 4 and all(map(coordinate, value)),
     "four numbers within -1e10..1e10: x, y, width, height",
 )
 A_SWITCH = (lambda value: value in (0, 1), "0 or 1")
-COCO_FIELDS = {  # of each part of an annotation file: field, and what it has to be
+COCO_FIELDS = {  # the lists of an annotation file, and the fields of their records
     "images": dict(id=AN_ID, file_name=A_TEXT, width=A_SIDE, height=A_SIDE),
     "categories": dict(id=AN_ID, name=A_TEXT),
     "annotations": dict(id=AN_ID, image_id=AN_ID, category_id=AN_ID, bbox=A_BOX, area=AN_AREA, iscrowd=A_SWITCH),
 }
-OPTIONAL = {"area": lambda row: row["bbox"][2] * row["bbox"][3], "iscrowd": lambda row: 0}  # where there is none
+# Values of fields that a record may lack
+OPTIONAL = {"area": lambda row: row["bbox"][2] * row["bbox"][3], "iscrowd": lambda row: 0}
 
 
 def read_annotations(path: Path) -> dict:
-    """A COCO annotation file. Raises ValueError that names the file, record and field that is wrong."""
+    """The content of a COCO annotation file.
+
+    Raises: ValueError that names the file, and the record and field that are wrong.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # RecursionError: lists nested too deep
-        raise ValueError(f"{path} is no JSON that can be read: {error}") from None
+        raise ValueError(f"cannot read {path} as JSON: {error}") from None
     for part, fields in COCO_FIELDS.items():
         rows = content.get(part) if isinstance(content, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{path} has no list of records {part!r}: expected COCO's {', '.join(COCO_FIELDS)}")
+            raise ValueError(f"{path} has no list of records {part!r}: COCO's files have {', '.join(COCO_FIELDS)}")
         for i, row in enumerate(rows):
             for name, (fits, expected) in fields.items():
                 if name not in row and name in OPTIONAL:
                     row[name] = OPTIONAL[name](row)
                 elif name not in row:
-                    hint = ", only a segmentation: detection needs boxes" if "segmentation" in row else ""
+                    hint = ", only a segmentation, but detection needs boxes" if "segmentation" in row else ""
                     raise ValueError(f"{path}: {part}[{i}] has no {name!r}{hint}")
                 elif not fits(row[name]):
                     found = reprlib.repr(row[name])  # shortened
-                    raise ValueError(f"{path}: {part}[{i}] has {name!r} {found}, expected {expected}")
+                    raise ValueError(f"{path}: in {part}[{i}] {name!r} is {found}, expected {expected}")
         key, times = Counter(row["id"] for row in rows).most_common(1)[0] if rows else (None, 1)
         if times > 1:
-            raise ValueError(f"{path}: {part} has {times} records of 'id' {key}")
+            raise ValueError(f"{path}: {part} has {times} records with the same 'id' {key}")
     for part, name in (("images", "image_id"), ("categories", "category_id")):
         known = {row["id"] for row in content[part]}
         for row in content["annotations"]:
             if row[name] not in known:
-                raise ValueError(f"{path}: annotation {row['id']} has {name!r} {row[name]}, which is none of {part}")
+                raise ValueError(f"{path}: annotation {row['id']} has {name!r} {row[name]}, but no record in "
+                                 f"{part} has that id")  # fmt: skip
     return content
 
 
 class CocoFolder(Dataset):
     """Images and boxes of one COCO annotation file, with the file's own classes.
 
-    For training, boxes are clipped to their image; `dropped` counts those that have no area then, which are left out.
-    So are crowds, and images without a box. Evaluation keeps all images and boxes as the file has them.
+    Items are as `make_item` gives them. Their boxes are clipped to the image. Boxes without area
+    are left out, and so are crowds (boxes around a group of objects). For training, images without
+    a box are left out too. `ground_truth` has all boxes as the file has them.
 
-    Args: images: the folder that file names are relative to, or else the one above it.
-    classes: [{"id", "name"}] by id; a label is an index into it. An item is as `make_item` makes it.
-    Raises: ValueError for what is wrong in the file, or an image that is not there.
+    Args:
+        annotations: the file. training: whether the set is for training.
+        images: the folder of the images. File names may also be relative to the folder above it.
+    Attributes: `classes`, [{"id", "name"}] in the order of ids: a label is an index into it;
+        `dropped`, how many boxes without area a training set has left out.
+    Raises: ValueError for an error in the file, a missing image, or a file without boxes to find.
     """
 
     def __init__(self, annotations: Path, images: Path, training: bool):
@@ -460,9 +556,10 @@ class CocoFolder(Dataset):
                 boxes.append(box)
                 kinds.append(labels[row["category_id"]])
         if not any(boxes for boxes, _ in self.targets.values()):
-            raise ValueError(f"{annotations} has no boxes to find (crowds are none)")
+            raise ValueError(f"{annotations} has no boxes to find: crowds, and boxes without area, do not count")
         self.images = [image for image in content["images"] if self.targets[image["id"]][0] or not training]
-        there = set(os.listdir(images)) if images.is_dir() else set()  # one look instead of 100,000
+        # One listing is faster than a question for each of 100,000 files.
+        there = set(os.listdir(images)) if images.is_dir() else set()
         names = [image["file_name"] for image in self.images]
         self.paths = [
             next((path for path in (images / name, images.parent / name) if name in there or path.is_file()), None)
@@ -470,7 +567,7 @@ class CocoFolder(Dataset):
         ]
         missing = [name for name, path in zip(names, self.paths, strict=True) if path is None]
         if missing:
-            raise ValueError(f"{len(missing)} images of {annotations} are not in {images}: {missing[0]}, ...")
+            raise ValueError(f"{images} lacks {len(missing)} of the images in {annotations}, such as {missing[0]}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -480,19 +577,19 @@ class CocoFolder(Dataset):
         image = v2.functional.pil_to_tensor(read_image(path))
         if image.shape[1:] != (row["height"], row["width"]):
             raise DataError(
-                f"{path} is {image.shape[2]} x {image.shape[1]} pixels as stored, its annotations say "
-                f"{row['width']} x {row['height']}"
+                f"{path} has {image.shape[2]} x {image.shape[1]} pixels before any EXIF rotation, but its "
+                f"annotations say {row['width']} x {row['height']}"
             )
         return make_item(image, *self.targets[row["id"]], row["id"])
 
     def ground_truth(self) -> dict:
-        """COCO's dictionary of what is to be found, as in the file; for a set that is not for training."""
+        """Images, boxes and classes of the file, as COCO's metrics read them. Not for training."""
         images = [{"id": row["id"]} for row in self.images]
         return dict(images=images, annotations=self.annotations, categories=self.classes)
 
 
 class SceneBoxes(Scenes):
-    """Rendered scenes with their boxes, as `make_item` makes them."""
+    """Rendered scenes with their boxes, as `make_item` gives them."""
 
     classes = [{"id": i + 1, "name": name} for i, name in enumerate(SHAPES)]
 
@@ -501,7 +598,7 @@ class SceneBoxes(Scenes):
         return make_item(torch.from_numpy(scene.image).permute(2, 0, 1), scene.boxes, scene.labels, index)
 
     def ground_truth(self) -> dict:
-        """COCO's dictionary of what is to be found in these images."""
+        """Images, boxes and classes of all scenes, as COCO's metrics read them."""
         annotations = []
         for index in range(len(self)):
             scene = self.scene(index)
@@ -513,7 +610,10 @@ class SceneBoxes(Scenes):
 
 
 def make_item(image: Tensor, boxes, labels, image_id: int) -> dict:
-    """What data sets give: image uint8 (3, H, W), boxes (G, 4), labels (G,), image_id and the file's size (H, W)."""
+    """An item of a data set: image (3, H, W) uint8, boxes (G, 4), labels (G,), image_id, size.
+
+    `size` is (H, W). It stays when the image is resized later.
+    """
     size = tuple(image.shape[1:])
     boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     return dict(
@@ -526,9 +626,10 @@ def make_item(image: Tensor, boxes, labels, image_id: int) -> dict:
 
 
 class Resized(Augmented):
-    """`base`, augmented if a transform is given, then resized to a square, its aspect not kept.
+    """The items of `base`, augmented if a transform is given, then resized to a square.
 
-    Keys are (epoch, index, side in pixels); the randomness of an item follows from (seed, epoch, index).
+    The aspect ratio is not kept. A key is (epoch, index, side of the square in pixels). The random
+    numbers of an item depend on (seed, epoch, index) only.
     """
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict:
@@ -541,13 +642,16 @@ class Resized(Augmented):
 
 
 def collate(items: list[dict]) -> tuple[Tensor, list[dict]]:
-    """Images (B, 3, S, S) uint8, and the rest of each item with plain tensors."""
+    """Images (B, 3, S, S) uint8, and the rest of each item. All are plain tensors."""
     images = torch.stack([item.pop("image").as_subclass(Tensor) for item in items])
     return images, [item | {"boxes": item["boxes"].as_subclass(Tensor)} for item in items]
 
 
 class CropWithBoxes(v2.RandomIoUCrop):
-    """torchvision's crop; but images without boxes, or so small that a crop might have no pixel, stay as they are."""
+    """torchvision's random crop around boxes.
+
+    It leaves images without boxes as they are, and those so small that a crop could be empty.
+    """
 
     def forward(self, item: dict) -> dict:
         large = min(item["image"].shape[1:]) * self.min_scale >= 1
@@ -555,9 +659,10 @@ class CropWithBoxes(v2.RandomIoUCrop):
 
 
 def augmentation(augment: bool) -> Callable:
-    """Flips; with `augment` also crops that keep a box, and colours. Boxes less than a pixel wide or high go.
+    """Random flips; with `augment` also random crops and changes of colour.
 
-    Brightness, contrast, saturation and hue each change in half of the images, in a random order.
+    A crop keeps at least one box. Brightness, contrast, saturation and hue each change in half of
+    the images, in a random order. At last, boxes below one pixel in width or height are removed.
     Source: PaddleDetection @ v2.6.0, RandomCrop and RandomDistort.
     """
     steps = [v2.RandomHorizontalFlip()]
@@ -573,10 +678,13 @@ def augmentation(augment: bool) -> Callable:
 
 
 class ScaleSampler(EpochSampler):
-    """(epoch, index, side): all images of a step, on all ranks, have one side, drawn by (seed, epoch, step)."""
+    """Gives (epoch, index, side). All images of a step have the same side, on all processes.
+
+    The side is a random one of `sides`. It depends on (seed, epoch, step) only.
+    """
 
     def __init__(self, length: int, *, sides: list[int], per_step: int, **order):
-        """`per_step` is the number of images that this rank takes in one optimiser step."""
+        """per_step: how many images this process takes in one optimiser step."""
         super().__init__(length, **order)
         self.sides, self.per_step = sides, per_step
 
@@ -589,39 +697,51 @@ class ScaleSampler(EpochSampler):
 
 
 def coco_files(root: Path, split: str) -> tuple[Path, Path]:
-    """Annotation file and image folder of "train" or "val" in a COCO folder: those of 2017, or the only ones."""
+    """Annotation file and image folder of the split "train" or "val" in a COCO folder.
+
+    Raises: ValueError unless there is one file for the split, or one for 2017 among several.
+    """
     found = sorted((root / "annotations").glob(f"instances_{split}*.json"))
     found = [path for path in found if path.stem.endswith("2017")] or found
     if len(found) != 1:
         what = "several" if found else "no"
-        raise ValueError(f"{what} files {root}/annotations/instances_{split}*.json: expected one, or that of 2017")
+        raise ValueError(f"{root}/annotations has {what} files instances_{split}*.json: expected one, or one "
+                         "that ends in 2017.json")  # fmt: skip
     name = found[0].stem.removeprefix("instances_")
     folders = [root / name, root / "images" / name]
     return found[0], next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def open_split(args: argparse.Namespace, split: str) -> Dataset:
-    """"train" or "val" of `args.data`, with `.classes` and, unless it is for training, `ground_truth()`."""
+    """The split "train" or "val" of the data that flags name: SceneBoxes or CocoFolder.
+
+    Raises: ValueError for unknown data, an error in the files, or a missing COCO library.
+    """
     coco_library()
     if args.data == "shapes":
         length = args.shapes_length if split == "train" else max(1, args.shapes_length // 15)
         return SceneBoxes(split, length, args.image_size, args.seed)
     if not Path(args.data).is_dir():
-        raise ValueError(f"unknown data {args.data!r}: shapes, or a folder with annotations/instances_train*.json")
+        raise ValueError(f"unknown data {args.data!r}: expected shapes, or a folder with "
+                         "annotations/instances_train*.json")  # fmt: skip
     annotations, images = coco_files(Path(args.data), split)
     dataset = CocoFolder(annotations, images, training=split == "train" and not args.eval)
     if dataset.dropped and rank() == 0:
-        say(f"{annotations}: {dataset.dropped} boxes outside their image or of zero area dropped", sys.stderr)
+        say(f"{annotations}: left out {dataset.dropped} boxes without area or outside their image", sys.stderr)
     return dataset
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------
+# ---- evaluation ----------------------------------------------------------------------------------
 
+# COCO's names: mean AP, AP at IoU 0.5 and 0.75, AP of small, medium and large objects
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def coco_library() -> tuple[type, type]:
-    """COCO and its evaluator: from faster-coco-eval, or from pycocotools: the same numbers, slower."""
+    """The classes COCO and COCOeval of faster-coco-eval, or else of pycocotools.
+
+    Both give the same numbers. pycocotools is slower. Raises ValueError if neither is installed.
+    """
     with contextlib.suppress(ImportError):
         from faster_coco_eval import COCO, COCOeval_faster
 
@@ -635,12 +755,16 @@ def coco_library() -> tuple[type, type]:
 
 
 def coco_metrics(ground_truth: dict, results: list[dict], library: tuple[type, type] | None = None) -> dict:
-    """COCO's box metrics in percent, None where there is nothing to find (of that size).
+    """COCO's box metrics, {name of STATISTICS: percent, or None without such objects}.
 
-    Args: ground_truth: COCO's dictionary; results: COCO's [{"image_id", "category_id", "bbox": xywh, "score"}].
+    Args:
+        ground_truth: COCO's {"images", "annotations", "categories"}.
+        results: the objects found, [{"image_id", "category_id", "bbox", "score"}]; bbox is x, y,
+            width, height.
+        library: as `coco_library` returns it, which is the default.
     """
     COCO, Evaluator = library or coco_library()
-    # The evaluators take an annotation's id for "matched", so that 0 would mean unmatched.
+    # The evaluators store the id of a matched annotation, or 0 for "no match". So no id may be 0.
     truths = [row | dict(id=i + 1) for i, row in enumerate(ground_truth["annotations"])]
     with contextlib.redirect_stdout(io.StringIO()):
         truth, found = COCO(), COCO()
@@ -659,31 +783,37 @@ def coco_metrics(ground_truth: dict, results: list[dict], library: tuple[type, t
 
 
 def restored(boxes: Tensor, size: tuple[int, int], original: tuple[int, int]) -> Tensor:
-    """Boxes in pixels of an input of `size` (H, W) as boxes in pixels of the `original`."""
+    """Boxes (n, 4), changed from pixels of an input of `size` to those of its `original` size.
+
+    Args: size, original: (H, W).
+    """
     (height, width), (full_height, full_width) = size, original
     return boxes * torch.tensor([full_width / width, full_height / height] * 2)
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, device: torch.device) -> dict:
-    """COCO's metrics in percent over the whole set, each image once over all ranks.
+    """COCO's metrics over the whole set, as `coco_metrics` gives them. All processes call this.
 
-    Rank 0 writes the boxes to coco_results.json in COCO's format; those of a castled model, without its branch, to
+    The processes share the images, and each image is counted once. The process with rank 0 writes
+    the boxes to coco_results.json in COCO's format. Those of a castled model go to
     coco_results_castled.json.
     """
     model.eval()
     dataset, found = loader.dataset.base, []
+    # Find boxes in this process's share of the images.
     for images, targets in loader:
         with autocast(args, device):
             logits, bins, points = model(to_model_input(images, device, args.channels_last))
         for i, target in enumerate(targets):
             boxes, scores, labels = (x.cpu() for x in detections(logits[i], bins[i], points, images.shape[2:]))
             boxes = restored(boxes, images.shape[2:], target["size"])
-            boxes[:, 2:] -= boxes[:, :2]
+            boxes[:, 2:] -= boxes[:, :2]                                     # x, y, width, height
             found += [
                 dict(image_id=target["image_id"], category_id=dataset.classes[label]["id"], bbox=box, score=score)
                 for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
             ]
+    # Rank 0 collects the boxes of all processes and computes the metrics.
     parts = [found]
     if dist.is_initialized():
         parts = [None] * dist.get_world_size()
@@ -699,11 +829,15 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
     return metrics[0]
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def learning_rate(args: argparse.Namespace, step: int, total_steps: int) -> float:
-    """Learning rate of step `step` (0-based): linear warm-up from a tenth of the peak, and a cosine to 0."""
+    """Learning rate of step `step` (0-based): a linear warm-up, then a cosine to 0.
+
+    The warm-up starts at a tenth of the peak. The cosine spans the whole run, so it takes over a
+    little below the peak.
+    """
     peak = args.lr * args.global_batch / LR_BATCH
     if step < args.warmup_steps:
         return peak * (0.1 + 0.9 * step / args.warmup_steps)
@@ -711,15 +845,20 @@ def learning_rate(args: argparse.Namespace, step: int, total_steps: int) -> floa
 
 
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> Detector:
-    """The detector that resolved flags describe. Raises ValueError as `build_detector` does."""
+    """The detector that the flags describe. Raises ValueError as `build_detector` does."""
     options = run.core_options(args)
     model = build_detector(args.model, args.attention, num_classes, image_size, **options)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    """Train to the end, one checkpoint and log line per epoch, evaluated when due; then the castling report."""
-    with run.checked(args):
+    """Train to the end, then print the castling report: what castling costs and saves.
+
+    Each epoch ends with a checkpoint and a log line. The model is evaluated every --eval-every
+    epochs, and at the end.
+    """
+    with run.checked(args):  # an error in here ends the script with one line
+        # Data
         resolve(args)
         train_set, val_set = open_split(args, "train"), open_split(args, "val")
         run.same_classes(args, train_set, val_set)
@@ -727,7 +866,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         args.warmup_steps = min(args.warmup_steps, total_steps // 10)
         check_sides(args)
 
-        torch.manual_seed(args.seed)  # the same first weights on every rank
+        # Model, averaged weights and optimiser
+        torch.manual_seed(args.seed)  # the same first weights on every process
         model = make_model(args, len(train_set.classes), args.image_size)
         run.start_from(model, args, partial(load_pretrained, class_layers=("head.predict.",)))
         if args.backbone and run.begins_anew(args):
@@ -736,9 +876,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 say(f"{args.backbone}\n{report}")
         model.to(device)
         ema = run.averaged(model, args.ema_decay)
-        # Weight decay is on all parameters, norms included, as in Picodet_Pytorch.
+        # All parameters decay, those of norms too, as in Picodet_Pytorch.
         optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
 
+        # Batches, and the state of the run
         sampler = ScaleSampler(
             len(train_set), seed=args.seed, multiple=args.global_batch, rank=rank(), world=world_size(),
             sides=[args.image_size + 32 * i for i in range(-args.multi_scale, args.multi_scale + 1)],
@@ -761,19 +902,22 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 ema.n_averaged.zero_()             # PaddleDetection @ v2.6.0, ModelEMA, cycle_epoch
             net.train()
             for batches in state.steps(train_loader):
-                set_threshold(model, state.progress)                                       # Eq. (10), D4
+                # Gradients, summed over the batches of the step
+                set_threshold(model, state.progress)                                  # Eq. (10), D4
                 lr = run.set_lr(optimizer, learning_rate(args, state.step, total_steps))
                 loss = torch.zeros((), device=device)
                 for i, (images, targets) in enumerate(batches):
-                    net.require_backward_grad_sync = i == len(batches) - 1                 # DDP: once a step
+                    net.require_backward_grad_sync = i == len(batches) - 1    # DDP: once a step
                     images = to_model_input(images, device, args.channels_last)
                     targets = [(t["boxes"].to(device), t["labels"].to(device)) for t in targets]
                     with autocast(args, device):
                         outputs = net(images)
-                    part = sum(detection_losses(*outputs, targets).values()) / len(batches)    # in float32
+                    part = sum(detection_losses(*outputs, targets).values()) / len(batches)
                     scaler.scale(part).backward()
                     loss += part.detach()
-                state.agree(loss, lr)                                                      # NaN stops every rank
+
+                # Weights and averaged weights
+                state.agree(loss, lr)                                      # NaN stops every process
                 if args.clip_grad > 0:
                     scaler.unscale_(optimizer)
                     nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
@@ -783,43 +927,79 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 ema.update_parameters(model)
 
             metrics = {}
-            if state.evaluation_due():                                                     # with and without branch
+            if state.evaluation_due():                                     # with and without branch
                 metrics = run.evaluate_castling(lambda m: evaluate(m, val_loader, args, device), ema.module, "AP")
             state.log(metrics)
         state.report()
 
 
 def check_sides(args: argparse.Namespace) -> None:
-    """Raise ValueError if --multi-scale gives images below 32 px, or BatchNorm would get a single value."""
+    """Raise ValueError for images too small to train on.
+
+    Those are images below 32 px, and images whose coarsest map gives BatchNorm a single value.
+    """
     least = 32 + 32 * args.multi_scale
     if args.image_size < least:
         raise ValueError(f"--image-size must be at least {least} with --multi-scale {args.multi_scale}, got "
                          f"{args.image_size}")  # fmt: skip
     if args.batch_size == 1 and args.image_size - 32 * args.multi_scale <= STRIDES[-1]:
-        raise ValueError(f"BatchNorm needs --batch-size 2 or more where images are {STRIDES[-1]} px or smaller")
+        raise ValueError(f"BatchNorm needs --batch-size 2 or more if images have {STRIDES[-1]} px or less per side")
 
 
 def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
-    """This rank's share of the validation set, at the image size."""
+    """This process's share of the validation set, at --image-size."""
     sampler = ScaleSampler(len(val_set), sides=[args.image_size], per_step=1, rank=rank(), world=world_size())
     return make_loader(Resized(val_set, None, args.seed), sampler, args.batch_size, args.workers, collate)
 
 
 def describe_recipe(args: argparse.Namespace) -> str:
-    """Optimiser, learning rate and augmentation."""
+    """Optimiser, learning rate, averaged weights and augmentation, as a run prints them."""
     a = args
-    reset = f", anew every {a.ema_reset} epochs" if a.ema_reset else ""
-    return f"""recipe: SGD, {a.warmup_steps} steps of warm-up to a learning rate of \
-{a.lr * a.global_batch / LR_BATCH:.4g} ({a.lr} per {LR_BATCH} images), cosine to 0, weight decay {a.weight_decay}, \
-EMA {a.ema_decay}{reset}
-augmentation: {'crops, flips, colours' if a.augment else 'flips'}, sides {a.image_size} +- {32 * a.multi_scale} px"""
+    peak = f"{a.lr * a.global_batch / LR_BATCH:.4g} ({a.lr} per {LR_BATCH} images)"
+    reset = f", started anew every {a.ema_reset} epochs" if a.ema_reset else ""
+    changes = "random crops, flips and colours" if a.augment else "random flips"
+    return f"""optimiser: SGD, weight decay {a.weight_decay}
+learning rate: {a.warmup_steps} steps of warm-up to a learning rate of {peak}, then a cosine to 0
+averaged weights: decay {a.ema_decay} per step{reset}
+augmentation: {changes}; side of images {a.image_size} +- {32 * a.multi_scale} px"""
 
 
-# ---- what is done with a checkpoint ----------------------------------------------------------------------------------
+# ---- drawing -------------------------------------------------------------------------------------
+
+
+def draw_boxes(image: Image.Image, rows: list[dict], colours: list[str]) -> Image.Image:
+    """The image with boxes and their labels. A small image is enlarged to a short side near 512.
+
+    A label is above its box. If there is no room, it is below, else inside at the top.
+
+    Args:
+        rows: [{"label", "score", "box"}], best first. A box is xyxy in pixels of the image.
+        colours: the colour of each box.
+    """
+    factor = max(1, min(round(512 / min(image.size)), 2048 // max(image.size)))
+    image = ImageOps.scale(image, factor, Image.Resampling.NEAREST)
+    draw, size = ImageDraw.Draw(image), min(image.size) // 32
+    font, line = ImageFont.load_default(size), max(2, size // 8)
+    for row, colour in reversed([*zip(rows, colours, strict=True)]):  # the best last, on top
+        x1, y1, x2, y2 = (factor * side for side in row["box"])
+        draw.rectangle((x1, y1, x2, y2), outline=colour, width=line)
+        text = f"{row['label']} {row['score']:.2f}"
+        width, height = draw.textlength(text, font) + 2 * line, size + 2 * line
+        x = max(0, min(x1, image.width - width))
+        y = next((y for y in (y1 - height, y2) if 0 <= y <= image.height - height), y1)
+        draw.rectangle((x, y, x + width, y + height), fill=colour)
+        draw.text((x + line, y + line), text, "white", font)
+    return image
+
+
+# ---- what is done with a checkpoint --------------------------------------------------------------
 
 
 def load(args: argparse.Namespace, classes: list | None = None) -> tuple[Detector, list[dict]]:
-    """The model in --checkpoint, ready to be used, and the classes it knows; `classes` if the file does not say."""
+    """The model in --checkpoint, in eval mode, and its classes [{"id", "name"}].
+
+    If the file does not name its classes, they are `classes`, or else numbers.
+    """
     trained = run.settings_for(args)
     resolve(args, trained)
     classes = trained.get("classes") or classes
@@ -831,7 +1011,7 @@ def load(args: argparse.Namespace, classes: list | None = None) -> tuple[Detecto
 
 
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
-    """--eval: prints the metrics of the checkpoint with and without its auxiliary branch."""
+    """--eval: print the metrics of --checkpoint, with and without the auxiliary branch."""
     with run.checked(args):
         resolve(args, run.settings_for(args))
         val_set = open_split(args, args.split)
@@ -844,73 +1024,92 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
 
 @torch.inference_mode()
 def predict(args: argparse.Namespace, device: torch.device) -> None:
-    """--image: the boxes of each file are drawn to --output, or printed with --json, or both."""
+    """--image: draw the boxes of each file.
+
+    With --json they are printed, and drawn only if --output is given.
+    """
     with run.checked(args):
         run.check_images(args.image)
         drawn = args.output is not None or not args.json
         targets = run.drawing_paths(args.image, args.output, "boxes") if drawn else {}
         if args.data is None and not run.settings_for(args):
-            args.data = "coco"  # somebody else's model: the image size of photographs
+            args.data = "coco"  # not our checkpoint: the image size of photographs
         model, classes = load(args)
     model.to(device)
     size, printed = (args.image_size, args.image_size), []
     try:
         for path, image in run.read_each(args.image):
+            # Find boxes in the resized image
             pixels = v2.functional.pil_to_tensor(image)
             resized = v2.functional.resize(pixels, size, antialias=False)
             logits, bins, points = model(to_model_input(resized[None], device, args.channels_last))
             found = detections(logits[0], bins[0], points, size, min_score=args.min_score)
             boxes, scores, labels = (x.cpu() for x in found)
+            # Give them in pixels of the file
             boxes, labels = restored(boxes, size, pixels.shape[1:]).tolist(), labels.tolist()
             rows = [
-                dict(label=classes[label]["name"], score=score, box=box)                   # xyxy in the file's pixels
+                dict(label=classes[label]["name"], score=score, box=box)
                 for label, score, box in zip(labels, scores.tolist(), boxes, strict=True)
             ]
             printed.append(dict(image=str(path), boxes=rows))
             if drawn:
-                if rows:
-                    texts = [f"{row['label']} {row['score']:.2f}" for row in rows]
-                    colours = [COLOURS[label % len(COLOURS)] for label in labels]
-                    pixels = draw_bounding_boxes(pixels, torch.tensor(boxes), texts, colors=colours, width=2)
-                run.write_image(v2.functional.to_pil_image(pixels), targets[path])
+                colours = [COLOURS[label % len(COLOURS)] for label in labels]
+                run.write_image(draw_boxes(image, rows, colours), targets[path])
             if not args.json:
                 say(f"{path}: {len(rows)} boxes, drawn to {targets[path]}")
-    finally:  # also where an image could not be read
+    finally:  # also if an image could not be read
         if args.json and rank() == 0:
             say(json.dumps(printed, indent=1))
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of detect.py; what is left None is filled in by `resolve`."""
+    """The command line of detect.py. `resolve` fills in the flags that are None."""
     p = run.Parser(
         "detect.py", __doc__,
-        epilog=f"models: {', '.join(DETECTORS)}; default lcnet_vit_s\n"
-        "data: shapes, or a folder with annotations/instances_{train,val}2017.json, train2017/ and val2017/\n"
-        "image size of folders: 320 for S models, 416 for M and L",
+        epilog=f"""--model is one of {', '.join(DETECTORS)}; default lcnet_vit_s
+--data is shapes, or a folder with annotations/instances_{{train,val}}2017.json, train2017/ and val2017/
+--image-size for a folder is by default 320 for S models, 416 for M and L""",
     )  # fmt: skip
     recipe = run.shared_flags(p, DATA_DEFAULTS)
     add, on_off = recipe.add_argument, argparse.BooleanOptionalAction
     by_data = lambda flag: run.by_data(flag, DATA_DEFAULTS)  # noqa: E731
-    add("--weight-decay", type=at_least(0, float), default=4e-5, help="of all parameters; default 4e-5")
-    add("--warmup-steps", type=at_least(0), default=300, help="default 300, at most a tenth of the run")
-    add("--ema-decay", type=share, default=0.9998, help="of the averaged weights; default 0.9998")
-    add("--ema-reset", type=at_least(0), default=40, help="epochs after which the average starts anew, 0 for never")
-    add("--multi-scale", type=at_least(0), help=f"a batch's side varies by this many 32 px; {by_data('multi_scale')}")
-    add("--augment", action=on_off, help=f"crops and colours, beside flips; {by_data('augment')}")
-    add("--clip-grad", type=at_least(0, float), default=0.0, help="largest gradient norm, 0 for no limit")
-    add("--channels-last", action=on_off, default=True, help="memory format of images and convolutions; default on")
-    add("--backbone", help="classification checkpoint that the backbone starts from")
+    add("--weight-decay", type=at_least(0, float), default=4e-5,
+        help="weight decay of all parameters, those of norms too; default 4e-5, as in the paper")
+    add("--warmup-steps", type=at_least(0), default=300,
+        help="optimiser steps in which the learning rate rises; default 300, but at most a tenth of the run")
+    add("--ema-decay", type=share, default=0.9998,
+        help="decay per step of the averaged weights, which are the ones evaluated; default 0.9998")
+    add("--ema-reset", type=at_least(0), default=40,
+        help="number of epochs after which the average of the weights starts anew, 0 for never; default 40")
+    add("--multi-scale", type=at_least(0),
+        help="largest difference of the training images' side from --image-size, in units of 32 pixels; "
+        f"the side is drawn for each step; {by_data('multi_scale')}")
+    add("--augment", action=on_off,
+        help=f"train on random crops and colours, besides random flips; {by_data('augment')}")
+    add("--clip-grad", type=at_least(0, float), default=0.0,
+        help="largest norm of the gradient over all parameters, 0 for no limit; default 0")
+    add("--channels-last", action=on_off, default=True,
+        help="keep images and weights in the memory order channels-last, which can be faster; default on")
+    add("--backbone", help="file with a trained classifier, whose weights the backbone starts from; "
+        "default: random weights")
     add = p.add_argument_group("boxes").add_argument
-    add("--min-score", type=share, default=0.3, help="least score of a box that --image shows; default 0.3")
-    add("--json", action="store_true", help="with --image: print the boxes, xyxy in pixels")
+    add("--min-score", type=share, default=0.3,
+        help="least score, 0..1, of a box that --image draws or prints; default 0.3")
+    add("--json", action="store_true",
+        help="with --image: print labels, scores and boxes as JSON. A box is left, top, right, bottom in pixels. "
+        "Images are then drawn only if --output is given")
     return p
 
 
 def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
-    """Fill in every flag that was not given: from `trained`, a checkpoint's settings, else from the recipe tables."""
+    """Fill in every flag that was not given.
+
+    Values come from `trained`, the settings of a checkpoint, and then from the tables of defaults.
+    Raises: ValueError for an unknown --model.
+    """
     run.take_over(args, trained or {})
     args.model = args.model or "lcnet_vit_s"
     look_up(DETECTORS, args.model, "detector")

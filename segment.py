@@ -1,18 +1,27 @@
-"""Train a semantic segmenter, Mask2Former on a dense ViT, and castle it at the end. Any number of processes.
+"""Train a semantic segmenter: Mask2Former with a dense Castling-ViT backbone.
 
-    python segment.py                                              built-in rendered scenes, one process, no download
-    torchrun --nproc-per-node=8 segment.py --data ADE20K --batch-size 2 --checkpoint mae_pretrain_vit_base.pth
-    python segment.py --eval --checkpoint runs/X/best.pt           mIoU with and without the auxiliary branch
-    python segment.py --image photo.jpg --checkpoint runs/X/best.pt --output overlay.png
+    python segment.py                                              built-in rendered scenes
+    torchrun --nproc-per-node=8 segment.py --data ADE20K --batch-size 2 \\
+        --checkpoint mae_pretrain_vit_base.pth                     on eight GPUs
+    python segment.py --eval --checkpoint runs/X/best.pt           prints mIoU
+    python segment.py --checkpoint runs/X/best.pt --image photo.jpg --output overlay.png
 
-Mask2Former  Cheng et al., arXiv:2112.01527;  facebookresearch/Mask2Former @ 161be51, mask2former/ and the
-             ADE20K semantic-segmentation/maskformer2_R50_bs16_160k.yaml of its configs/: architecture, losses, recipe
-Pyramid      Li et al., arXiv:2203.16527 (ViTDet), section 3;  detectron2, modeling/backbone/vit.py
-Castling     arXiv:2211.10526v4, section 4.2 and Table 4; where the text is silent, the table's counts decide (D8)
+The backbone trains with an auxiliary softmax branch in its attention. Castling removes the branch
+after training. Evaluation is done with and without it. The same command again continues a stopped
+run. `train` below is the training loop, and run.py holds the functions that it calls.
 
-Shapes: B images, K classes, Q queries, C channels, N tokens; maps are (B, C, y, x), token grids row-major. Strides are
-those of a 16-pixel patch: 4, 8, 16, 32. The pyramid of another patch size p has strides p/4, p/2, p, 2p.
-Labels: 0..K-1, and 255 for pixels without one. `train` below is the loop; run.py has what it calls.
+Mask2Former  Cheng et al., arXiv:2112.01527;  facebookresearch/Mask2Former @ 161be51, mask2former/.
+             Recipe: configs/ade20k/semantic-segmentation/maskformer2_R50_bs16_160k.yaml
+Pyramid      ViTDet, Li et al., arXiv:2203.16527, section 3;  detectron2, modeling/backbone/vit.py
+Castling     arXiv:2211.10526v4, section 4.2. Where its text is silent, the parameters and MACs of
+             its Table 4 decide (D8).
+
+A pyramid gives the decoders maps at several strides, in pixels of the image: 4, 8, 16 and 32 for
+patches of 16 pixels, and p/4, p/2, p, 2p for patches of p pixels. Comments below have p = 16.
+A query predicts a mask and its class. A target is a true mask and its class.
+Shapes: B images, K classes, Q queries, C channels, N tokens. Maps are (B, C, y, x). Token grids are
+row-major.
+Labels: 0..K-1, and 255 for pixels without a label.
 """
 
 import argparse
@@ -29,7 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
@@ -54,7 +63,7 @@ from data import (
 from models import DenseViT, build_model
 from run import agreed, all_sum, at_least, autocast, rank, say, share, world_size
 
-METRICS = {"mIoU": "mIoU", "mAcc": "mAcc", "pAcc": "pAcc"}  # of `evaluate`; best.pt is best in the first
+METRICS = {"mIoU": "mIoU", "mAcc": "mAcc", "pAcc": "pAcc"}  # printed; the first one chooses best.pt
 
 SEGMENTERS = {  # name: its backbone
     "vit_base": "vit_base_dense",
@@ -64,11 +73,12 @@ SEGMENTERS = {  # name: its backbone
 }
 
 IGNORE = 255  # label of pixels that belong to no class
-WEIGHTS = dict(label=2.0, bce=5.0, dice=5.0)  # of the three losses, and of the matching costs of the same names
-NO_OBJECT = 0.1  # weight in the class loss of queries that are matched to nothing
-GREY = 128  # padding of training crops, before normalisation
+WEIGHTS = dict(label=2.0, bce=5.0, dice=5.0)  # of the three losses, and of the three matching costs
+NO_OBJECT = 0.1  # weight, in the class loss, of queries without a target
+GREY = 128  # pads training crops, before normalisation
 
-# Folders: Mask2Former's ADE20K recipe. Rendered scenes: a narrow model and a short recipe for two CPU cores.
+# Defaults by kind of data. Folders have Mask2Former's recipe for ADE20K. The rendered scenes have a
+# narrow model and a short recipe of our own, made for two CPU cores.
 DATA_DEFAULTS = {
     "folder": dict(
         model="vit_base", image_size=512, batch_size=16, lr=1e-4, backbone_lr=0.1, weight_decay=0.05, clip_grad=0.01,
@@ -81,16 +91,16 @@ DATA_DEFAULTS = {
         patch_size=8, width=64, queries=20, layers=3, encoder_layers=1, points=512,
     ),
 }  # fmt: skip
-STEPS = {"folder": 160_000, "shapes": 2000}  # of a run, where neither --epochs nor --max-steps bounds it
-LR_BATCH = 16  # `lr` is the first learning rate at a global batch of this size; it scales with the batch
+STEPS = {"folder": 160_000, "shapes": 2000}  # of a run without --epochs and --max-steps
+LR_BATCH = 16  # `lr` is the first rate for this many images per step. It scales with that number.
 
 
 def widened(x: Tensor) -> Tensor:
-    """In float32 or wider, as sampling positions, mask products and losses need it."""
+    """x in float32 or wider. Sampling positions, mask products and losses need that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ---- backbone: dense ViT and simple feature pyramid ------------------------------------------------------------------
+# ---- backbone: dense ViT and simple feature pyramid ----------------------------------------------
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -104,9 +114,10 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class PyramidBackbone(nn.Module):
-    """(B, 3, H, W) pixels -> four maps of `width` channels, strides 4, 8, 16, 32, all from the ViT's last map.
+    """Pixels (B, 3, H, W) -> four maps of `width` channels, at strides 4, 8, 16, 32.
 
-    H and W are multiples of twice the patch.  ViTDet, arXiv:2203.16527, section 3, "simple feature pyramid"
+    All are made from the last map of the ViT. H and W are multiples of twice the patch size.
+    Source: ViTDet, arXiv:2203.16527, section 3, "simple feature pyramid".
     """
 
     def __init__(self, vit: DenseViT, width: int):
@@ -133,14 +144,16 @@ class PyramidBackbone(nn.Module):
         return [level(x) for level in self.pyramid]
 
 
-# ---- parts of both decoders ------------------------------------------------------------------------------------------
+# ---- parts of both decoders ----------------------------------------------------------------------
 
 
 def sine_positions(grid: tuple[int, int], dim: int, device: torch.device | None = None) -> Tensor:
-    """Positions of a token grid as sines and cosines, (N, dim) float32: dim / 2 channels for y, then as many for x.
+    """Positions of a token grid as sines and cosines, (N, dim) float32.
 
-    Position i = 1..n on an axis of n has the phase 2 pi i / n; channel j has sin (j even) or cos (j odd) of
-    phase / 10000^(2 floor(j / 2) / (dim / 2)).  Source: Mask2Former, transformer_decoder/position_encoding.py.
+    The first dim / 2 channels are for y, the others for x. Token i = 1..n on an axis of n tokens has
+    the phase 2 pi i / n. Channel j of an axis has the sine (j even) or cosine (j odd) of
+    phase / 10000^(2 floor(j / 2) / (dim / 2)).
+    Source: Mask2Former, transformer_decoder/position_encoding.py.
     """
     channel = torch.arange(dim // 2, device=device)
     wavelength = 10000 ** ((channel - channel % 2) / (dim // 2))
@@ -160,14 +173,20 @@ def tokens_of(x: Tensor) -> Tensor:
 
 
 def init_xavier(module: nn.Module) -> None:
-    """Xavier-uniform matrices, the rest as it is, as Mask2Former initialises attention and feed-forward."""
+    """Initialise matrices as Xavier-uniform, and leave vectors as they are.
+
+    Mask2Former does so for attention and feed-forward layers.
+    """
     for parameter in module.parameters():
         if parameter.ndim > 1:
             nn.init.xavier_uniform_(parameter)
 
 
 def init_convs(module: nn.Module) -> None:
-    """Kaiming-uniform filters with a = 1, biases 0: detectron2's c2_xavier_fill, for the pixel decoders."""
+    """Initialise convolutions: Kaiming-uniform filters with a = 1, and biases 0.
+
+    Source: detectron2, c2_xavier_fill, as Mask2Former's pixel decoders use it.
+    """
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d):
             nn.init.kaiming_uniform_(conv.weight, a=1)
@@ -182,7 +201,10 @@ def conv_group_norm(channels: int, kernel: int) -> nn.Sequential:
 
 
 class Attention(nn.MultiheadAttention):
-    """Softmax attention, (B, N, C), (B, M, C), (B, M, C) -> (B, N, C); `blocked` (B H, N, M) is True where masked."""
+    """Softmax attention: query (B, N, C), key and value (B, M, C) -> (B, N, C).
+
+    blocked: (B H, N, M), True where a query may not look at a key.
+    """
 
     def __init__(self, dim: int, heads: int):
         super().__init__(dim, heads, batch_first=True)
@@ -199,7 +221,10 @@ class FeedForward(nn.Sequential):
 
 
 class EncoderLayer(nn.Module):
-    """Post-norm self-attention and feed-forward on (B, N, C); `position` is added to queries and keys only."""
+    """Self-attention and feed-forward layer on (B, N, C), each followed by LayerNorm.
+
+    `position`, (N, C), is added to queries and keys, but not to values.
+    """
 
     def __init__(self, attn: nn.Module, dim: int, hidden: int):
         super().__init__()
@@ -214,14 +239,14 @@ class EncoderLayer(nn.Module):
         return self.norm2(x + self.ffn(x))
 
 
-# ---- pixel decoder A: FPN and transformer encoder --------------------------------------------------------------------
+# ---- pixel decoder A: FPN and transformer encoder ------------------------------------------------
 
 
 class FPNTransformer(nn.Module):
-    """Four maps, finest first -> (mask features at stride 4, [maps at strides 32, 16, 8]).
+    """Pixel decoder: four maps, finest first -> mask features at stride 4, [maps at 32, 16, 8].
 
-    A transformer encoder on the coarsest map, then a top-down FPN. The counts in the paper's Table 4 fit this pixel
-    decoder, not Mask2Former's default (D8).
+    A transformer encoder runs on the coarsest map. Then finer maps are added to it one by one (FPN).
+    The counts in the paper's Table 4 fit this pixel decoder, not Mask2Former's default (D8).
     Source: Mask2Former, pixel_decoder/fpn.py, TransformerEncoderPixelDecoder.
     """
 
@@ -229,19 +254,21 @@ class FPNTransformer(nn.Module):
         super().__init__()
         self.input = nn.Conv2d(width, width, 1)
         self.encoder = nn.ModuleList(EncoderLayer(Attention(width, heads), width, 8 * width) for _ in range(layers))
-        self.lateral = nn.ModuleList(conv_group_norm(width, 1) for _ in range(3))  # coarse to fine, as what follows
+        self.lateral = nn.ModuleList(conv_group_norm(width, 1) for _ in range(3))  # coarse to fine
         self.output = nn.ModuleList(conv_group_norm(width, 3) for _ in range(4))
         self.mask_features = nn.Conv2d(width, width, 3, padding=1)
         init_convs(self)
         init_xavier(self.encoder)
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        # Encoder on the tokens of the coarsest map
         *finer, coarsest = maps
         grid = tuple(coarsest.shape[2:])
         x = tokens_of(self.input(coarsest))
         position = sine_positions(grid, x.shape[2], x.device).to(x.dtype)
         for layer in self.encoder:
             x = layer(x, position)
+        # Back to a map, then one finer map after the other
         y = F.relu(self.output[0](rearrange(x, "b (y x) c -> b c y x", y=grid[0])))
         levels = [y]
         for lateral, output, fine in zip(self.lateral, self.output[1:], reversed(finer), strict=True):
@@ -250,17 +277,20 @@ class FPNTransformer(nn.Module):
         return self.mask_features(y), levels[:3]
 
 
-# ---- pixel decoder B: multi-scale deformable attention ---------------------------------------------------------------
+# ---- pixel decoder B: multi-scale deformable attention -------------------------------------------
 
 
 def sample_levels(value: Tensor, grids: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples from several maps; 0 outside them.  Deformable DETR, arXiv:2010.04159, Eq. (3)
+    """Weighted sum of samples from several maps.  Deformable DETR, arXiv:2010.04159, Eq. (3)
+
+    Samples are bilinear, and 0 outside a map. H heads, L maps, P points per head and map.
 
     Args:
-        value: (B, T, H, D), the tokens of all maps one after the other, map l on grids[l] = (y, x), H heads.
-        locations: (B, N, H, L, P, 2), points (x, y) within 0..1 of each map: 0 and 1 are its outer edges.
+        value: (B, T, H, D), the T tokens of all maps, map after map.
+        grids: the size (y, x) of each map, in tokens.
+        locations: (B, N, H, L, P, 2), the points (x, y) in each map. 0 and 1 are its outer edges.
         weights: (B, N, H, L, P).
-    Returns: (B, N, H D), head-major.
+    Returns: (B, N, H D), the channels of one head after those of the other.
     """
     heads, sampled = value.shape[2], []
     for level, tokens in enumerate(value.split([y * x for y, x in grids], dim=1)):
@@ -272,10 +302,11 @@ def sample_levels(value: Tensor, grids: list[tuple[int, int]], locations: Tensor
 
 
 class DeformableAttention(nn.Module):
-    """Each token attends to `points` learned places on each map, (B, T, C) -> (B, T, C).
+    """Each token attends to `points` places on each map, (B, T, C) -> (B, T, C).
 
-    Offsets are in pixels of their map. At first a head looks in one direction, its points 1, 2, 3, ... pixels away,
-    with equal weights.  Source: Deformable DETR, arXiv:2010.04159, section 4.1.
+    The token predicts the weights of the places, and their offsets from itself in pixels of the map.
+    At first each head looks in one direction: at 1, 2, 3, ... pixels, with equal weights.
+    Source: Deformable DETR, arXiv:2010.04159, section 4.1.
     """
 
     def __init__(self, dim: int, heads: int, levels: int = 3, points: int = 4):
@@ -289,32 +320,39 @@ class DeformableAttention(nn.Module):
             init(layer.weight)
             nn.init.zeros_(layer.bias)
         angle = torch.arange(heads) * (2 * math.pi / heads)
-        way = torch.stack([angle.cos(), angle.sin()], dim=-1)                         # (H, 2), x and y
+        way = torch.stack([angle.cos(), angle.sin()], dim=-1)                 # (H, 2), x and y
         way = way / way.abs().amax(dim=-1, keepdim=True)
         bias = torch.arange(1, points + 1)[:, None] * way[:, None, None]              # (H, 1, P, 2)
         with torch.no_grad():
             self.offsets.bias.copy_(bias.expand(-1, levels, -1, -1).flatten())
 
     def forward(self, query: Tensor, x: Tensor, references: Tensor, grids: list[tuple[int, int]]) -> Tensor:
-        """query, x: (B, T, C), x the tokens of all maps; references: (T, 2), each token's own place (x, y) in 0..1."""
+        """Args:
+            query, x: (B, T, C); x holds the tokens of all maps.
+            references: (T, 2), the place (x, y) of each token on its own map, in 0..1.
+            grids: as in `sample_levels`.
+        """
         heads, levels, points = self.split
         offsets = self.offsets(query).unflatten(-1, (heads, levels, points, 2))
         weights = self.weights(query).unflatten(-1, (heads, levels * points)).softmax(dim=-1)
         sizes = torch.stack([offsets.new_full((), side) for y, x in grids for side in (x, y)]).view(levels, 2)
-        locations = references[:, None, None, None] + offsets / sizes[:, None]        # (B, T, H, L, P, 2)
+        locations = references[:, None, None, None] + offsets / sizes[:, None]  # (B, T, H, L, P, 2)
         value = self.value(x).unflatten(-1, (heads, -1))
         return self.out(sample_levels(value, grids, locations, weights.unflatten(-1, (levels, points))))
 
 
 class DeformableLayer(EncoderLayer):
-    """EncoderLayer of deformable attention: `position` is added to queries, and values come from all maps."""
+    """EncoderLayer with deformable attention. `position` is added to queries only.
+
+    x is (B, T, C), the tokens of all maps.
+    """
 
     def attend(self, x: Tensor, position: Tensor, references: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         return self.attn(x + position, x, references, grids)
 
 
 def reference_points(grids: list[tuple[int, int]], like: Tensor) -> Tensor:
-    """(T, 2): the centre (x, y) of every token of every map, as shares of its width and height."""
+    """(T, 2): the centre (x, y) of each token of all maps; 0 and 1 are the edges of its map."""
     points = []
     for rows, columns in grids:
         y, x = ((torch.arange(n, device=like.device, dtype=like.dtype) + 0.5) / n for n in (rows, columns))
@@ -323,9 +361,10 @@ def reference_points(grids: list[tuple[int, int]], like: Tensor) -> Tensor:
 
 
 class DeformableEncoder(nn.Module):
-    """Four maps, finest first -> (mask features at stride 4, [maps at strides 32, 16, 8]): Mask2Former as published.
+    """Pixel decoder: four maps, finest first -> mask features at stride 4, [maps at 32, 16, 8].
 
-    Runs in float32: bfloat16 cannot tell neighbouring places of a large map apart.
+    This is Mask2Former's default: deformable attention on three maps. It runs in float32, because
+    bfloat16 cannot tell neighbouring places of a large map apart.
     Source: Mask2Former, pixel_decoder/msdeformattn.py, MSDeformAttnPixelDecoder.
     """
 
@@ -348,17 +387,21 @@ class DeformableEncoder(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         with without_autocast(maps[0].device):
+            # The tokens of three maps in one sequence, coarsest map first
             finest, *coarser = (widened(x) for x in maps)
             levels = [conv(x) for conv, x in zip(self.input, reversed(coarser), strict=True)]
             grids = [tuple(x.shape[2:]) for x in levels]
             x = torch.cat([tokens_of(level) for level in levels], dim=1)              # (B, T, C)
+            # Their positions, and a learned vector for each map
             position = torch.cat([
                 sine_positions(grid, x.shape[2], x.device) + embed
                 for grid, embed in zip(grids, self.level_embed, strict=True)
             ]).to(x.dtype)
+            # Encoder
             references = reference_points(grids, x)
             for layer in self.encoder:
                 x = layer(x, position, references, grids)
+            # Back to maps; the finest of them, enlarged, joins the finest input
             parts = x.split([rows * columns for rows, columns in grids], dim=1)
             levels = [rearrange(t, "b (y x) c -> b c y x", y=g[0]) for t, g in zip(parts, grids, strict=True)]
             up = F.interpolate(levels[-1], size=finest.shape[2:], mode="bilinear", align_corners=False)
@@ -368,23 +411,29 @@ class DeformableEncoder(nn.Module):
 PIXEL_DECODERS = {"fpn_transformer": FPNTransformer, "msdeform": DeformableEncoder}
 
 
-# ---- masked-attention decoder ----------------------------------------------------------------------------------------
+# ---- masked-attention decoder --------------------------------------------------------------------
 
 
 def attention_mask(masks: Tensor, grid: tuple[int, int], heads: int) -> Tensor:
-    """Where queries may not look: (B, Q, y, x) mask logits -> (B H, Q, N) booleans for a level of that grid.
+    """Where queries may not look.  Mask2Former, arXiv:2112.01527, Eq. (2) and (3)
 
-    A token is blocked where the resized mask's probability is below one half. A query that would see nothing sees all:
-    its softmax would be 0 / 0.  Mask2Former, arXiv:2112.01527, Eq. (2) and (3)
+    The masks are resized to a map of size `grid`. A token is blocked if its probability in the mask
+    is below one half. A query whose tokens are all blocked sees all: its softmax would be 0 / 0.
+
+    Args: masks: (B, Q, y, x), logits.
+    Returns: (B H, Q, N), True at blocked tokens.
     """
     resized = F.interpolate(widened(masks.detach()), size=grid, mode="bilinear", align_corners=False)
-    blocked = resized.flatten(2) < 0                                                  # sigmoid < 0.5
+    blocked = resized.flatten(2) < 0                                          # sigmoid < 0.5
     blocked = blocked & ~blocked.all(dim=-1, keepdim=True)
     return blocked.repeat_interleave(heads, dim=0)
 
 
 class DecoderLayer(nn.Module):
-    """Post-norm masked cross-attention, self-attention, feed-forward on queries (B, Q, C)."""
+    """Masked cross-attention, self-attention and feed-forward layer on queries (B, Q, C).
+
+    LayerNorm follows each of the three.
+    """
 
     def __init__(self, dim: int, heads: int, hidden: int):
         super().__init__()
@@ -394,17 +443,23 @@ class DecoderLayer(nn.Module):
         init_xavier(self)
 
     def forward(self, x: Tensor, position: Tensor, key: Tensor, value: Tensor, blocked: Tensor) -> Tensor:
-        """position: (Q, C), added to queries, and to the keys of self-attention. key, value: (B, N, C)."""
+        """Args:
+            position: (Q, C), added to queries, and to the keys of self-attention.
+            key, value: (B, N, C), the tokens of one map.
+            blocked: (B H, Q, N), from `attention_mask`.
+        """
         x = self.norm1(x + self.cross(x + position, key, value, blocked))
         x = self.norm2(x + self.attn(x + position, x + position, x))
         return self.norm3(x + self.ffn(x))
 
 
 class MaskedDecoder(nn.Module):
-    """Queries that look at the levels in turn, each only where its latest mask is.  Mask2Former, section 3.2
+    """Queries look at one map after the other.  Mask2Former, arXiv:2112.01527, section 3.2
 
-    Returns the predictions of the initial queries and of every layer's: pairs of class logits (B, Q, K + 1), the last
-    class for "no object", and mask logits (B, Q, y, x) at stride 4.
+    The maps are those of strides 32, 16, 8, in turn. A query sees only the tokens in its latest mask.
+    Returns one prediction of the first queries, and one after each layer. A prediction is a pair:
+    class logits (B, Q, K + 1), where the last class is "no object", and mask logits (B, Q, y, x) at
+    stride 4.
     """
 
     def __init__(self, width: int, num_classes: int, heads: int = 8, queries: int = 100, layers: int = 9):
@@ -419,7 +474,7 @@ class MaskedDecoder(nn.Module):
         self.mask_head = nn.Sequential(FeedForward(width, width), nn.ReLU(), nn.Linear(width, width))
 
     def predict(self, x: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes and masks of queries (B, Q, C). Only the heads see them normalised, not the next layer."""
+        """Class and mask logits of queries (B, Q, C). The next layer gets x, not the normed y."""
         y = self.norm(x)
         embed = self.mask_head(y)
         with without_autocast(x.device):
@@ -427,10 +482,12 @@ class MaskedDecoder(nn.Module):
         return self.class_head(y), masks
 
     def forward(self, mask_features: Tensor, levels: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        # Keys and values of each map. Keys have positions, values have none.
         memories = []
         for level, embed in zip(levels, self.level_embed.weight, strict=True):
             grid, value = tuple(level.shape[2:]), tokens_of(level) + embed
             memories.append((grid, value + sine_positions(grid, value.shape[2], value.device).to(value.dtype), value))
+        # Layer by layer, one map each, within the masks predicted before
         x = self.query_feat.weight.repeat(len(mask_features), 1, 1)                    # (B, Q, C)
         outputs = [self.predict(x, mask_features)]
         for i, layer in enumerate(self.layers):
@@ -442,9 +499,9 @@ class MaskedDecoder(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """(B, 3, H, W) normalised pixels -> the predictions of `MaskedDecoder`, masks at the pyramid's finest stride.
+    """Normalised pixels (B, 3, H, W) -> the predictions of `MaskedDecoder`. Any H x W.
 
-    Images are padded with zeros, at the bottom and right, to a multiple of `stride`.
+    Images are padded with zeros at the bottom and right, to multiples of `stride`, the coarsest.
     """
 
     def __init__(self, vit: DenseViT, num_classes: int, pixel_decoder: str, width: int, heads: int, queries: int,
@@ -456,7 +513,7 @@ class Segmenter(nn.Module):
         self.decoder = MaskedDecoder(width, num_classes, heads, queries, layers)
 
     def padded(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The size, (height, width), that images of `size` are padded to."""
+        """The size to which images of `size` are padded. Both are (height, width)."""
         return tuple(-(-side // self.stride) * self.stride for side in size)
 
     def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -482,13 +539,15 @@ def build_segmenter(
     """A segmenter by name, randomly initialised.
 
     Args:
-        name: a key of SEGMENTERS. attention: of the backbone, as in `models.build_model`; the decoders are softmax.
-        pixel_decoder: "fpn_transformer", which the paper's counts fit, or "msdeform", Mask2Former's default (D8).
-        image_size: what the position embeddings are made for, pixels.
-        width, heads, queries: C, heads and Q of pyramid and decoders. layers: of the masked decoder.
-        encoder_layers: of the pixel decoder.
-        overrides: of the backbone: patch_size, depth, drop_path, mlp_dwconv, epsilon, schedule, ...
-    Raises: ValueError for unknown names, with the near ones, and for sizes that do not fit together.
+        name: a key of SEGMENTERS.
+        attention: of the backbone, as in `build_model`. The decoders have softmax attention.
+        pixel_decoder: "fpn_transformer", which the paper's counts fit, or "msdeform", which is
+            Mask2Former's default (D8).
+        image_size: pixels; the position embeddings are made for it.
+        width: C of the pyramid and the decoders. heads: of the decoders. queries: Q.
+        layers: how many the masked decoder has. encoder_layers: how many the pixel decoder has.
+        overrides: options of the backbone: patch_size, depth, drop_path, epsilon, schedule, ...
+    Raises: ValueError for unknown names, with similar ones, and for sizes that do not fit together.
     """
     backbone = look_up(SEGMENTERS, name, "segmenter")
     if num_classes < 1 or num_classes > IGNORE:
@@ -497,7 +556,7 @@ def build_segmenter(
         if value < 1:
             raise ValueError(f"{what} must be at least 1, got {value}")
     if width < 32 or width % 32 or width % heads:
-        raise ValueError(f"width must be a multiple of 32 (GroupNorm's groups) and of heads {heads}, got {width}")
+        raise ValueError(f"width must be a multiple of 32 (the groups of GroupNorm) and of heads={heads}, got {width}")
     patch_size = overrides.get("patch_size", 16)
     if patch_size < 4 or patch_size % 4:
         raise ValueError(f"patch_size must be a multiple of 4, got {patch_size}")
@@ -506,10 +565,10 @@ def build_segmenter(
 
 
 def load_start(model: Segmenter, path: str | Path) -> LoadReport:
-    """Weights to start from: those of a segmenter, or of a ViT (MAE, DeiT, timm) for its backbone.
+    """Load weights to start from, and report what was loaded.
 
-    The class layer keeps its initial values if the file has another number of classes.
-
+    The file holds a segmenter, or a ViT (MAE, DeiT, timm) for its backbone. A class layer of another
+    number of classes keeps its initial values.
     Raises: ValueError as `load_pretrained` does.
     """
     if any(name.startswith("backbone.") for name in weights_in(read_checkpoint(path))):
@@ -522,15 +581,17 @@ def load_start(model: Segmenter, path: str | Path) -> LoadReport:
     return report
 
 
-# ---- matching and losses ---------------------------------------------------------------------------------------------
+# ---- matching and losses -------------------------------------------------------------------------
 
-Targets = list[tuple[Tensor, Tensor]]  # per image: labels (n,) and masks (n, H, W) boolean, one of each class in it
+# For each image, the n classes in it: their labels (n,) and their masks (n, H, W), boolean
+Targets = list[tuple[Tensor, Tensor]]
 
 
 def targets_of(labels: Tensor, padded: tuple[int, int]) -> Targets:
-    """Label maps (B, H, W) -> per image, a target for each class in it. Ignored pixels and padding are in no mask.
+    """The targets of label maps (B, H, W): one for each class in an image.
 
-    Masks have the `padded` size (height, width), which the model sees.
+    Masks have the size `padded`, (height, width), which the model sees. Pixels without a label, and
+    padding, are in no mask.
     """
     edges = (0, padded[1] - labels.shape[2], 0, padded[0] - labels.shape[1])
     targets = []
@@ -542,21 +603,22 @@ def targets_of(labels: Tensor, padded: tuple[int, int]) -> Targets:
 
 
 def random_points(masks: int, points: int, device: torch.device) -> Tensor:
-    """(masks, points, 2): uniform places (x, y) in 0..1."""
+    """(masks, points, 2): random places (x, y), uniform in 0..1."""
     return torch.rand(masks, points, 2, device=device)
 
 
 def sample(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples of maps (N, C, y, x) at points (N, P, 2), places (x, y) in 0..1 -> (N, C, P)."""
+    """Bilinear samples of maps (N, C, y, x) at points (N, P, 2), (x, y) in 0..1 -> (N, C, P)."""
     return F.grid_sample(maps, 2 * points[:, :, None].to(maps.dtype) - 1, align_corners=False)[..., 0]
 
 
 @torch.no_grad()
 def uncertain_points(logits: Tensor, points: int, oversample: int = 3, uncertain: float = 0.75) -> Tensor:
-    """Places at which to compare masks (M, y, x) with their targets, (M, points, 2).
+    """Places at which masks (M, y, x) are compared with their targets, (M, points, 2).
 
-    The share `uncertain` of them are those of least |logit| among `oversample` times as many uniform places; the rest
-    are uniform.  PointRend, arXiv:1912.08193, section 3.1
+    `oversample` times `points` random places are drawn. Those of least |logit| are taken, until they
+    make up the share `uncertain` of the result. The rest of the result are new random places.
+    Source: PointRend, arXiv:1912.08193, section 3.1.
     """
     candidates = random_points(len(logits), oversample * points, logits.device)
     certainty = sample(logits[:, None], candidates)[:, 0].abs()
@@ -566,18 +628,21 @@ def uncertain_points(logits: Tensor, points: int, oversample: int = 3, uncertain
 
 
 def bce_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross entropy, mean over P points, of paired masks (M, P) -> (M,)."""
+    """Binary cross entropy of M masks and their targets, both (M, P): mean over P points, (M,)."""
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
 
 
 def dice_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """1 - (2 sum s t + 1) / (sum s + sum t + 1), s = sigmoid(logits), of paired masks (M, P) -> (M,)."""
+    """Dice loss of M masks and their targets t, both (M, P) -> (M,), with s = sigmoid(logits):
+
+    1 - (2 sum s t + 1) / (sum s + sum t + 1), where the sums run over P points.
+    """
     s = logits.sigmoid()
     return 1 - (2 * (s * targets).sum(dim=1) + 1) / (s.sum(dim=1) + targets.sum(dim=1) + 1)
 
 
 def pairwise_costs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`bce_losses` and `dice_losses` of every mask (Q, P) with every target (n, P), both (Q, n)."""
+    """`bce_losses` and `dice_losses` of each mask (Q, P) with each target (n, P): two of (Q, n)."""
     bce = (F.softplus(-logits) @ targets.T + F.softplus(logits) @ (1 - targets).T) / logits.shape[1]
     s = logits.sigmoid()
     return bce, 1 - (2 * s @ targets.T + 1) / (s.sum(dim=1)[:, None] + targets.sum(dim=1) + 1)
@@ -585,11 +650,14 @@ def pairwise_costs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def match(classes: Tensor, masks: Tensor, labels: Tensor, targets: Tensor, points: int) -> tuple[Tensor, Tensor]:
-    """The assignment of least cost between queries and targets of one image.  Mask2Former, section 3.3
+    """Pair queries with targets of one image, at the least total cost.  Mask2Former, section 3.3
 
-    Args: classes (Q, K + 1) and masks (Q, y, x), logits; labels (n,) and targets (n, H, W); all compared at the same
-        `points` uniform places.
-    Returns: indices of queries and of targets, both (min(Q, n),).
+    Masks are compared at `points` random places, the same for all.
+
+    Args:
+        classes: (Q, K + 1), logits. masks: (Q, y, x), logits.
+        labels: (n,). targets: (n, H, W).
+    Returns: the indices of the paired queries and of their targets, both (min(Q, n),).
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -602,26 +670,34 @@ def match(classes: Tensor, masks: Tensor, labels: Tensor, targets: Tensor, point
 
 
 def prediction_loss(classes: Tensor, masks: Tensor, targets: Targets, num_masks: float, points: int) -> Tensor:
-    """Loss of one prediction (class logits (B, Q, K + 1), mask logits (B, Q, y, x)) against its own matching.
+    """Loss of one prediction. `match` first pairs its queries with the targets.
 
-    Mask losses are sums over matched pairs, divided by `num_masks`; without any target they are 0, with a gradient.
-    The class loss is a weighted mean over queries, with the sum of weights averaged over ranks: so DDP's mean of
-    gradients is that of one process with the whole batch. Mask2Former divides by each rank's own sum.
+    The mask losses are summed over pairs and divided by `num_masks`. Without targets they are 0, but
+    still have a gradient. The class loss is a weighted mean over all queries. Its sum of weights is
+    averaged over processes. So DistributedDataParallel's mean of gradients is the gradient of one
+    process with the whole batch. In Mask2Former each process divides by its own sum.
+
+    Args:
+        classes: (B, Q, K + 1), logits. masks: (B, Q, y, x), logits.
+        num_masks: see `mean_masks`. points: how many places of a mask are compared.
     """
     classes, masks = widened(classes), widened(masks)
+    # The M pairs: their images, queries, labels, true masks and predicted masks
     pairs = [match(classes[i], masks[i], *target, points) for i, target in enumerate(targets)]
     image = torch.cat([torch.full_like(queries, i) for i, (queries, _) in enumerate(pairs)])
     query = torch.cat([queries for queries, _ in pairs])
     labels, truths = (
         torch.cat([target[kind][order] for target, (_, order) in zip(targets, pairs, strict=True)]) for kind in (0, 1)
     )
-    wanted = torch.full(classes.shape[:2], classes.shape[2] - 1, device=classes.device)  # no object
+    # Class loss of all queries. Those without a target should say "no object".
+    wanted = torch.full(classes.shape[:2], classes.shape[2] - 1, device=classes.device)
     wanted[image, query] = labels
-    logits = masks[image, query]                                                      # (M, y, x), truths (M, H, W)
+    logits = masks[image, query]                                                      # (M, y, x)
     weight = classes.new_ones(classes.shape[2])
     weight[-1] = NO_OBJECT
     label = F.cross_entropy(classes.flatten(0, 1), wanted.flatten(), weight, reduction="sum")
     label = label * world_size() / all_sum(weight[wanted].sum()[None])[0]
+    # Mask losses of the M pairs, at points
     places = uncertain_points(logits, points)
     logits, truths = (sample(maps[:, None].to(masks.dtype), places)[:, 0] for maps in (logits, truths))
     bce, dice = (losses(logits, truths).sum() / num_masks for losses in (bce_losses, dice_losses))
@@ -629,23 +705,31 @@ def prediction_loss(classes: Tensor, masks: Tensor, targets: Targets, num_masks:
 
 
 def mean_masks(targets: Targets, device: torch.device) -> float:
-    """Targets of a batch, averaged over ranks, at least 1: DDP's mean of gradients is then a mean over masks."""
+    """How many targets a batch has: the mean over processes, but at least 1.
+
+    DistributedDataParallel's mean of gradients is then a mean over all masks.
+    """
     return max(1.0, agreed(device, sum(len(labels) for labels, _ in targets))[0])
 
 
 def set_loss(outputs: list[tuple[Tensor, Tensor]], targets: Targets, num_masks: float, points: int) -> Tensor:
-    """The sum of the losses of all predictions: deep supervision."""
+    """The sum of the losses of all predictions: those of every layer are trained."""
     with without_autocast(outputs[0][0].device):
         return sum(prediction_loss(*output, targets, num_masks, points) for output in outputs)
 
 
-# ---- inference and metric --------------------------------------------------------------------------------------------
+# ---- inference and metric ------------------------------------------------------------------------
 
 
 def class_scores(output: tuple[Tensor, Tensor], padded: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Sum over queries of p(class) sigmoid(mask), (B, K, *size), from one prediction; "no object" is left out.
+    """Class scores of each pixel, (B, K, *size): the sum over queries of p(class) sigmoid(mask).
 
-    Masks are resized to the padded image before the sigmoid; then the padding is cut off.
+    "No object" is left out. Masks are resized to the padded image before the sigmoid. Then the
+    padding is cut off.
+
+    Args:
+        output: one prediction of `MaskedDecoder`.
+        padded, size: (height, width) of the image, with and without padding.
     """
     classes, masks = (widened(x) for x in output)
     masks = F.interpolate(masks, size=padded, mode="bilinear", align_corners=False).sigmoid()
@@ -654,9 +738,10 @@ def class_scores(output: tuple[Tensor, Tensor], padded: tuple[int, int], size: t
 
 
 def resized_argmax(scores: Tensor, size: tuple[int, int], at_once: int = 16) -> Tensor:
-    """(B, K, y, x) -> the class with the highest score after bilinear resizing, (B, *size).
+    """The class with the highest score after bilinear resizing, (B, K, y, x) -> (B, *size).
 
-    A few classes at a time: at the size of a photograph all 150 would not fit into memory.
+    `at_once` classes are resized at a time. At the size of a photograph, all 150 would not fit into
+    memory.
     """
     best = scores.new_full((len(scores), *size), -math.inf)
     labels = torch.zeros_like(best, dtype=torch.int64)
@@ -671,7 +756,7 @@ def resized_argmax(scores: Tensor, size: tuple[int, int], at_once: int = 16) -> 
 def segment(
     model: Segmenter, images: Tensor, size: tuple[int, int], args: argparse.Namespace, device: torch.device
 ) -> Tensor:
-    """Labels (B, *size) of uint8 images (B, 3, h, w), which the model sees at their own size."""
+    """Labels (B, *size) of images (B, 3, h, w) uint8, which the model sees at their own size."""
     with autocast(args, device):
         outputs = model(to_model_input(images, device))
     with without_autocast(device):
@@ -680,10 +765,14 @@ def segment(
 
 
 class Scores(nn.Module):
-    """What `--export` writes of a segmenter: (1, 3, H, W) normalised pixels -> class scores (1, K, H, W). H and W are
-    multiples of `stride`: who runs it pads images."""
+    """The graph that `--export` writes: normalised pixels (1, 3, H, W) -> scores (1, K, H, W).
 
-    images = 1  # at a time: to torch.export one image and more are two graphs of torch's multi-head attention
+    H and W must be multiples of the segmenter's `stride`. Pad images yourself.
+    """
+
+    # The batch size. In torch.export, torch's multi-head attention has one graph for one image and
+    # another graph for more.
+    images = 1
 
     def __init__(self, segmenter: Segmenter):
         super().__init__()
@@ -695,17 +784,24 @@ class Scores(nn.Module):
 
 
 def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """(K, K) int64: pixels by predicted class (row) and true class (column), ignored ones left out."""
+    """(K, K) int64: number of pixels by predicted class (row) and true class (column).
+
+    Pixels without a label are left out.
+    """
     known = labels != IGNORE
     pairs = predicted[known].long() * num_classes + labels[known].long()
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def metrics_of(matrix: Tensor, classes: list[str]) -> dict:
-    """mIoU, mAcc and pAcc in percent, and the IoU of each class, None where it does not occur.
+    """Metrics in percent, from a `confusion` matrix.
 
-    Means are over the classes that occur in the ground truth. With a class "background" also iou_background, and
-    mIoU_foreground, the mean over the others; each is None where there are no such pixels.
+    Returns:
+        mIoU, mAcc: means of IoU and accuracy over the classes that occur in the ground truth.
+        pAcc: the share of pixels that are right.
+        iou: {class: IoU}, None for a class that does not occur.
+        iou_background, mIoU_foreground, if a class is named "background": its IoU, and the mean
+            over the other classes. Each is None if there are no such pixels.
     """
     hits, truth, guessed = matrix.diagonal().double(), matrix.sum(dim=0).double(), matrix.sum(dim=1).double()
     present = truth > 0
@@ -726,7 +822,11 @@ def metrics_of(matrix: Tensor, classes: list[str]) -> dict:
 
 @torch.inference_mode()
 def evaluate(model: Segmenter, loader: DataLoader, args: argparse.Namespace, device: torch.device) -> dict:
-    """`metrics_of` the whole set at its original resolution, each image counted once over all ranks."""
+    """`metrics_of` the whole set, at the original size of its images. All processes call this.
+
+    The processes share the images, and each image is counted once.
+    Raises: DataError if no pixel has a label.
+    """
     model.eval()
     classes = loader.dataset.base.classes
     matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
@@ -739,11 +839,14 @@ def evaluate(model: Segmenter, loader: DataLoader, args: argparse.Namespace, dev
     return metrics_of(total, classes)
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 
 class ShapeScenes(Shapes):
-    """Rendered scenes of one shape each: (uint8 image (3, S, S), uint8 labels (S, S)); background is class 0."""
+    """Rendered scenes of one shape each: image (3, S, S) and labels (S, S), both uint8.
+
+    Class 0 is the background.
+    """
 
     classes = ["background", *SHAPES]
 
@@ -754,12 +857,15 @@ class ShapeScenes(Shapes):
 
 @contextlib.contextmanager
 def annotation_file(path: Path) -> Iterator[Image.Image]:
-    """A PNG of one 8-bit number per pixel; only its header is read. DataError names other files."""
+    """Open a PNG file of one 8-bit number per pixel. Pixels are not read yet.
+
+    Raises: DataError that names a file of another kind.
+    """
     try:
         with Image.open(path) as image:
             if image.format != "PNG":
-                raise DataError(f"annotation {path} is a {image.format} file: expected PNG, which keeps numbers")
-            # Grey of fewer bits would be stretched to 0..255.
+                raise DataError(f"annotation {path} is a {image.format} file: expected PNG, which is exact")
+            # Pillow would stretch the numbers of a grey image with fewer bits to 0..255.
             if image.mode not in ("L", "P") or (image.mode == "L" and image.tile[0][3] != "L"):
                 what = image.tile[0][3] if image.mode == "L" else image.mode
                 raise DataError(f"annotation {path} has mode {what}: expected one number of 8 bits per pixel")
@@ -771,11 +877,12 @@ def annotation_file(path: Path) -> Iterator[Image.Image]:
 
 
 class SegmentationFolder(Dataset):
-    """ADE20K's layout, images/SPLIT and annotations/SPLIT with PNGs of the same stem: (uint8 (3, H, W), uint8 (H, W)).
+    """A folder in ADE20K's layout: pairs of image (3, H, W) and labels (H, W), both uint8.
 
-    In a file 0 is "no label" and 1..K are classes; here they are 255 and 0..K-1.
-    Raises: ValueError for a missing folder or annotation; DataError for a file that does not fit,
-    when it is read or by `check`.
+    The image is in images/SPLIT, and a PNG file of the same stem in annotations/SPLIT. In that file
+    0 is "no label" and 1..K are classes. Here they are 255 and 0..K-1.
+    Raises: ValueError for a missing folder or annotation. Reading an item, and `check`, raise
+        DataError for a file that does not fit.
     """
 
     def __init__(self, root: Path, split: str, classes: list[str]):
@@ -783,7 +890,7 @@ class SegmentationFolder(Dataset):
         folders = [root / kind / split for kind in ("images", "annotations")]
         for folder in folders:
             if not folder.is_dir():
-                raise ValueError(f"no folder {folder}: images/ and annotations/ need training/ and validation/")
+                raise ValueError(f"no folder {folder}: images/ and annotations/ need training/ and validation/ each")
         images = sorted(path for path in folders[0].iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
         if not images:
             raise ValueError(f"no images in {folders[0]}")
@@ -794,7 +901,7 @@ class SegmentationFolder(Dataset):
                 raise ValueError(f"image {image} has no annotation {annotation}")
 
     def check(self, whole: int = 8) -> None:
-        """Look at all files' headers and at the labels of up to `whole` items; DataError if bad."""
+        """Raise DataError for a bad file: reads all headers, and up to `whole` items fully."""
         for index, (image_path, annotation_path) in enumerate(self.pairs):
             with annotation_file(annotation_path) as annotation:
                 size = annotation.size
@@ -804,7 +911,7 @@ class SegmentationFolder(Dataset):
             except Exception:  # a damaged file can raise nearly anything
                 suspect = True
             if suspect or index % -(-len(self) // whole) == 0:
-                self[index]  # which says what is wrong
+                self[index]  # raises what is wrong
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -813,21 +920,26 @@ class SegmentationFolder(Dataset):
         image_path, annotation_path = self.pairs[index]
         image = read_image(image_path, upright=True)
         with annotation_file(annotation_path) as annotation:
-            numbers = np.array(annotation)  # of a palette's image the indices, never colours
+            numbers = np.array(annotation)  # of an image with a palette: indices, not colours
         if numbers.shape != (image.height, image.width):
             raise DataError(
-                f"annotation {annotation_path} is {numbers.shape[1]} x {numbers.shape[0]} pixels, its image "
-                f"{image_path} {image.width} x {image.height}"
+                f"annotation {annotation_path} has {numbers.shape[1]} x {numbers.shape[0]} pixels, but its image "
+                f"{image_path} has {image.width} x {image.height}"
             )
         if numbers.max(initial=0) > len(self.classes):
-            raise DataError(f"annotation {annotation_path} has label {numbers.max()} of {len(self.classes)} classes")
-        return v2.functional.pil_to_tensor(image), torch.from_numpy(numbers - np.uint8(1))  # 0 becomes 255
+            raise DataError(f"annotation {annotation_path} has label {numbers.max()}, but there are "
+                            f"{len(self.classes)} classes")  # fmt: skip
+        labels = torch.from_numpy(numbers - np.uint8(1))  # 0 becomes 255
+        return v2.functional.pil_to_tensor(image), labels
 
 
 def class_names(root: Path, num_classes: int | None) -> list[str]:
-    """The names in a folder's classes.txt (one a line) or objectInfo*.txt (ADE20K's), else numbers, 150 of them.
+    """The names of a folder's classes.
 
-    Raises: ValueError for an empty or doubtful list, or one that is not of --num-classes.
+    They are in classes.txt, one a line, or in ADE20K's objectInfo*.txt. Without such a file they are
+    numbers, `num_classes` of them, by default 150.
+    Raises: ValueError for a list that is empty, too long, or has a name twice, or whose length is
+        not num_classes.
     """
     found = [path for path in (root / "classes.txt", *sorted(root.glob("objectInfo*.txt"))) if path.is_file()]
     if not found:
@@ -843,26 +955,29 @@ def class_names(root: Path, num_classes: int | None) -> list[str]:
     repeated = [name for name, times in Counter(names).items() if times > 1]
     if not 1 <= len(names) <= IGNORE or repeated:
         what = f"names {repeated[0]!r} twice" if repeated else f"names {len(names)} classes"
-        raise ValueError(f"{source} {what}: expected 1..{IGNORE} different ones, one a line")
+        raise ValueError(f"{source} {what}: expected 1..{IGNORE} different names, one a line")
     if num_classes not in (None, len(names)):
-        raise ValueError(f"--num-classes {num_classes}, but {source} names {len(names)}")
+        raise ValueError(f"--num-classes {num_classes}, but {source} names {len(names)} classes")
     return names
 
 
 def open_split(args: argparse.Namespace, split: str) -> Dataset:
-    """"train" or "val" of `args.data`, with `.classes`, not augmented. ValueError for bad data."""
+    """The split "train" or "val" of the data that flags name: ShapeScenes or SegmentationFolder.
+
+    Raises: ValueError for unknown data, or an error in the files.
+    """
     if args.data == "shapes":
         if args.num_classes not in (None, len(ShapeScenes.classes)):
-            raise ValueError(f"--num-classes {args.num_classes}, but shapes has {len(ShapeScenes.classes)}")
+            raise ValueError(f"--num-classes {args.num_classes}, but shapes has {len(ShapeScenes.classes)} classes")
         length = args.shapes_length if split == "train" else max(1, args.shapes_length // 64)
         return ShapeScenes(split, length, args.image_size, args.seed)
     root = Path(args.data)
     if not root.is_dir():
-        raise ValueError(f"unknown data {args.data!r}: shapes or an existing folder of images/ and "
-                         "annotations/ with training/ and validation/ each")  # fmt: skip
+        raise ValueError(f"unknown data {args.data!r}: expected shapes, or a folder with images/ and "
+                         "annotations/, which have training/ and validation/ each")  # fmt: skip
     folder = {"train": "training", "val": "validation"}[split]
     dataset = SegmentationFolder(root, folder, class_names(root, args.num_classes))
-    if split == "val":  # a training set may be large: there a bad file stops the run when it is read
+    if split == "val":  # not a training set, which may be large
         try:
             dataset.check()
         except DataError as error:
@@ -871,16 +986,19 @@ def open_split(args: argparse.Namespace, split: str) -> Dataset:
 
 
 def fitted(size: tuple[int, int], short: int, long: int) -> list[int]:
-    """(height, width) scaled such that the short edge is `short`, or the long edge `long` if it would be longer."""
+    """`size`, (height, width), scaled to a short edge of `short`, or to a long edge of `long`.
+
+    The smaller scale of the two is taken.
+    """
     scale = min(short / min(size), long / max(size))
     return [max(1, int(side * scale + 0.5)) for side in size]
 
 
 def random_resize(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Short edge one of 0.5, 0.6, ..., 2.0 times `size`, long edge up to 4 times."""
+    """Resize to a random short edge: 0.5, 0.6, ... or 2.0 times `size`; long edge up to 4 times."""
     edges = [int(0.1 * k * size) for k in range(5, 21)]
     shape = fitted(tuple(labels.shape), edges[torch.randint(len(edges), ())], 4 * size)
-    # Not as a Mask: torchvision takes its pixels from half an output pixel too far left and up, on average.
+    # torchvision resizes a Mask inexactly: on average half an output pixel too far left and up.
     plain, exact = labels.as_subclass(Tensor)[None], v2.InterpolationMode.NEAREST_EXACT
     resized = v2.functional.resize(plain, shape, interpolation=exact)[0]
     return v2.functional.resize(image, shape), tv_tensors.Mask(resized)
@@ -894,13 +1012,13 @@ def random_crop(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tenso
 
 
 def pad_to(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Pad at the bottom and right to `size` x `size`, images with grey, labels with "ignore"."""
+    """Pad at the bottom and right to `size` x `size`: the image with grey, labels with IGNORE."""
     edges = [0, 0, size - labels.shape[1], size - labels.shape[0]]
     return v2.functional.pad(image, edges, fill=GREY), v2.functional.pad(labels, edges, fill=IGNORE)
 
 
 def shift_brightness(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Half of the images get lighter or darker by up to 32 of 255."""
+    """Make half of the images lighter or darker, by up to 32 of 255."""
     if torch.rand(()) < 0.5:
         shift = int(torch.randint(-32, 33, ()))
         image = tv_tensors.Image((image.int() + shift).clamp(0, 255).to(torch.uint8))
@@ -908,10 +1026,11 @@ def shift_brightness(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def colour_jitter() -> v2.Transform:
-    """SSD's colour augmentation, arXiv:1512.02325, section 2.2: each change in half of the images, in two orders.
+    """SSD's changes of colour, arXiv:1512.02325, section 2.2.
 
-    SSD's contrast is torchvision's brightness, a factor on pixel values. Saturation blends with grey, where Mask2Former
-    scales HSV's S. Hue moves by up to 36 degrees.
+    Contrast, saturation and hue each change in half of the images. Contrast comes first or last.
+    SSD's contrast is torchvision's brightness: a factor on pixel values. Our saturation blends with
+    grey. Mask2Former's scales S of HSV instead. Hue moves by up to 36 degrees.
     """
 
     def half(**ranges) -> v2.Transform:
@@ -922,22 +1041,28 @@ def colour_jitter() -> v2.Transform:
 
 
 def train_transform(args: argparse.Namespace) -> Callable:
-    """(uint8 Image (3, H, W), Mask (H, W)) -> augmented ones, (3, S, S) and (S, S)."""
+    """The augmentation: image (3, H, W) uint8, labels (H, W) -> (3, S, S), (S, S).
+
+    Rendered scenes have the wanted size already. They are only flipped.
+    """
     flip = v2.RandomHorizontalFlip()
     steps = [flip]
-    if args.data != "shapes":  # rendered at the size they are wanted
+    if args.data != "shapes":
         resize, crop, pad = (partial(step, size=args.image_size) for step in (random_resize, random_crop, pad_to))
         steps = [resize, crop, shift_brightness, colour_jitter(), flip, pad]
     return v2.Compose(steps)
 
 
 def resized_whole(image: Tensor, labels: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
-    """For evaluation: the image with its short edge at `size`, long edge up to 4 times that; labels as they are."""
+    """For evaluation: resize the image to a short edge of `size`. Labels stay as they are.
+
+    If the long edge would be longer than 4 times `size`, it gets that length instead.
+    """
     return v2.functional.resize(image, fitted(tuple(image.shape[1:]), size, 4 * size)), labels
 
 
 class Pairs(Augmented):
-    """`Augmented` whose transform changes image and labels together; its items are plain tensors."""
+    """`Augmented`, where the transform changes image and labels together. Gives plain tensors."""
 
     def apply(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         pair = self.transform(tv_tensors.Image(image), tv_tensors.Mask(labels))
@@ -945,14 +1070,15 @@ class Pairs(Augmented):
 
 
 class IntervalSampler(EpochSampler):
-    """This rank's items, as (pass, index), of an interval: of so many items, whatever the length of the data set.
+    """Gives this process's items of one interval of training, as (pass, index).
 
-    Training order is an endless sequence of permutations, one per pass. Interval `epoch` is its items from
-    epoch * interval on: nothing is left out, and a set may be smaller than a batch.
+    Training order is an endless sequence of permutations of the data set, one for each pass. It is
+    cut into intervals of the same length, and `epoch` is the number of the interval. So nothing is
+    left out, and a data set may be smaller than a batch.
     """
 
     def __init__(self, length: int, interval: int, *, rank: int = 0, world: int = 1, seed: int = 0):
-        """interval: items per interval over all ranks, a multiple of the global batch."""
+        """interval: items per interval over all processes, a multiple of the images per step."""
         super().__init__(length, rank=rank, world=world, seed=seed)
         self.interval = interval
 
@@ -970,16 +1096,19 @@ class IntervalSampler(EpochSampler):
             yield passed, int(order[place])
 
 
-# ---- recipe ----------------------------------------------------------------------------------------------------------
+# ---- recipe --------------------------------------------------------------------------------------
 
 
 def kind_of(args: argparse.Namespace) -> str:
-    """The row of DATA_DEFAULTS: "shapes" or "folder"."""
+    """The key of DATA_DEFAULTS: "shapes" or "folder"."""
     return "shapes" if args.data in (None, "shapes") else "folder"
 
 
 def interval_and_run(args: argparse.Namespace, images: int) -> tuple[int, int]:
-    """Steps from one log record to the next, and of the run. The log calls such an interval an epoch."""
+    """The number of steps between two log records, and that of the whole run.
+
+    The log calls the steps between two records an epoch.
+    """
     bounds = [args.max_steps] if args.max_steps else []
     if args.epochs:
         bounds.append(max(1, args.epochs * images // args.global_batch))
@@ -988,13 +1117,15 @@ def interval_and_run(args: argparse.Namespace, images: int) -> tuple[int, int]:
 
 
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> Segmenter:
-    """The model that resolved flags describe. Raises ValueError as `build_segmenter` does, and where a GroupNorm would
-    have a single number to normalise."""
+    """The model that the flags describe.
+
+    Raises: ValueError as `build_segmenter` does, and if a GroupNorm would normalise single numbers.
+    """
     coarsest = 2 * args.patch_size  # stride of the coarsest map, pixels
     if args.width == 32 and image_size <= coarsest:
         raise ValueError(
             f"--width 32 with --patch-size {args.patch_size} needs an --image-size above "
-            f"{coarsest}, got {image_size}: a GroupNorm would see one number"
+            f"{coarsest}, got {image_size}: a GroupNorm would normalise single numbers"
         )
     named = ("width", "queries", "layers", "encoder_layers", "patch_size", "drop_path")
     options = {name: getattr(args, name) for name in named} | run.core_options(args)
@@ -1002,9 +1133,11 @@ def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> S
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, backbone_lr: float) -> list[dict]:
-    """By learning rate (`lr_scale`: `backbone_lr` for the backbone, pyramid included) and weight decay.
+    """The optimiser's groups of parameters, by learning rate and weight decay.
 
-    Norms, embeddings and position tables do not decay. Biases do, as in Mask2Former.
+    The learning rate of a group is multiplied by its `lr_scale`: `backbone_lr` for the backbone and
+    its pyramid, else 1. Norms, embeddings and position tables do not decay. Biases do, as in
+    Mask2Former.
     """
     groups = {}
     for layer, module in model.named_modules():
@@ -1017,16 +1150,21 @@ def parameter_groups(model: nn.Module, weight_decay: float, backbone_lr: float) 
 
 
 def learning_rate(args: argparse.Namespace, step: int, total_steps: int) -> float:
-    """Learning rate of step `step` (0-based): polynomial decay of power 0.9 to zero, no warm-up."""
+    """Learning rate of step `step` (0-based): falls to 0 as (1 - share done)^0.9, no warm-up."""
     return args.lr * args.global_batch / LR_BATCH * (1 - step / total_steps) ** 0.9
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    """Train to the end, a checkpoint, an evaluation and a log line per interval; then the castling report."""
-    with run.checked(args):
+    """Train to the end, then print the castling report: what castling costs and saves.
+
+    Every --eval-steps steps there is a checkpoint and a log line. The log calls these steps an
+    epoch. The model is evaluated every --eval-every such epochs, and at the end.
+    """
+    with run.checked(args):  # an error in here ends the script with one line
+        # Data
         resolve(args)
         train_set, val_set = open_split(args, "train"), open_split(args, "val")
         run.same_classes(args, train_set, val_set)
@@ -1034,13 +1172,15 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         if args.ema_decay is None:
             args.ema_decay = run.ema_decay_for(total_steps)
 
-        torch.manual_seed(args.seed)  # the same first weights on every rank
+        # Model, averaged weights and optimiser
+        torch.manual_seed(args.seed)  # the same first weights on every process
         model = make_model(args, len(train_set.classes), args.image_size)
         run.start_from(model, args, load_start)
         model.to(device)
         ema = run.averaged(model, args.ema_decay)
         optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.backbone_lr))
 
+        # Batches, and the state of the run
         order = dict(rank=rank(), world=world_size())
         sampler = IntervalSampler(len(train_set), interval * args.global_batch, seed=args.seed, **order)
         augmented = Pairs(train_set, train_transform(args), args.seed)
@@ -1054,14 +1194,15 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     net, scaler = run.parallel(model, args, device), state.scaler
     with state:
         state.bar.say(run.describe(state, describe_recipe(state), val_set))
-        for _ in state.epochs():                                                           # each is one interval
+        for _ in state.epochs():  # each is --eval-steps steps
             net.train()
             for batches in state.steps(train_loader):
-                set_threshold(model, state.progress)                                       # Eq. (10), D4
+                # Gradients, summed over the batches of the step
+                set_threshold(model, state.progress)                                  # Eq. (10), D4
                 lr = run.set_lr(optimizer, learning_rate(args, state.step, total_steps))
                 loss = torch.zeros((), device=device)
                 for i, (images, labels) in enumerate(batches):
-                    net.require_backward_grad_sync = i == len(batches) - 1                 # DDP: once a step
+                    net.require_backward_grad_sync = i == len(batches) - 1    # DDP: once a step
                     images, labels = to_model_input(images, device), labels.to(device)
                     targets = targets_of(labels, model.padded(labels.shape[1:]))
                     num_masks = mean_masks(targets, device)
@@ -1070,7 +1211,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                     part = set_loss(outputs, targets, num_masks, args.points) / len(batches)
                     scaler.scale(part).backward()
                     loss += part.detach()
-                state.agree(loss, lr)                                                      # NaN stops every rank
+
+                # Weights and averaged weights
+                state.agree(loss, lr)                                      # NaN stops every process
                 if args.clip_grad > 0:
                     scaler.unscale_(optimizer)
                     nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
@@ -1080,14 +1223,17 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 ema.update_parameters(model)
 
             metrics = {}
-            if state.evaluation_due():                                                     # with and without branch
+            if state.evaluation_due():                                     # with and without branch
                 metrics = run.evaluate_castling(lambda m: evaluate(m, val_loader, args, device), ema.module, "mIoU")
             state.log(metrics)
         state.report()
 
 
 def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
-    """This rank's share of the validation set; images of a folder one by one, since their sizes differ."""
+    """This process's share of the validation set.
+
+    Images of a folder come one by one, since their sizes differ.
+    """
     sampler = EpochSampler(len(val_set), rank=rank(), world=world_size())
     batch_size = args.batch_size if args.data == "shapes" else 1
     pairs = Pairs(val_set, partial(resized_whole, size=args.image_size), args.seed)
@@ -1095,54 +1241,73 @@ def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
 
 
 def describe_recipe(state: run.Run) -> str:
-    """Optimiser, learning rate and what is compared."""
+    """Length, optimiser, learning rate, averaged weights and decoder, as a run prints them."""
     a = state.args
+    limit = f", gradient norm at most {a.clip_grad}" if a.clip_grad else ""
     passes = state.total_steps * a.global_batch / state.images
     return f"""an epoch of the log is {state.steps_per_epoch} steps; the run is {passes:.4g} passes over the images
-recipe: adamw, learning rate {a.lr * a.global_batch / LR_BATCH:.4g} ({a.lr} per {LR_BATCH} images, x {a.backbone_lr} \
-for the backbone), polynomial decay, weight decay {a.weight_decay}, gradient norm at most {a.clip_grad}, \
-EMA {a.ema_decay:.5f}
-decoder: {a.pixel_decoder}, {a.queries} queries, {a.layers} layers, losses at {a.points} points"""
+optimiser: AdamW, weight decay {a.weight_decay}{limit}
+learning rate: {a.lr * a.global_batch / LR_BATCH:.4g} at first ({a.lr} per {LR_BATCH} images, times {a.backbone_lr} \
+for the backbone), falls to 0
+averaged weights: decay {a.ema_decay:.5f} per step
+decoder: {a.pixel_decoder}, {a.queries} queries, {a.layers} layers, losses at {a.points} points of each mask"""
 
 
-# ---- drawing ---------------------------------------------------------------------------------------------------------
+# ---- drawing -------------------------------------------------------------------------------------
 
 
 def colour_of(index: int) -> tuple[int, int, int]:
-    """A class's colour, one of 180: 30 hues, neighbours far apart, in three brightnesses and two saturations."""
+    """The colour of a class, one of 180: 30 hues, in three brightnesses and two saturations.
+
+    The hues of neighbouring classes are far apart.
+    """
     hue, shade = index * 7 % 30 / 30, index // 30
     saturation, value = (1.0, 0.5)[shade % 2], (1.0, 0.75, 0.5)[shade % 3]
     return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
 
 
 def shares_of(labels: np.ndarray, classes: list[str]) -> dict[str, float]:
-    """{class: share of pixels} of what a label map (H, W) holds, largest first."""
+    """{class: share of pixels} for the classes in a label map (H, W), largest share first."""
     counts = np.bincount(labels.ravel(), minlength=len(classes))
     return {classes[i]: counts[i] / labels.size for i in np.argsort(-counts, kind="stable") if counts[i]}
 
 
 def overlay(image: Image.Image, labels: np.ndarray, classes: list[str]) -> Image.Image:
-    """The image under the colours of its labels (H, W), with a legend of the classes found below."""
-    colours = np.array([colour_of(i) for i in range(len(classes))], np.uint8)
-    blended = Image.blend(image, Image.fromarray(colours[labels]), 0.5)
-    shares, font, line = shares_of(labels, classes), ImageFont.load_default(), 16
+    """The image, tinted with the colours of its labels (H, W), and a legend of the classes below.
+
+    A class named "background" is not tinted. A small image is enlarged to a short side near 512.
+    """
+    tints = np.array([colour_of(i) for i in range(len(classes))], np.uint8)[labels]
+    if "background" in classes:
+        bare = labels == classes.index("background")
+        tints[bare] = np.asarray(image)[bare]
+    factor = max(1, min(round(512 / min(image.size)), 2048 // max(image.size)))
+    image = ImageOps.scale(Image.blend(image, Image.fromarray(tints), 0.5), factor, Image.Resampling.NEAREST)
+
+    # The legend has a row for each class found: its colour, its name and its share of the pixels.
+    shares, line = shares_of(labels, classes), min(image.size) // 24
+    font = ImageFont.load_default(2 * line // 3)
     texts = [f"{name} {share:.1%}" for name, share in shares.items()]
     width = max(image.width, *(math.ceil(font.getlength(text)) + 2 * line for text in texts))
-    canvas = Image.new("RGB", (width, image.height + line * len(shares) + 4), "white")
-    canvas.paste(blended, (0, 0))
+    canvas = Image.new("RGB", (width, image.height + line * len(shares)), "white")
+    canvas.paste(image, (0, 0))
     draw = ImageDraw.Draw(canvas)
     for row, (name, text) in enumerate(zip(shares, texts, strict=True)):
-        top = image.height + 4 + line * row
-        draw.rectangle((4, top, line, top + line - 4), fill=colour_of(classes.index(name)))
-        draw.text((line + 6, top), text, fill="black", font=font)
+        top = image.height + line * row
+        colour = "white" if name == "background" else colour_of(classes.index(name))
+        draw.rectangle((4, top + 4, line, top + line), colour, "black")
+        draw.text((line + 6, top + 4), text, "black", font)
     return canvas
 
 
-# ---- what is done with a checkpoint ----------------------------------------------------------------------------------
+# ---- what is done with a checkpoint --------------------------------------------------------------
 
 
 def load(args: argparse.Namespace, classes: list | None = None) -> tuple[Segmenter, list]:
-    """The model in --checkpoint, ready to be used, and the classes it knows; `classes` if the file does not say."""
+    """The model in --checkpoint, in eval mode, and the names of its classes.
+
+    If the file does not name its classes, they are `classes`, or else numbers.
+    """
     trained = run.settings_for(args)
     resolve(args, trained)
     classes = trained.get("classes") or classes
@@ -1154,7 +1319,7 @@ def load(args: argparse.Namespace, classes: list | None = None) -> tuple[Segment
 
 
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
-    """--eval: prints the metrics of the checkpoint with and without its auxiliary branch."""
+    """--eval: print the metrics of --checkpoint, with and without the auxiliary branch."""
     with run.checked(args):
         resolve(args, run.settings_for(args))
         val_set = open_split(args, args.split)
@@ -1167,15 +1332,15 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
 
 @torch.inference_mode()
 def predict(args: argparse.Namespace, device: torch.device) -> None:
-    """--image: draws the classes of each file over it and prints their shares of its pixels.
+    """--image: draw the classes of each file over it, and print their shares of its pixels.
 
-    With --json the shares are one JSON list, {"image": file, "shares": {class: share}} for each file, also where a
-    later one cannot be read; then only a given --output is drawn to.
+    With --json one list is printed: {"image": file, "shares": {class: share}} for each file that can
+    be read. Then files are drawn only if --output is given.
     """
     with run.checked(args):
         targets = run.drawing_paths(args.image, args.output, "overlay")
         if args.data is None and not run.settings_for(args):
-            args.data = "folder"  # somebody else's model: the size of photographs
+            args.data = "folder"  # not our checkpoint: the image size of photographs
         model, classes = load(args)
     model.to(device)
     found = []
@@ -1190,23 +1355,23 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
             if not args.json:
                 text = ", ".join(f"{name} {part:.1%}" for name, part in shares.items())
                 say(f"{path}: {text}, drawn to {targets[path]}")
-    finally:
+    finally:  # also if an image could not be read
         if args.json and rank() == 0:
             say(json.dumps(found, indent=1))
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of segment.py; what is left None is filled in by `resolve`."""
+    """The command line of segment.py. `resolve` fills in the flags that are None."""
     p = run.Parser(
         "segment.py", __doc__,
-        epilog=f"models: {', '.join(SEGMENTERS)}\n"
-        "data: shapes, of which 1 in 64 as many validate, or a folder with training/ and validation/ in images/ and in "
-        "annotations/, and class names in classes.txt or objectInfo*.txt\n"
-        f"steps of a run that neither --epochs nor --max-steps bounds: "
-        f"{', '.join(f'{steps} for {data}' for data, steps in STEPS.items())}",
+        epilog=f"""--model is one of {', '.join(SEGMENTERS)}
+--data is shapes, or a folder. The folder has images/ and annotations/, each with training/ and validation/.
+Its class names are in classes.txt or objectInfo*.txt.
+--shapes-length: for validation there are 1/64 as many scenes
+without --epochs and --max-steps a run has {', '.join(f'{steps} steps for {data}' for data, steps in STEPS.items())}""",
     )  # fmt: skip
     recipe = run.shared_flags(p, DATA_DEFAULTS)
 
@@ -1214,28 +1379,37 @@ def parser() -> argparse.ArgumentParser:
         default = run.by_data(flag[2:].replace("-", "_"), DATA_DEFAULTS)
         recipe.add_argument(flag, type=kind, help=f"{text}; {default}")
 
-    recipe.add_argument("--pixel-decoder", choices=list(PIXEL_DECODERS), help="default fpn_transformer, which the "
-                        "paper's counts fit; msdeform is Mask2Former's")  # fmt: skip
-    recipe.add_argument("--num-classes", type=at_least(1, most=IGNORE), help="of a folder that does not name its "
-                        "classes; default 150")  # fmt: skip
-    add("--eval-steps", at_least(1), "optimiser steps of an interval, which the log and --eval-every call an epoch")
-    add("--patch-size", at_least(4), "pixels; the pyramid has strides of 1/4, 1/2, 1 and 2 patches")
-    add("--width", at_least(32), "channels of pyramid and decoders")
-    add("--queries", at_least(1), "masks that are predicted per image")
-    add("--layers", at_least(1), "of the masked decoder")
-    add("--encoder-layers", at_least(1), "of the pixel decoder")
-    add("--points", at_least(4), "places at which masks are compared")
-    add("--drop-path", share, "stochastic depth of the backbone")
-    add("--weight-decay", at_least(0, float), "of AdamW")
-    add("--backbone-lr", at_least(0, float), "factor on the learning rate of ViT and pyramid")
-    add("--clip-grad", at_least(0, float), "largest gradient norm over all parameters, 0 for no limit")
-    add("--ema-decay", share, "of the averaged weights, 0 for none; a horizon of 4%% of the run where not given")
-    p.add_argument("--json", action="store_true", help="with --image: print classes and shares of pixels as JSON")
+    recipe.add_argument("--pixel-decoder", choices=list(PIXEL_DECODERS), help="network from the backbone's maps to the "
+                        "masked decoder: fpn_transformer fits the paper's counts, msdeform is Mask2Former's (D8); "
+                        "default fpn_transformer")  # fmt: skip
+    recipe.add_argument("--num-classes", type=at_least(1, most=IGNORE), help="number of classes, for a folder that "
+                        "does not name them; default 150")  # fmt: skip
+    add("--eval-steps", at_least(1), "optimiser steps from one log line to the next; --eval-every and the log call "
+        "them an epoch")  # fmt: skip
+    add("--patch-size", at_least(4), "side of the backbone's patches in pixels, a multiple of 4; the decoders get maps "
+        "at strides of 1/4, 1/2, 1 and 2 patches")  # fmt: skip
+    add("--width", at_least(32), "number of channels in pyramid and decoders, a multiple of 32")
+    add("--queries", at_least(1), "number of masks predicted per image")
+    add("--layers", at_least(1), "number of layers in the masked decoder")
+    add("--encoder-layers", at_least(1), "number of layers in the pixel decoder's transformer encoder")
+    add("--points", at_least(4), "number of points of each mask that the loss compares with the target")
+    add("--drop-path", share, "stochastic depth of the backbone: probability, 0..1, that training skips the layers of "
+        "the last block; it rises linearly from 0 in the first block")  # fmt: skip
+    add("--weight-decay", at_least(0, float), "weight decay of AdamW; norms and embeddings do not decay")
+    add("--backbone-lr", at_least(0, float), "factor on the learning rate of the backbone and its pyramid")
+    add("--clip-grad", at_least(0, float), "largest norm of the gradient over all parameters, 0 for no limit")
+    add("--ema-decay", share, "decay per step of the averaged weights, which are the ones evaluated, 0 for no "
+        "averaging; without a default below, the average covers about the last 4%% of the steps")  # fmt: skip
+    p.add_argument("--json", action="store_true", help="with --image: print each class and its share of the pixels as "
+                   "JSON. Images are then drawn only if --output is given")  # fmt: skip
     return p
 
 
 def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
-    """Fill in every flag that was not given: from `trained`, a checkpoint's settings, else from the recipe table."""
+    """Fill in every flag that was not given.
+
+    Values come from `trained`, the settings of a checkpoint, and then from the tables of defaults.
+    """
     run.take_over(args, trained or {})
     run.fill_in(args, dict(pixel_decoder="fpn_transformer") | DATA_DEFAULTS[kind_of(args)])
 

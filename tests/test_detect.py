@@ -168,7 +168,7 @@ def test_coco_folder_is_read(coco, capsys):
     ]))  # fmt: skip
     args = detect_flags(f"--data={coco.root}")
     train_set, val_set = detect.open_split(args, "train"), detect.open_split(args, "val")
-    assert capsys.readouterr().err.count("2 boxes outside their image or of zero area dropped") == 1
+    assert capsys.readouterr().err.count("left out 2 boxes without area or outside their image") == 1
     assert train_set.classes == [dict(id=3, name="owl"), dict(id=7, name="kite")] == val_set.classes
     assert len(train_set) == 5 and len(val_set) == 4
     item = train_set[1]
@@ -186,22 +186,22 @@ ERRORS = [  # a change of the training annotations, or flags; what is said
     (lambda c: c["annotations"][1].update(segmentation=[c["annotations"][1].pop("bbox")]), "only a segmentation"),
     (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "expected four numbers"),
     (lambda c: c["annotations"][1].update(bbox=[1, 2, 3, float("nan")]), "expected four numbers"),
-    (lambda c: c["annotations"][1].update(bbox=[1, 2, 10**400, 4]), r"annotations\[1\] has 'bbox'"),
-    (lambda c: c["annotations"][1].update(area=10**400), r"annotations\[1\] has 'area'"),
-    (lambda c: c["images"][1].update(width=10**400), r"images\[1\] has 'width'"),
+    (lambda c: c["annotations"][1].update(bbox=[1, 2, 10**400, 4]), r"in annotations\[1\] 'bbox' is"),
+    (lambda c: c["annotations"][1].update(area=10**400), r"in annotations\[1\] 'area' is"),
+    (lambda c: c["images"][1].update(width=10**400), r"in images\[1\] 'width' is"),
     (lambda c: c["annotations"][1].update(bbox=[1, 2, 1e300, 1e300]), "expected four numbers"),
     (lambda c: c["annotations"][1].update(id=10**400), "expected an integer of 64 bits"),
     (lambda c: c["annotations"][1].update(category_id=55), "annotation 20 has 'category_id' 55"),
     (lambda c: c["annotations"][1].update(image_id=9), "annotation 20 has 'image_id' 9"),
-    (lambda c: c["annotations"][1].update(id=10), "annotations has 2 records of 'id' 10"),
-    (lambda c: c["images"][1].update(id=100), "images has 2 records of 'id' 100"),
+    (lambda c: c["annotations"][1].update(id=10), "annotations has 2 records with the same 'id' 10"),
+    (lambda c: c["images"][1].update(id=100), "images has 2 records with the same 'id' 100"),
     (lambda c: c["images"][1].update(file_name="gone.jpg"), "gone.jpg"),
     (lambda c: c["images"][1].update(width="wide"), "expected a number of pixels"),
     (lambda c: c["annotations"].clear(), "has no boxes to find"),
     (lambda c: [row.update(iscrowd=1) for row in c["annotations"]], "has no boxes to find"),
-    (lambda c: c["annotations"][1].update(iscrowd="0"), "'iscrowd' '0', expected 0 or 1"),
-    (lambda c: c["annotations"][1].update(area=-1), "'area' -1, expected a number within 0..1e10"),
-    (lambda c: c["annotations"][1].update(area=None), "'area' None, expected a number"),
+    (lambda c: c["annotations"][1].update(iscrowd="0"), "'iscrowd' is '0', expected 0 or 1"),
+    (lambda c: c["annotations"][1].update(area=-1), "'area' is -1, expected a number within 0..1e10"),
+    (lambda c: c["annotations"][1].update(area=None), "'area' is None, expected a number"),
     (lambda c: c["categories"][0].update(name="cat"), "different classes: .*'cat'"),
     (("--model=lcnet_vit_x",), "lcnet_vit_s"),
     (("--data=nowhere",), "unknown data 'nowhere'"),
@@ -230,16 +230,16 @@ def test_other_data_errors(coco, tmp_path, capsys):
         assert "instances_train" in refused(capsys, 2, run_detect_with, f"--data={folder}")
     Image.new("RGB", (9, 9)).save(coco.root / "train2017" / "2.jpg")
     train_set = detect.open_split(detect_flags(f"--data={coco.root}"), "train")
-    with pytest.raises(DataError, match="2.jpg is 9 x 9 pixels as stored, its annotations say 74 x 70"):
+    with pytest.raises(DataError, match="2.jpg has 9 x 9 pixels .* but its annotations say 74 x 70"):
         train_set[1]
     (coco.root / "train2017" / "3.jpg").write_text("no picture")
     with pytest.raises(DataError, match="3.jpg"):
         train_set[2]
     path = coco.root / "annotations" / "instances_train2017.json"
     path.write_text("{")
-    assert "no JSON" in refused(capsys, 2, run_detect_with, f"--data={coco.root}")
+    assert "as JSON" in refused(capsys, 2, run_detect_with, f"--data={coco.root}")
     path.write_text("[" * 200_000 + "]" * 200_000)
-    assert f"{path} is no JSON" in refused(capsys, 2, run_detect_with, f"--data={coco.root}")
+    assert f"cannot read {path} as JSON" in refused(capsys, 2, run_detect_with, f"--data={coco.root}")
     path.rename(path.with_name("instances_train_a.json"))
     path.with_name("instances_train_b.json").write_text("{}")
     assert "several files" in refused(capsys, 2, run_detect_with, f"--data={coco.root}")
@@ -490,7 +490,8 @@ def test_detection_script(tmp_path, capsys, monkeypatch):
 
 
 def test_detection_draws_and_prints(tmp_path, capsys):
-    """--image draws images, upright, each in its size; --json prints classes, scores and boxes."""
+    """--image draws images, upright, small ones enlarged by a whole number to a short side near 512;
+    --json prints classes, scores and boxes in the file's pixels."""
     run_detect(tmp_path / "run", "--max-steps=1")
     sure = confident(tmp_path / "run" / "best.pt", tmp_path / "sure.pt")
     photos = [tmp_path / name for name in ("a.png", "b.jpg", "c.png")]
@@ -506,16 +507,17 @@ def test_detection_draws_and_prints(tmp_path, capsys):
     assert capsys.readouterr().out.count("drawn to") == 3
     drawn = {path.name: np.asarray(Image.open(path)) for path in (tmp_path / "drawn").iterdir()}
     assert {name: image.shape for name, image in drawn.items()} == {
-        "a.png": (90, 90, 3), "b.png": (90, 70, 3), "c.png": (50, 90, 3),
+        "a.png": (540, 540, 3), "b.png": (630, 490, 3), "c.png": (500, 900, 3),
     }  # fmt: skip
-    assert (drawn["a.png"] != np.asarray(Image.open(a))).any()
+    enlarged = np.asarray(Image.open(a)).repeat(6, 0).repeat(6, 1)
+    assert (drawn["a.png"] != enlarged).any()
     run_detect_with(*common, c, f"{tmp_path}/drawn/c.png", "--json")  # of one name, but nothing is drawn
     found = json.loads(capsys.readouterr().out)
     assert [one["image"] for one in found] == [c, f"{tmp_path}/drawn/c.png"]
     assert found[0]["boxes"][0].keys() == {"label", "score", "box"}
     assert all(box["label"] in SHAPES and box["box"][3] <= 50 for box in found[0]["boxes"])
     run_detect_with(*common, a, "--min-score=1", f"--output={tmp_path}/none.png")
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "none.png")), np.asarray(Image.open(a)))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "none.png")), enlarged)
     (tmp_path / "d.png").write_text("no picture")
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:  # the rest is printed, the failure too
@@ -530,6 +532,29 @@ def test_detection_draws_and_prints(tmp_path, capsys):
         ((str(tmp_path),), "x.png", "no image file"),
     ):
         assert message in refused(capsys, 2, run_detect_with, *common, *images, f"--output={tmp_path}/{output}")
+
+
+@pytest.mark.parametrize(("box", "side"), [
+    ((20, 30, 70, 60), "above"), ((110, 30, 120, 60), "above"), ((20, 1, 70, 60), "below"), ((0, 0, 120, 90), "inside"),
+])  # fmt: skip
+def test_labels_leave_objects_free(box, side):
+    """A label is whole, in the picture, beside its box where there is room: it covers no object.
+    Boxes keep their places when a picture is enlarged; a large picture keeps its size."""
+    row = dict(label="half disc", score=0.5, box=box)
+    drawn = np.asarray(detect.draw_boxes(Image.new("RGB", (120, 90)), [row], ["red"])).astype(int)
+    assert drawn.shape == (540, 720, 3)
+    x1, y1, x2, y2 = (6 * v for v in box)
+    painted = drawn.any(-1)
+    assert painted[(y1 + y2) // 2, x1] and painted[y2 - 1, (x1 + x2) // 2]  # left and lower side
+    edge = 3
+    inside = painted[y1 + edge : y2 - edge, x1 + edge : x2 - edge]
+    assert inside.any() == (side == "inside") and inside.mean() < 0.02
+    assert painted[: max(0, y1)].any() == (side == "above") and painted[y2 + 1 :].any() == (side == "below")
+    text = (drawn.min(-1) > 200).nonzero()  # white
+    at_left = np.asarray(detect.draw_boxes(Image.new("RGB", (120, 90)), [row | dict(box=(20, 30, 70, 60))], ["red"]))
+    assert len(text[0]) == (at_left.min(-1) > 200).sum() > 100  # nothing of the text is cut off
+    for size in ((900, 700), (10, 10000)):
+        assert detect.draw_boxes(Image.new("RGB", size), [row], ["red"]).size == size
 
 
 def test_average_starts_anew(tmp_path):

@@ -465,7 +465,7 @@ def test_bad_validation_files_are_found_before_work(tmp_path, streets, capsys):
     options = (f"--data={streets}", "--model=vit_mini", "--patch-size=8", "--encoder-layers=1")
     for wrong, message in (
         (good.crop((0, 0, 9, 9)), "9 x 9"), (good.convert("RGB"), "mode RGB"),
-        (Image.fromarray(np.full((good.height, good.width), 5, np.uint8)), "label 5 of 4"),
+        (Image.fromarray(np.full((good.height, good.width), 5, np.uint8)), "label 5, but there are 4 classes"),
     ):  # fmt: skip
         wrong.save(folder / "1.png")
         said = refused(capsys, 2, run_segment, tmp_path / "run", *options)
@@ -512,15 +512,23 @@ def test_evaluation_is_its_definition(streets):
 
 
 def test_overlay_shows_labels_and_names():
-    """Half image, half the label's colour; a legend row in the same colour for each class found, largest first; 150
-    classes have colours that can be told apart."""
+    """Half image, half the label's colour, enlarged by a whole number to a short side near 512; below it a legend row
+    in the same colour for each class found, largest first; "background" is not tinted. A large picture keeps its size.
+    150 classes have colours that can be told apart."""
     image, labels = Image.new("RGB", (40, 30), (100, 100, 100)), np.zeros((30, 40), np.uint8)
     labels[:, :15] = 2
     drawn = np.asarray(segment.overlay(image, labels, ["a", "b", "c"])).astype(int)
+    assert drawn.shape == (17 * 30 + 2 * 21, 17 * 40, 3)
     for x, label in ((5, 2), (30, 0)):
-        assert np.abs(drawn[10, x] - (100 + np.array(segment.colour_of(label))) / 2).max() <= 1
+        colour = (100 + np.array(segment.colour_of(label))) / 2
+        assert np.abs(drawn[17 * 10 : 17 * 11, 17 * x : 17 * (x + 1)] - colour).max() <= 1
     for row, label in ((0, 0), (1, 2)):
-        assert (drawn[30 + 4 + 16 * row + 5, 8] == segment.colour_of(label)).all()
+        assert (drawn[17 * 30 + 21 * row + 12, 12] == segment.colour_of(label)).all()
+    drawn = np.asarray(segment.overlay(image, labels, ["background", "b", "c"]))
+    assert (drawn[: 17 * 30, 17 * 15 :] == 100).all() and (drawn[: 17 * 30, : 17 * 15] != 100).any()
+    assert (drawn[17 * 30 + 12, 12] == 255).all() and (drawn[17 * 30 + 21 + 12, 12] == segment.colour_of(2)).all()
+    large = segment.overlay(image.resize((800, 600)), labels.repeat(20, 0).repeat(20, 1), ["a", "b", "c"])
+    assert large.size == (800, 600 + 2 * 25)
     assert list(segment.shares_of(labels, ["a", "b", "c"]).items()) == [("a", 0.625), ("c", 0.375)]
     colours = np.array([segment.colour_of(i) for i in range(150)])
     distance = np.abs(colours[:, None] - colours[None]).max(-1) + 255 * np.eye(150, dtype=int)
@@ -572,7 +580,7 @@ def test_segmentation_script_trains_castles_and_evaluates(tmp_path, capsys, monk
     assert [Path(r["image"]).name for r in found] == ["a.png", "b.jpg"]
     assert all(sum(r["shares"].values()) == pytest.approx(1) for r in found)
     drawn = Image.open(tmp_path / "drawn" / "a.png")
-    assert drawn.width >= 50 and drawn.height == 40 + 4 + 16 * len(found[0]["shares"])
+    assert drawn.width >= 650 and drawn.height == 13 * 40 + 21 * len(found[0]["shares"])
     segment.main(segment.parser().parse_args(["--image=photos/b.jpg", predict[0], "--output=over.png"]))
     assert "%" in capsys.readouterr().out and (tmp_path / "over.png").is_file()
     nowhere = segment.parser().parse_args(["--image=photos/b.jpg", *predict, "--output=none/x.png"])
@@ -608,9 +616,11 @@ def test_segmenter_is_exported_as_scores(tmp_path, monkeypatch, capsys):
     ("--attention=relu_e", "--accumulate=2", "--ema-decay=0", "--epochs=1"),
     ("--mask-schedule=fixed", "--drop-path=0.1", "--patch-size=16", "--clip-grad=0", "--eval-every=2"),
 ])  # fmt: skip
-def test_every_segmentation_option_trains(tmp_path, options):
-    """Each combination runs to its report; a model without a branch reports no gap."""
+def test_every_segmentation_option_trains(tmp_path, capsys, options):
+    """Each combination runs to its report; a model without a branch reports no gap; no limit of gradients is printed
+    where there is none."""
     *_, report = run_segment(tmp_path, "--max-steps=2", "--eval-steps=1", *options)
+    assert ("gradient norm at most" in capsys.readouterr().out) == ("--clip-grad=0" not in options)
     assert ("castling_gap" in report["castling_report"]) == all("attention=" not in o for o in options)
 
 
@@ -655,7 +665,7 @@ def test_segmentation_folder_trains_and_names_what_is_wrong(tmp_path, streets, c
     good = Image.open(annotation / "spare.png").copy()
     for workers, (wrong, message) in enumerate((
         (good.convert("RGB"), "mode RGB"), (good.crop((0, 0, 9, 9)), "9 x 9"),
-        (Image.fromarray(np.full((good.height, good.width), 5, np.uint8)), "label 5 of 4"),
+        (Image.fromarray(np.full((good.height, good.width), 5, np.uint8)), "label 5, but there are 4 classes"),
         (good.convert("I;16"), "mode I;16"), (good.convert("1"), "mode 1"),
     )):  # fmt: skip
         wrong.save(annotation / "2.png")
