@@ -978,7 +978,7 @@ def draw_boxes(image: Image.Image, rows: list[dict], colours: list[str]) -> Imag
     """
     factor = max(1, min(round(512 / min(image.size)), 2048 // max(image.size)))
     image = ImageOps.scale(image, factor, Image.Resampling.NEAREST)
-    draw, size = ImageDraw.Draw(image), min(image.size) // 32
+    draw, size = ImageDraw.Draw(image), max(12, min(image.size) // 32)
     font, line = ImageFont.load_default(size), max(2, size // 8)
     for row, colour in reversed([*zip(rows, colours, strict=True)]):  # the best last, on top
         x1, y1, x2, y2 = (factor * side for side in row["box"])

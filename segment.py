@@ -1285,7 +1285,7 @@ def overlay(image: Image.Image, labels: np.ndarray, classes: list[str]) -> Image
     image = ImageOps.scale(Image.blend(image, Image.fromarray(tints), 0.5), factor, Image.Resampling.NEAREST)
 
     # The legend has a row for each class found: its colour, its name and its share of the pixels.
-    shares, line = shares_of(labels, classes), min(image.size) // 24
+    shares, line = shares_of(labels, classes), max(18, min(image.size) // 24)
     font = ImageFont.load_default(2 * line // 3)
     texts = [f"{name} {share:.1%}" for name, share in shares.items()]
     width = max(image.width, *(math.ceil(font.getlength(text)) + 2 * line for text in texts))

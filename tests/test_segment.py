@@ -529,6 +529,7 @@ def test_overlay_shows_labels_and_names():
     assert (drawn[17 * 30 + 12, 12] == 255).all() and (drawn[17 * 30 + 21 + 12, 12] == segment.colour_of(2)).all()
     large = segment.overlay(image.resize((800, 600)), labels.repeat(20, 0).repeat(20, 1), ["a", "b", "c"])
     assert large.size == (800, 600 + 2 * 25)
+    assert segment.overlay(Image.new("RGB", (2, 3000)), np.zeros((3000, 2), np.uint8), ["a"]).height == 3000 + 18
     assert list(segment.shares_of(labels, ["a", "b", "c"]).items()) == [("a", 0.625), ("c", 0.375)]
     colours = np.array([segment.colour_of(i) for i in range(150)])
     distance = np.abs(colours[:, None] - colours[None]).max(-1) + 255 * np.eye(150, dtype=int)
