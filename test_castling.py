@@ -25,6 +25,7 @@ import copy
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -583,6 +584,19 @@ def test_bad_input_is_named(call, message):
         call()
 
 
+@pytest.mark.parametrize("kernel", [*sorted(KERNELS), "branch"])
+@pytest.mark.parametrize(("place", "shape"), [
+    (0, (1, 1, 5, 4)), (1, (1, 1, 5, 4)), (2, (1, 1, 5, 4)), (1, (1, 2, 5, 1)), (2, (1, 2, 1, 4)),
+])  # fmt: skip
+def test_kernels_do_not_broadcast(kernel, place, shape):
+    """One of q, k, v with one head, channel or token, where the others have more, is an error."""
+    inputs = [X, X, X]
+    inputs[place] = torch.zeros(shape)
+    f = KERNELS.get(kernel, lambda *x: masked_softmax_attention(*x, 0.1))
+    with pytest.raises(ValueError, match=re.escape(f"{shape}")):
+        f(*inputs)
+
+
 # ---- 4. attention.py: the auxiliary branch, and castling -----------------------------------------
 
 
@@ -663,12 +677,14 @@ def test_hybrid_equals_castled_once_the_threshold_is_one(schedule):
 
 
 def test_castle_is_in_place_idempotent_and_leaves_no_softmax():
-    """castle returns its argument; afterwards no softmax is computed and no layer has a mask to report."""
+    """castle returns its argument; afterwards no softmax is computed, no layer has a mask to report,
+    and the printed model names no branch."""
     model = build_model("levit128", num_classes=5, image_size=64).eval()
     for softmax in (True, False):
         with Operations() as operations, torch.no_grad():
             model(torch.zeros(1, 3, 64, 64))
         assert any("softmax" in name or "attention" in name for name, _ in operations.seen) == softmax
+        assert ("auxiliary, ramp" in repr(model)) == softmax
         assert castle(model) is model and mask_density(model) == {}
 
 
