@@ -846,6 +846,7 @@ def test_attention_file_works_alone(tmp_path):
     (tmp_path / "attention.py").write_text((ROOT / "attention.py").read_text())
     code = """import runpy, sys, textwrap, torch
 runpy.run_path("attention.py", run_name="__main__")
+print("end of the check")
 import attention
 lines = attention.__doc__.split("remove the branch:")[1].split("`python")[0]
 names = dict(vars(attention), x=torch.randn(2, 49, 192), step=5, total_steps=10)
@@ -856,8 +857,9 @@ assert not names["block"].auxiliary and not {"models", "train", "torchvision", "
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    *table, last = done.stdout.splitlines()
+    *table, last, end = done.stdout.splitlines()
     assert len(table) == 7 and "castling an empty mask changes no bit" in last
+    assert end == "end of the check"  # importing the file prints nothing
 
 
 # ---- 6. attention.py: precision, transforms, the branch in blocks --------------------------------
