@@ -552,6 +552,7 @@ ERRORS = [  # a wrong call, and what its message has to say
     (lambda: linear_angular_attention(*zeros(4, 4, 4)), r"a token and a channel axis.*\(4,\)"),
     (lambda: AttentionCore(2, "relu-s"), "'relu-s': did you mean .*relu_s"),
     (lambda: AttentionCore(2, schedule="zzz"), "'zzz': choose from .*ramp"),
+    (lambda: mask_threshold(0.5, 9, schedule="rampp"), "'rampp': did you mean ramp"),
     (lambda: AttentionCore(2, dconv=4), "dconv .* 4"),
     (lambda: AttentionCore(2, dconv=-1), "dconv .* -1"),
     (lambda: AttentionCore(2, "softmax", auxiliary=True), "auxiliary"),
@@ -713,6 +714,9 @@ def test_mask_statistics_are_those_of_the_matrix():
     assert math.isnan(mask_density(core)[""])
     set_threshold(core, 1.0)
     assert mask_density(core) == {"": 0.0}
+    one = AttentionCore(1, auxiliary=True, schedule="fixed")
+    one(*torch.ones(3, 1, 1, 1, 4))
+    assert mask_statistics(one) == {"": (1, 1, 1)}  # a single row counts
 
 
 # ---- 5. attention.py: the core and the drop-in block ---------------------------------------------
