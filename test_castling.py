@@ -25,6 +25,7 @@ import copy
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -551,6 +552,7 @@ ERRORS = [  # a wrong call, and what its message has to say
     (lambda: linear_angular_attention(*zeros(4, 4, 4)), r"a token and a channel axis.*\(4,\)"),
     (lambda: AttentionCore(2, "relu-s"), "'relu-s': did you mean .*relu_s"),
     (lambda: AttentionCore(2, schedule="zzz"), "'zzz': choose from .*ramp"),
+    (lambda: mask_threshold(0.5, 9, schedule="rampp"), "'rampp': did you mean ramp"),
     (lambda: AttentionCore(2, dconv=4), "dconv .* 4"),
     (lambda: AttentionCore(2, dconv=-1), "dconv .* -1"),
     (lambda: AttentionCore(2, "softmax", auxiliary=True), "auxiliary"),
@@ -581,6 +583,19 @@ def test_bad_input_is_named(call, message):
     """A ValueError says which value or shape was wrong, and what was expected."""
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("kernel", [*sorted(KERNELS), "branch"])
+@pytest.mark.parametrize(("place", "shape"), [
+    (0, (1, 1, 5, 4)), (1, (1, 1, 5, 4)), (2, (1, 1, 5, 4)), (1, (1, 2, 5, 1)), (2, (1, 2, 1, 4)),
+])  # fmt: skip
+def test_kernels_do_not_broadcast(kernel, place, shape):
+    """One of q, k, v with one head, channel or token, where the others have more, is an error."""
+    inputs = [X, X, X]
+    inputs[place] = torch.zeros(shape)
+    f = KERNELS.get(kernel, lambda *x: masked_softmax_attention(*x, 0.1))
+    with pytest.raises(ValueError, match=re.escape(f"{shape}")):
+        f(*inputs)
 
 
 # ---- 4. attention.py: the auxiliary branch, and castling -----------------------------------------
@@ -663,12 +678,14 @@ def test_hybrid_equals_castled_once_the_threshold_is_one(schedule):
 
 
 def test_castle_is_in_place_idempotent_and_leaves_no_softmax():
-    """castle returns its argument; afterwards no softmax is computed and no layer has a mask to report."""
+    """castle returns its argument; afterwards no softmax is computed, no layer has a mask to report,
+    and the printed model names no branch."""
     model = build_model("levit128", num_classes=5, image_size=64).eval()
     for softmax in (True, False):
         with Operations() as operations, torch.no_grad():
             model(torch.zeros(1, 3, 64, 64))
         assert any("softmax" in name or "attention" in name for name, _ in operations.seen) == softmax
+        assert ("auxiliary, ramp" in repr(model)) == softmax
         assert castle(model) is model and mask_density(model) == {}
 
 
@@ -697,6 +714,9 @@ def test_mask_statistics_are_those_of_the_matrix():
     assert math.isnan(mask_density(core)[""])
     set_threshold(core, 1.0)
     assert mask_density(core) == {"": 0.0}
+    one = AttentionCore(1, auxiliary=True, schedule="fixed")
+    one(*torch.ones(3, 1, 1, 1, 4))
+    assert mask_statistics(one) == {"": (1, 1, 1)}  # a single row counts
 
 
 # ---- 5. attention.py: the core and the drop-in block ---------------------------------------------
@@ -830,6 +850,7 @@ def test_attention_file_works_alone(tmp_path):
     (tmp_path / "attention.py").write_text((ROOT / "attention.py").read_text())
     code = """import runpy, sys, textwrap, torch
 runpy.run_path("attention.py", run_name="__main__")
+print("end of the check")
 import attention
 lines = attention.__doc__.split("remove the branch:")[1].split("`python")[0]
 names = dict(vars(attention), x=torch.randn(2, 49, 192), step=5, total_steps=10)
@@ -840,8 +861,9 @@ assert not names["block"].auxiliary and not {"models", "train", "torchvision", "
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    *table, last = done.stdout.splitlines()
+    *table, last, end = done.stdout.splitlines()
     assert len(table) == 7 and "castling an empty mask changes no bit" in last
+    assert end == "end of the check"  # importing the file prints nothing
 
 
 # ---- 6. attention.py: precision, transforms, the branch in blocks --------------------------------

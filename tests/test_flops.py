@@ -123,9 +123,17 @@ def test_tables_are_printed(table_2, capsys, monkeypatch):
     flops.main(flops.parser().parse_args(["--table=2"]))
     printed = capsys.readouterr().out  # a row: both counts, both printed numbers, both deviations
     assert re.search(r"deit_base +castling +87\.215 +87\.22 +-0\.01% +17\.2779 +17\.28 +-0\.01%", printed)
-    flops.main(flops.parser().parse_args(["--image-size=64", "--attention=castling,softmax,cosine"]))
+    compared = ["--image-size=64", "--attention=castling,softmax,cosine"]
+    flops.main(flops.parser().parse_args([*compared, "--json"]))
+    rows = json.loads(capsys.readouterr().out)
+    assert [r["note"] for r in rows] == ["castled", "", ""]
+    assert all(sum(r["by_module_g"].values()) == pytest.approx(r["macs_g"]) for r in rows)
+    with monkeypatch.context() as patched:  # counted once
+        patched.setattr(flops, "compare", lambda *given: rows)
+        flops.main(flops.parser().parse_args(compared))
     printed = capsys.readouterr().out
     assert "auxiliary branch" in printed and re.search(" castling +softmax +cosine\n", printed)
+    assert re.search("\n  head_dist +0.0000 +0.0004 +0.0000\n", printed)  # softmax: 384 x 1000 weights
     monkeypatch.setattr(flops, "CURVE_PIXELS", (64, 1024))
     flops.main(flops.parser().parse_args(["--curve", "--json"]))
     rows = json.loads(capsys.readouterr().out)

@@ -68,6 +68,30 @@ def test_distilled_deit_equals_timm():
         assert_close((head + head_dist) / 2, model.eval()(x))
 
 
+def test_models_start_as_published():
+    """Before training the parameters of DeiT (but the class token) and LeViT have the mean and
+    deviation of timm's. MViTv2's linear layers and relative positions have deviation 0.02, their
+    biases 0. LCNet's convolutions have He's deviation."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    for name, theirs in (("deit_tiny", "deit_tiny_patch16_224"), ("levit128", "levit_128")):
+        oracle = dict(timm.create_model(theirs).named_parameters())
+        for key, p in build_model(name, "softmax").named_parameters():
+            expected = torch.stack([oracle[key].mean(), oracle[key].std()])
+            if key == "cls_token":
+                expected = torch.tensor([0, 0.02])
+            error = 6 * expected[1].item() / p.numel() ** 0.5  # over 4 deviations of the sampling
+            found = torch.stack([p.mean(), p.std()])
+            assert_close(found, expected, rtol=0, atol=error, msg=f"{key}: {found}, {expected}")
+    model = build_model("mvitv2_tiny", "softmax")
+    for key, p in model.named_parameters():
+        if "rel_pos" in key or isinstance(model.get_submodule(key.rpartition(".")[0]), nn.Linear):
+            std = 0 if key.endswith("bias") else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.1), key
+    stem = build_model("lcnet_s").conv_stem.weight
+    assert stem.std().item() == pytest.approx((2 / 27) ** 0.5, rel=0.2)
+
+
 @pytest.mark.parametrize("attention_name", sorted(models.ATTENTIONS))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_attention_trains_in_every_family(family, attention_name):
