@@ -1401,12 +1401,13 @@ def test_matching_is_the_best_of_all(seed, queries, count):
     places = segment.random_points(1, 40, torch.device("cpu"))
     x = segment.sample(masks[None], places)[0]
     t = segment.sample(targets[None].double(), places)[0]
-    cost = torch.zeros(queries, count, dtype=torch.float64)
+    unlike = torch.zeros(queries, count, dtype=torch.float64)
     for q, n in np.ndindex(queries, count):
         s = x[q].sigmoid()
         bce = -(t[n] * s.log() + (1 - t[n]) * (1 - s).log()).mean()
-        dice = 1 - (2 * (s * t[n]).sum() + 1) / (s.sum() + t[n].sum() + 1)
-        cost[q, n] = 5 * bce + 5 * dice - 2 * classes[q].softmax(0)[labels[n]]
+        unlike[q, n] = bce + 1 - (2 * (s * t[n]).sum() + 1) / (s.sum() + t[n].sum() + 1)
+    assert_close(sum(segment.pairwise_costs(x, t)), unlike)
+    cost = 5 * unlike - 2 * classes.softmax(1)[:, labels]
     best = 0.0
     if count and queries <= count:
         best = min(sum(cost[q, n] for q, n in enumerate(p)) for p in itertools.permutations(range(count), queries))
