@@ -1472,6 +1472,7 @@ def test_every_prediction_is_supervised(monkeypatch):
     parts = [segment.prediction_loss(*output, targets, 6.0, 36) for output in outputs]
     assert len({round(part.item(), 6) for part in parts}) == 5  # 4 layers + 1
     assert_close(segment.set_loss(outputs, targets, 6.0, 36), sum(parts))
+    assert_close(segment.set_loss(outputs[:1], targets, 6.0, 36), parts[0])
 
 
 def test_targets_lie_where_predictions_do(monkeypatch):
