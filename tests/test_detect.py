@@ -64,6 +64,20 @@ def test_neck_is_wired_as_published(sizes):
     assert_close(p6, 7 * t5[..., ::2, ::2] + 11 * p5[..., ::2, ::2])
 
 
+def test_first_guesses_are_as_published():
+    """The head's filters start with a deviation of 0.01, and each class with a probability of 1% at
+    every point: else the many points of background would rule the first steps' loss."""
+    torch.manual_seed(0)
+    head = detect.Head(32, convs=2, num_classes=80)
+    for conv in (module for module in head.modules() if isinstance(module, nn.Conv2d)):
+        assert conv.weight.std().item() == pytest.approx(0.01, rel=0.1)
+        assert abs(conv.weight.mean().item()) < 0.002
+    logits, _ = head([randn(2, 32, side, side, dtype=torch.float32) for side in (8, 4, 2, 1)])
+    shares = logits.sigmoid()
+    assert shares.mean().item() == pytest.approx(0.01, rel=0.008)
+    assert shares.min() > 0.007 and shares.max() < 0.014
+
+
 def test_detections_keep_the_best():
     """Scores above the least, a point may have two classes, overlaps of a class go, boxes end at the image's border."""
     points = torch.tensor([[20.0, 20, 8], [21.0, 20, 8], [60.0, 60, 16]])
