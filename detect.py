@@ -839,7 +839,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
         run.check_classes(args, classes, val_set.classes)
         loader = validation_loader(args, val_set)
     record = run.evaluate_castling(lambda m: evaluate(m, loader, args, device), model.to(device), "AP")
-    run.print_evaluation(args, record)
+    run.print_evaluation(args, record, METRICS)
 
 
 @torch.inference_mode()
@@ -853,8 +853,8 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
             args.data = "coco"  # somebody else's model: the image size of photographs
         model, classes = load(args)
     model.to(device)
-    size, printed = (args.image_size, args.image_size), []
-    try:
+    size = (args.image_size, args.image_size)
+    with run.json_list(args) as printed:
         for path, image in run.read_each(args.image):
             pixels = v2.functional.pil_to_tensor(image)
             resized = v2.functional.resize(pixels, size, antialias=False)
@@ -875,9 +875,6 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
                 run.write_image(v2.functional.to_pil_image(pixels), targets[path])
             if not args.json:
                 say(f"{path}: {len(rows)} boxes, drawn to {targets[path]}")
-    finally:  # also where an image could not be read
-        if args.json and rank() == 0:
-            say(json.dumps(printed, indent=1))
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -905,7 +902,6 @@ def parser() -> argparse.ArgumentParser:
     add("--backbone", help="classification checkpoint that the backbone starts from")
     add = p.add_argument_group("boxes").add_argument
     add("--min-score", type=share, default=0.3, help="least score of a box that --image shows; default 0.3")
-    add("--json", action="store_true", help="with --image: print the boxes, xyxy in pixels")
     return p
 
 

@@ -760,18 +760,23 @@ def castling_report(args: argparse.Namespace, model: nn.Module, record: dict, de
 
 
 def print_report(args: argparse.Namespace, metric: dict, titles: dict[str, str]) -> None:
-    """The castling report as a table: one column, or two where there was a branch to castle."""
+    """Print the castling report: one column of numbers, or two if there was a branch to castle.
+
+    metric: as of `castling_report`. Rows of what it does not hold are left out.
+    """
     say(f"\ncastling report: {args.model}, {args.attention}, {args.data} at {args.image_size} px")
-    rows = {"": list(metric["macs"])}
+    branch = "castling_gap" in metric
+    rows = {"": ["with branch", "castled"] if branch else ["as deployed"]}
     for key, title in titles.items():
         scores = [metric[name] for name in (f"test_{key}", f"test_{key}_castled") if name in metric]
         rows[title] = [f"{score:.2f}" for score in scores]
-    rows["MACs per image, M"] = [f"{macs / 1e6:.1f}" for macs in metric["macs"].values()]
-    speeds = metric["inference_images_per_s"].values()
-    rows[f"images/s, batch {min(32, args.batch_size)}"] = [f"{speed:.0f}" for speed in speeds]
+    if "macs" in metric:
+        rows["MACs per image, M"] = [f"{macs / 1e6:.1f}" for macs in metric["macs"].values()]
+        speeds = metric["inference_images_per_s"].values()
+        rows[f"images/s, batch {min(32, args.batch_size)}"] = [f"{speed:.0f}" for speed in speeds]
     for name, values in rows.items():
         say(f"{name:22}" + "".join(f"{value:>14}" for value in values))
-    if "castling_gap" in metric:
+    if branch:
         say(f"castling gap          {metric['castling_gap']:.2f} points of {next(iter(titles.values()))}")
         held = [f"{layer} {density:.4f}" for layer, density in metric["mask_density"].items() if density > 0]
         say(f"mask density          {', '.join(held) or '0 in every layer: the masks are empty'}")
@@ -867,6 +872,7 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
     add("--eval", action="store_true", help="evaluate --checkpoint and stop")
     add("--split", choices=("val", "train"), default="val", help="what --eval evaluates on; default val")
     add("--image", nargs="+", metavar="FILE", help="images to predict with --checkpoint")
+    add("--json", action="store_true", help="print what --eval or --image finds as JSON")
     add("--export", help="a .onnx or .pt2 file to write --checkpoint to, castled, for normalised images of any size")
     add = parser.add_argument_group("processes").add_argument
     bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1035,12 +1041,18 @@ def check_classes(args: argparse.Namespace, known: list, found: list) -> None:
                          f"{args.data} has {len(found)} ({some[1]}, ...)")  # fmt: skip
 
 
-def print_evaluation(args: argparse.Namespace, record: dict) -> None:
-    """--eval: one JSON object, by rank 0. Raises DataError for a loss that is no number."""
+def print_evaluation(args: argparse.Namespace, record: dict, titles: dict[str, str]) -> None:
+    """--eval: rank 0 prints the scores, as a table or with --json as one JSON object.
+
+    Raises: DataError for a loss that is nan or infinite.
+    """
     if not math.isfinite(record.get("test_loss", 0.0)):
         raise DataError(f"{args.checkpoint}: the loss is {record['test_loss']}")
-    if rank() == 0:
+    if rank() == 0 and args.json:
         say(json.dumps(record))
+    elif rank() == 0:
+        say(f"{args.checkpoint}, {args.split} images")
+        print_report(args, record, titles)
 
 
 def write_export(model: nn.Module, args: argparse.Namespace) -> None:
@@ -1110,6 +1122,17 @@ def read_each(paths: Iterable[str | Path]) -> Iterator[tuple[Path, Image.Image]]
         yield Path(path), image
     if unread:
         raise DataError(f"{unread} images could not be read")
+
+
+@contextlib.contextmanager
+def json_list(args: argparse.Namespace) -> Iterator[list]:
+    """A list to fill. With --json rank 0 prints it at the end, also if an error ended the work."""
+    found = []
+    try:
+        yield found
+    finally:
+        if args.json and rank() == 0:
+            say(json.dumps(found, indent=1))
 
 
 def write_image(image: Image.Image, target: Path) -> None:

@@ -18,7 +18,6 @@ Labels: 0..K-1, and 255 for pixels without one. `train` below is the loop; run.p
 import argparse
 import colorsys
 import contextlib
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -1160,7 +1159,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
         run.check_classes(args, classes, val_set.classes)
         loader = validation_loader(args, val_set)
     record = run.evaluate_castling(lambda m: evaluate(m, loader, args, device), model.to(device), "mIoU")
-    run.print_evaluation(args, record)
+    run.print_evaluation(args, record, METRICS)
 
 
 @torch.inference_mode()
@@ -1176,8 +1175,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
             args.data = "folder"  # somebody else's model: the size of photographs
         model, classes = load(args)
     model.to(device)
-    found = []
-    try:
+    with run.json_list(args) as found:
         for path, image in run.read_each(targets):
             pixels, _ = resized_whole(v2.functional.pil_to_tensor(image), None, args.image_size)
             labels = segment(model, pixels[None], (image.height, image.width), args, device)[0].cpu().numpy()
@@ -1188,9 +1186,6 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
             if not args.json:
                 text = ", ".join(f"{name} {part:.1%}" for name, part in shares.items())
                 say(f"{path}: {text}, drawn to {targets[path]}")
-    finally:
-        if args.json and rank() == 0:
-            say(json.dumps(found, indent=1))
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -1228,7 +1223,6 @@ def parser() -> argparse.ArgumentParser:
     add("--backbone-lr", at_least(0, float), "factor on the learning rate of ViT and pyramid")
     add("--clip-grad", at_least(0, float), "largest gradient norm over all parameters, 0 for no limit")
     add("--ema-decay", share, "of the averaged weights, 0 for none; a horizon of 4%% of the run where not given")
-    p.add_argument("--json", action="store_true", help="with --image: print classes and shares of pixels as JSON")
     return p
 
 

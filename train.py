@@ -440,7 +440,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
         run.check_classes(args, classes, val_set.classes)
         loader = validation_loader(args, val_set)
     record = run.evaluate_castling(lambda m: evaluate(m, loader, args, device), model.to(device), "acc1")
-    run.print_evaluation(args, record)
+    run.print_evaluation(args, record, METRICS)
 
 
 def load_predictor(args: argparse.Namespace) -> tuple[nn.Module, list, Callable]:
@@ -456,16 +456,23 @@ def load_predictor(args: argparse.Namespace) -> tuple[nn.Module, list, Callable]
 
 @torch.inference_mode()
 def predict(args: argparse.Namespace, device: torch.device) -> None:
-    """--image: prints the five likeliest classes of each file."""
+    """--image: prints the five likeliest classes of each file, with their probabilities.
+
+    With --json they are one JSON list: {"image": file, "probabilities": {class: 0..1}} of each file.
+    """
     with run.checked(args):
         run.check_images(args.image)
         model, classes, transform = load_predictor(args)
     model.to(device)
-    for path, image in run.read_each(args.image):
-        images = to_model_input(transform(image)[None], device, args.channels_last)
-        top = model(images)[0].softmax(0).topk(min(5, len(classes)))
-        found = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        say(f"{path}: " + ", ".join(f"{classes[i]} {probability:.1%}" for i, probability in found))
+    with run.json_list(args) as found:
+        for path, image in run.read_each(args.image):
+            images = to_model_input(transform(image)[None], device, args.channels_last)
+            top = model(images)[0].softmax(0).topk(min(5, len(classes)))
+            names = [classes[i] for i in top.indices.tolist()]
+            probabilities = dict(zip(names, top.values.tolist(), strict=True))
+            found.append(dict(image=str(path), probabilities=probabilities))
+            if not args.json:
+                say(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in probabilities.items()))
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

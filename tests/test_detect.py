@@ -471,7 +471,7 @@ def test_detection_script(tmp_path, capsys, monkeypatch):
     sure = confident(tmp_path / "run" / "best.pt", tmp_path / "sure.pt")
     found = {}
     for split, images in (("val", 2), ("train", 40)):
-        run_detect_with("--eval", f"--split={split}", f"--checkpoint={sure}", "--workers=0")
+        run_detect_with("--eval", "--json", f"--split={split}", f"--checkpoint={sure}", "--workers=0")
         folder = tmp_path / f"eval-shapes-{split}"
         found[split] = [json.loads((folder / f"coco_results{x}.json").read_text()) for x in ("", "_castled")]
         assert {row["image_id"] for row in found[split][0]} == set(range(images))

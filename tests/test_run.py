@@ -236,7 +236,7 @@ def test_checkpoints_of_the_first_version_load(tmp_path, capsys, monkeypatch):
         args.model, args.attention, classes, size, **narrow, **run.core_options(args)))  # fmt: skip
     *_, logged, _ = records_of(FIRST_VERSION)
     for name in ("best.pt", "castled.pt", "last.pt"):
-        options = ["--eval", f"--checkpoint={FIRST_VERSION / name}", f"--output={tmp_path}"]
+        options = ["--eval", "--json", f"--checkpoint={FIRST_VERSION / name}", f"--output={tmp_path}"]
         train.main(train.parser().parse_args([*options, "--workers=0"]))
         record = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert record["test_loss"] == pytest.approx(logged["test_loss"], rel=1e-5), name
@@ -531,7 +531,7 @@ def test_evaluation_without_a_finite_loss_fails(tmp_path, capsys):
     for x in state["ema"].values():
         x.mul_(1e30) if x.is_floating_point() else None
     torch.save(state, tmp_path / "hu\nge.pt")
-    asked = ("--eval", f"--checkpoint={tmp_path}/hu\nge.pt")
+    asked = ("--eval", "--json", f"--checkpoint={tmp_path}/hu\nge.pt")
     said = refused(capsys, 1, run_tiny, "train", tmp_path / "b", *asked)
     assert "hu\nge.pt: the loss is" in said
 
@@ -554,6 +554,27 @@ def test_names_that_are_not_text(tmp_path, capsys):
     with pytest.raises(data.DataError, match=r"c\\nd\.png") as error:
         data.read_image(images / "c\nd.png")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("branch", [True, False])
+@pytest.mark.parametrize("script", TINY_RUNS)
+def test_evaluation_prints_the_table_of_the_report(script, branch, tmp_path, capsys):
+    """--eval prints the rows of the report at the end of a run, but for those that it does not measure:
+    MACs and images per second. What was castled has one column."""
+    run_tiny(script, tmp_path)
+    *_, report = capsys.readouterr().out.partition("castling report: ")
+    rows = report[: report.index("written ")].splitlines()
+    kept = [row for row in rows if not row.startswith(("MACs", "images/s"))]
+    assert len(kept) == len(rows) - 2
+    file = tmp_path / ("last.pt" if branch else "castled.pt")
+    run_tiny(script, tmp_path / "e", "--eval", f"--checkpoint={file}")
+    head, _, table = capsys.readouterr().out.partition("castling report: ")
+    assert head == f"{file}, val images\n\n"
+    if branch:
+        assert table.splitlines() == kept
+    else:
+        assert [row.split()[-1] for row in table.splitlines()[1:]] == [
+            "deployed", *(row.split()[-1] for row in kept[2:-2])]  # fmt: skip
 
 
 @pytest.mark.parametrize("both", [False, True])
