@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attention import SCHEDULES, castle, cores, mask_statistics, mask_threshold, record_masks, set_threshold
 from convert import LoadReport, check_export, damage, export, load_pretrained, read_checkpoint, weights_in
-from data import DataError, mixed_seed, read_image
+from data import DataError, Scenes, Shapes, mixed_seed, read_image
 from models import ATTENTIONS
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -233,6 +233,8 @@ class Progress:
         self.total, self.done, self.first, self.seconds, self.bar = total, done, done, seconds, None
         self.started = self.shown = self.last = time.monotonic()
         self.rate = 0.0
+        self.warn = done == 0  # a run that continues has said how long it takes
+        self.timed = None  # when the first step ended: that step may compile, so it is not timed
         if rank() == 0 and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -253,6 +255,14 @@ class Progress:
             left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
             text = "  ".join(f"{key} {value}" for key, value in shown.items())
             self.say(f"  step {self.done}/{self.total}  {text}  ETA {datetime.timedelta(seconds=round(left))}")
+        if self.timed is None:
+            self.timed = now
+        elif self.warn and self.done >= 5 and now - self.timed >= self.seconds:
+            self.warn = False
+            hours = (now - self.timed) / (self.done - 1) * (self.total - self.done) / 3600
+            if hours > 1:
+                self.say(f"training will take about {hours:.1f} hours on this machine; --epochs, "
+                         "--max-steps or --image-size make it shorter")  # fmt: skip
 
     def say(self, text: str) -> None:
         if rank() == 0:
@@ -543,12 +553,23 @@ class Run:
             save(self.folder / "castled.pt", castle(copy.deepcopy(self.ema.module)).state_dict())
             print_report(self.args, metric, self.metrics)
             say(f"written               {self.folder / 'castled.pt'}")
-            best = f"--checkpoint {self.folder / 'best.pt'} --image PHOTO"
+            picture = self.example() if self.args.data == "shapes" else "PHOTO"
+            best = shlex.join(["--checkpoint", str(self.folder / "best.pt"), "--image", str(picture)])
             say(f"look at a picture     python {self.args.script} {best}")
             if self.args.script == "train.py" and self.args.attention == "castling":
                 say(f"look at its masks     python figures.py attention {best} --progress 0")
             self.write_log({"castling_report": metric, "step": self.step})
         barrier()
+
+    def example(self) -> Path:
+        """Save the first validation image of the built-in shapes as example.png, and say what it shows."""
+        a = self.args
+        shapes = (Scenes if a.script == "detect.py" else Shapes)("val", 1, a.image_size, a.seed)
+        scene, path = shapes.scene(0), self.folder / "example.png"
+        write_image(Image.fromarray(scene.image), path)
+        say(f"written               {path}, which shows: "
+            + (", ".join(shapes.classes[label] for label in scene.labels) or "nothing"))
+        return path
 
     # ---- its files
 
@@ -624,7 +645,7 @@ class Run:
             self.lock = hold(self.folder)
             config = vars(args) | dict(classes=self.classes, total_steps=self.total_steps)
             config["environment"] = environment(self.device)
-            for name in (*CHECKPOINTS, "best.pt", "castled.pt"):
+            for name in (*CHECKPOINTS, "best.pt", "castled.pt", "example.png"):
                 (self.folder / name).unlink(missing_ok=True)
             rewrite(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         self.write_log()

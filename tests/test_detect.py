@@ -457,7 +457,7 @@ def test_detection_script(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "castling gap          0.00 points of AP" in printed and "learning rate of 0.01 (1.6 per 640" in printed
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.json", "lock", "log.jsonl", "last.pt", "best.pt", "castled.pt",
+        "config.json", "lock", "log.jsonl", "last.pt", "best.pt", "castled.pt", "example.png",
         "coco_results.json", "coco_results_castled.json",
     }  # fmt: skip
     (group,) = convert.read_checkpoint(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]

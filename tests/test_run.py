@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -58,6 +60,24 @@ def test_progress_is_a_plain_line_where_there_is_no_terminal(capsys, monkeypatch
     for _ in range(3):
         bar.step(8, loss=1.5)
     assert capsys.readouterr().out == "  step 6/10  loss 1.5  images/s 4  ETA 0:00:08\n"
+
+
+@pytest.mark.parametrize(("done", "total", "said"), [
+    (0, 3600, ["training will take about 4.0 hours on this machine; --epochs, --max-steps or --image-size "
+               "make it shorter"]),
+    (0, 600, []), (6, 3600, []),
+])  # fmt: skip
+def test_a_long_run_says_so_at_its_start(capsys, monkeypatch, done, total, said):
+    """Steps of 4 s, but for the first, which compiles for an hour: after 20 s of steps a run of more than an
+    hour says once how long it will take. A continued run does not: its length cannot be changed."""
+    clock = iter([0, *range(3600, 4000, 4)])
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
+    bar = run.Progress(total, done=done)
+    for _ in range(50):
+        bar.step(8)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith("  step ")] == said
+    assert not said or lines.index(said[0]) == 2  # after the progress lines of the steps 1 and 6
 
 
 # ---- faults --------------------------------------------------------------------------------------
@@ -575,6 +595,26 @@ def test_evaluation_prints_the_table_of_the_report(script, branch, tmp_path, cap
     else:
         assert [row.split()[-1] for row in table.splitlines()[1:]] == [
             "deployed", *(row.split()[-1] for row in kept[2:-2])]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", TINY_RUNS)
+def test_the_report_ends_with_a_command_that_works(script, tmp_path, capsys):
+    """On the built-in shapes --image is given a file that is there: the first validation image. The
+    report says what it shows."""
+    run_tiny(script, tmp_path / "a run")
+    report = capsys.readouterr().out
+    python, name, *words = shlex.split(re.search("look at a picture +(.*)", report)[1])
+    assert (python, name) == ("python", f"{script}.py")
+    picture = Path(words[words.index("--image") + 1])
+    module, _, flags = TINY_RUNS[script]
+    args = module.parser().parse_args([*flags, *words])
+    module.resolve(args)
+    scene = module.open_split(args, "val").scene(0)
+    assert np.array_equal(np.asarray(Image.open(picture)), scene.image)
+    names = ", ".join(list(data.SHAPES)[label] for label in scene.labels)
+    assert f"{picture}, which shows: {names}\n" in report
+    run_tiny(script, tmp_path / "drawn.png", *words)
+    assert f"{picture}: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("both", [False, True])

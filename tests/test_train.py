@@ -91,7 +91,7 @@ def test_script_trains_castles_and_evaluates(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "castling gap          0.00" in printed and "the masks are empty" in printed
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.json", "lock", "log.jsonl", "last.pt", "best.pt", "castled.pt",
+        "config.json", "lock", "log.jsonl", "last.pt", "best.pt", "castled.pt", "example.png",
     }  # fmt: skip
     assert [r["step"] for r in epochs] == [4] and epochs[0]["epoch"] == 0
     keys = {"epoch", "train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "n_parameters"}
