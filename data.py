@@ -29,7 +29,7 @@ def mixed_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence([n % 2**64 for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
-# ---- rendered shapes: classes, boxes and per-pixel labels without a download -----------------------------------------
+# ---- rendered shapes: classes, boxes and per-pixel labels without a download ---------------------
 
 
 def arc(start: float, stop: float, points: int = 36, radius: float = 1.0, x: float = 0.0, y: float = 0.0) -> list:
@@ -211,7 +211,7 @@ class Scenes(Shapes):
         return render_scene(rng, self.size, rng.integers(0, len(SHAPES), rng.integers(1, 5)).tolist())
 
 
-# ---- image files -----------------------------------------------------------------------------------------------------
+# ---- image files ---------------------------------------------------------------------------------
 
 
 class DataError(RuntimeError):
@@ -281,7 +281,7 @@ def open_folder(root: Path, split: str) -> Dataset:
 
 
 
-# ---- augmentation, order, batches ------------------------------------------------------------------------------------
+# ---- augmentation, order, batches ----------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ OPTIMIZERS = {
 LR_ENDS = {"sgd": (0.01, 0.0), "adamw": (1e-6, 1e-5)}
 
 
-# ---- batch sizes and learning rates ----------------------------------------------------------------------------------
+# ---- batch sizes and learning rates --------------------------------------------------------------
 
 
 def exponential_lr(epoch: float, *, epochs: float, peak: float, start: float, warmup: float) -> float:
@@ -120,7 +120,7 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int, tot
     return exponential_lr(epoch, **shape) if args.schedule == "exponential" else cosine_lr(epoch, **shape, end=end)
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 
 def train_transform(args: argparse.Namespace) -> Callable:
@@ -168,7 +168,7 @@ def open_split(args: argparse.Namespace, split: str) -> Dataset:
     return open_folder(Path(args.data), split)
 
 
-# ---- model, loss, metric ---------------------------------------------------------------------------------------------
+# ---- model, loss, metric -------------------------------------------------------------------------
 
 
 def timm_model(args: argparse.Namespace, num_classes: int, image_size: int) -> nn.Module:
@@ -273,7 +273,7 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
     return dict(loss=loss / images, acc1=100 * top1 / images, acc5=100 * top5 / images)
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
@@ -418,7 +418,7 @@ augmentation: mixup {a.mixup}, cutmix {a.cutmix}, randaugment {a.randaugment}, e
 smoothing {a.smoothing}"""
 
 
-# ---- what is done with a checkpoint ----------------------------------------------------------------------------------
+# ---- what is done with a checkpoint --------------------------------------------------------------
 
 
 def load(args: argparse.Namespace, classes: list | None = None) -> tuple[nn.Module, list]:
@@ -475,7 +475,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
                 say(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in probabilities.items()))
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def mixing(text: str) -> float:

@@ -80,6 +80,17 @@ def test_a_long_run_says_so_at_its_start(capsys, monkeypatch, done, total, said)
     assert not said or lines.index(said[0]) == 2  # after the progress lines of the steps 1 and 6
 
 
+@pytest.mark.parametrize("script", TINY_RUNS)
+def test_help_is_for_newcomers(script):
+    """--help starts with one short line of usage. Every flag is explained: what it is comes first, its
+    default later."""
+    parser = TINY_RUNS[script][0].parser()
+    assert parser.format_help().startswith(f"usage: python {script}.py [flags]\n\n")
+    unclear = [action.option_strings[0] for action in parser._actions
+               if not action.help or action.help.startswith(("default", "of "))]  # fmt: skip
+    assert not unclear
+
+
 # ---- faults --------------------------------------------------------------------------------------
 
 
@@ -380,7 +391,7 @@ def lost_weight(patch):
 
 
 @pytest.mark.parametrize(("fault", "workers", "message"), [
-    (full_disk, 0, "cannot save the checkpoint {}/last.pt: .*; the one before it is still there: {}/last.pt"),
+    (full_disk, 0, "cannot save the checkpoint {}/last.pt: .*; an earlier checkpoint is still there: {}/last.pt"),
     (unreadable_image, 0, "cannot read image 9"), (unreadable_image, 1, "cannot read image 9"),
     (lost_weight, 0, "a weight is not finite at step 3, .*; the last checkpoint before it is {}/last.pt"),
 ])  # fmt: skip
@@ -404,7 +415,7 @@ def test_a_rename_that_fails_says_where_the_old_checkpoint_is(tmp_path, monkeypa
     with pytest.raises(run.SaveError, match=f"still there: {previous}"):
         run.save(last, {"step": 2}, previous)
     assert convert.read_checkpoint(previous) == {"step": 1}
-    with pytest.raises(run.SaveError, match="there is none yet"):
+    with pytest.raises(run.SaveError, match="there is no earlier checkpoint"):
         run.save(tmp_path / "gone" / "x.pt", {})
 
 

@@ -136,8 +136,10 @@ def test_log_follows_the_masks(tmp_path):
     (["--model=levit_mini", "--mask-schedule=anneal", "--image-size=64"], [  # 4 x 4, 2 x 2 and 1 x 1 tokens
         r"14 of 14 masks hold entries", r"4 layers of 16 tokens, threshold 0\.0156: .*% of entries kept",
     ]),
-    (["--model=levit_mini", "--image-size=64"], [r" of 14 masks hold", r"of 4 tokens, threshold 1: 0 to 0%",
-          r"of 1 tokens, threshold 1: 0 to 0%", r"never any.*stages\.1\.downsample\.attn_downsample \(4 tokens\)"]),
+    (["--model=levit_mini", "--image-size=64"], [
+        r" of 14 masks hold", r"of 4 tokens, threshold 1: 0 to 0%", r"of 1 tokens, threshold 1: 0 to 0%",
+        r"never hold any.*stages\.1\.downsample\.attn_downsample \(4 tokens\)",
+    ]),
     ([], [r": 0 of 6 masks hold", r"6 layers of 65 tokens, threshold 0\.0615: 0 to 0%"]),
     (["--attention=linear_angular"], []),
 ])  # fmt: skip
