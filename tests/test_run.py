@@ -162,7 +162,7 @@ def test_a_kill_during_an_evaluation_repeats_it(undisturbed, tmp_path, monkeypat
     (tmp_path / "kill").unlink()
     assert process.exitcode == -signal.SIGKILL and (tmp_path / "log.jsonl").read_text() == ""
     run_tiny("train", tmp_path)
-    assert seen == 2 * ["val"] + 16 * ["train"] + 2 * ["val"]
+    assert seen == 2 * ["val"] + 16 * ["train"] + 2 * ["val"] + ["val"]  # the last is example.png
     assert outcome(tmp_path) == undisturbed("train")
 
 
