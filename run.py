@@ -580,7 +580,7 @@ class Run:
         return (self.trained["epoch"] + 1) % self.args.eval_every == 0 or self.step == self.total_steps
 
     def log(self, metrics: dict) -> None:
-        """End an epoch: write its record to the log, and best.pt if no score was higher before.
+        """End an epoch: write its record to the log, and best.pt if its score is the best so far.
 
         Args:
             metrics: as of `evaluate_castling`, or {} if the epoch was not evaluated.
@@ -991,7 +991,8 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
         "--checkpoint without DWConv")  # fmt: skip
     add = parser.add_argument_group("run").add_argument
     add("--output", help="folder for checkpoints and log; a run that is there is continued. Default "
-        "runs/MODEL-ATTENTION-DATA. With --image: the file or folder to draw to")  # fmt: skip
+        "runs/MODEL-ATTENTION-DATA. With --image: the file or folder to which "
+        "detect.py and segment.py draw")  # fmt: skip
     add("--overwrite", action="store_true", help="delete the run in --output and start a new one")
     add("--save-minutes", type=at_least(0, float), default=10.0, help="minutes from one checkpoint to the next; "
         "default 10. There is also one after each epoch; 0 for only these")  # fmt: skip
@@ -1176,7 +1177,7 @@ def load_trained(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     if report.new or report.partly:
         raise ValueError(
             f"{args.checkpoint} does not have all weights of {args.model} with {args.attention} attention. A run can "
-            f"start from it. To use it as it is, try --attention softmax\n{report}"
+            f"start from it. If it is a softmax model, give --attention softmax\n{report}"
         )
     if "progress" not in checkpoint:
         castle(model)
