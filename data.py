@@ -1,8 +1,10 @@
-"""Data: rendered shapes, image folders, and the order and augmentation of their items. Nothing of ours is imported.
+"""Data: rendered shapes, image folders, and the order and augmentation of images.
 
-The rendered shapes give classes, boxes and per-pixel labels without a download. All randomness is a function of a
-seed: that of a scene of (seed, split, index), that of an augmented item of (seed, epoch, index). So neither the number
-of loader processes nor a stop changes what a run sees. Who reads a data set says which of how many processes it is.
+The rendered shapes give classes, boxes and per-pixel labels without a download. All random numbers
+follow from a seed: those of a rendered scene from (seed, split, index), those of an augmented image
+from (seed, epoch, index). So a run sees the same images with any number of loader processes, and
+after a stop. This file imports no other file of this project. Callers give their rank, the number
+of their process, and how many processes there are.
 """
 
 import contextlib
@@ -21,24 +23,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1; used for all data
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, in 0..1; for all data
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One 63-bit seed from several numbers; near numbers give unrelated seeds."""
+    """One 63-bit seed from several numbers. Numbers that are close give unrelated seeds."""
     return int(np.random.SeedSequence([n % 2**64 for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
-# ---- rendered shapes: classes, boxes and per-pixel labels without a download -----------------------------------------
+# ---- rendered shapes: classes, boxes and per-pixel labels without a download ---------------------
 
 
 def arc(start: float, stop: float, points: int = 36, radius: float = 1.0, x: float = 0.0, y: float = 0.0) -> list:
-    """Points on a circle from one angle to another, in degrees."""
+    """Points on a circle about (x, y), from the angle `start` to the angle `stop`, in degrees."""
     angles = np.radians(np.linspace(start, stop, points))
     return [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
 
 
-OUTLINES = {  # class: outline, and a hole where there is one; points (x, y), y down
+OUTLINES = {  # class: [outline, and a hole if it has one]; points (x, y), y points down
     "disc": [arc(0, 360)],
     "ring": [arc(0, 360), arc(0, 360, radius=0.55)],
     "half disc": [arc(0, 180, y=-0.4)],
@@ -54,7 +56,7 @@ OUTLINES = {  # class: outline, and a hole where there is one; points (x, y), y 
     "hourglass": [[(-0.75, -0.8), (0.75, -0.8), (0.12, 0.0), (0.75, 0.8), (-0.75, 0.8), (-0.12, 0.0)]],
     "corner": [[(-0.7, -0.9), (-0.1, -0.9), (-0.1, 0.35), (0.8, 0.35), (0.8, 0.9), (-0.7, 0.9)]],
 }  # fmt: skip
-SHAPES = {  # the same, each scaled to touch the unit circle
+SHAPES = {  # the same outlines, each scaled to touch the unit circle from inside
     name: [np.array(points) / np.linalg.norm(outlines[0], axis=1).max() for points in outlines]
     for name, outlines in OUTLINES.items()
 }
@@ -63,10 +65,12 @@ SQUARE = [[(-1, -1), (1, -1), (1, 1), (-1, 1)]]
 
 @dataclass
 class Scene:
-    """A rendered image with its ground truth.
+    """A rendered image of n shapes, and what it shows.
 
-    image: (H, W, 3) uint8. labels: (n,) int64 class indices. boxes: (n, 4) float32 xyxy pixels, the extent of what is
-    visible of each shape. mask: (H, W) uint8, 0 for background, 1 + class on a shape.
+    image: (H, W, 3) uint8.
+    labels: (n,) int64, class indices.
+    boxes: (n, 4) float32, xyxy in pixels, around the visible part of each shape.
+    mask: (H, W) uint8, 0 for background, 1 + class on a shape.
     """
 
     image: np.ndarray
@@ -76,13 +80,19 @@ class Scene:
 
 
 def placed(outlines: list, centre: np.ndarray, half: np.ndarray, angle: float) -> list[np.ndarray]:
-    """Unit outlines scaled by `half` (x, y), turned by `angle` in radians, moved to `centre`, all in pixels."""
+    """Outlines in pixels: scaled by `half` (x, y), turned by `angle` (radians), moved to `centre`.
+
+    half, centre: (2,), in pixels.
+    """
     cos, sin = math.cos(angle), math.sin(angle)
     return [np.asarray(points) * half @ np.array([[cos, sin], [-sin, cos]]) + centre for points in outlines]
 
 
 def coverage(outlines: list[np.ndarray], size: int) -> np.ndarray:
-    """(size, size) float32, 0..1: the share of each pixel inside the first outline and outside the others."""
+    """The share of each pixel that is inside the first outline and outside the others.
+
+    Returns: (size, size) float32, 0..1.
+    """
     fine = 3
     canvas = Image.new("L", (fine * size, fine * size))
     draw = ImageDraw.Draw(canvas)
@@ -92,7 +102,11 @@ def coverage(outlines: list[np.ndarray], size: int) -> np.ndarray:
 
 
 def texture(rng: np.random.Generator, size: int, colour: np.ndarray) -> np.ndarray:
-    """(size, size, 3) float32 around a colour: blotches, stripes or checks of random direction, scale and contrast."""
+    """A pattern around a colour: blotches, stripes or checks. Scale and contrast are random.
+
+    Stripes and checks have a random direction.
+    Returns: (size, size, 3) float32.
+    """
     kind = rng.integers(3)
     if kind == 0:
         coarse = rng.integers(0, 256, (rng.integers(3, 9),) * 2, dtype=np.uint8)
@@ -110,7 +124,7 @@ def texture(rng: np.random.Generator, size: int, colour: np.ndarray) -> np.ndarr
 
 
 def colour_away_from(rng: np.random.Generator, other: np.ndarray, distance: float = 130.0) -> np.ndarray:
-    """A random RGB colour at least `distance` (Euclidean, of 0..255) from another."""
+    """A random RGB colour, 20..235, at least `distance` (Euclidean) away from `other`."""
     while True:
         colour = rng.uniform(20, 235, 3).astype(np.float32)
         if np.linalg.norm(colour - other) >= distance:
@@ -118,10 +132,11 @@ def colour_away_from(rng: np.random.Generator, other: np.ndarray, distance: floa
 
 
 def render_scene(rng: np.random.Generator, size: int, labels: list[int]) -> Scene:
-    """Draw shapes of the given classes on a textured background with clutter; some shapes lose a part to a bar.
+    """Draw shapes of the given classes on a textured background with clutter.
 
-    Scale, rotation, aspect, position, colours, textures, clutter, occlusion and sensor noise are random, from `rng`.
-    Shapes lie in the image and at most touch; one that finds no place in 20 tries, or is hidden wholly, is left out.
+    A bar hides a part of some shapes. Size, rotation, aspect, position, colours, textures, clutter,
+    bars and sensor noise are random, by `rng`. Shapes lie inside the image and at most touch. A
+    shape is left out if 20 tries find no place for it, or if nothing of it is visible.
     """
     background = rng.uniform(20, 235, 3).astype(np.float32)
     image = texture(rng, size, background)
@@ -151,7 +166,7 @@ def render_scene(rng: np.random.Generator, size: int, labels: list[int]) -> Scen
         half = radius * np.array([1.0, rng.uniform(0.75, 1.0)])
         outlines = placed(list(SHAPES.values())[label], centre, half, rng.uniform(0, 2 * math.pi))
         paint(outlines, texture(rng, size, colour_away_from(rng, background)), len(drawn))
-        if rng.random() < 0.4:  # occlusion: a bar across the shape, off its middle
+        if rng.random() < 0.4:  # a bar across the shape hides a part, but not its middle
             turn = rng.uniform(0, 2 * math.pi)
             middle = centre + radius * rng.uniform(0.3, 0.9) * np.array([math.cos(turn), math.sin(turn)])
             half = radius * np.array([rng.uniform(0.06, 0.15), 1.2])
@@ -175,10 +190,10 @@ def render_scene(rng: np.random.Generator, size: int, labels: list[int]) -> Scen
 
 
 class Shapes(Dataset):
-    """Rendered scenes of one shape each for classification: (uint8 tensor (3, S, S), class).
+    """Rendered scenes of one shape each, for classification: (uint8 tensor (3, S, S), class).
 
-    A scene is a function of (seed, split, index), for one NumPy and Pillow; classes take turns. `scene` gives boxes and
-    masks too.
+    A scene follows from (seed, split, index), with the same versions of NumPy and Pillow. Scene i
+    has class i modulo the number of classes. `scene` gives its box and mask too.
     """
 
     classes = list(SHAPES)
@@ -190,9 +205,9 @@ class Shapes(Dataset):
         return self.length
 
     def generator(self, index: int) -> np.random.Generator:
-        """The random numbers that a scene is drawn with. Raises IndexError beyond the set's length."""
+        """The random numbers of a scene. Raises: IndexError for an index outside the set."""
         if not 0 <= index < self.length:
-            raise IndexError(f"scene {index} of {self.length}")
+            raise IndexError(f"scene {index} is not one of {self.length} scenes, 0 to {self.length - 1}")
         return np.random.default_rng([self.seed, self.split, index])
 
     def scene(self, index: int) -> Scene:
@@ -204,54 +219,59 @@ class Shapes(Dataset):
 
 
 class Scenes(Shapes):
-    """Rendered scenes of one to four shapes of random classes, for tasks that say where things are."""
+    """Rendered scenes of one to four shapes of random classes, for tasks that locate things."""
 
     def scene(self, index: int) -> Scene:
         rng = self.generator(index)
         return render_scene(rng, self.size, rng.integers(0, len(SHAPES), rng.integers(1, 5)).tolist())
 
 
-# ---- image files -----------------------------------------------------------------------------------------------------
+# ---- image files ---------------------------------------------------------------------------------
 
 
 class DataError(RuntimeError):
-    """A file of the data set cannot be used; the message names it."""
+    """A file of a data set cannot be used. The message names the file."""
 
 
 def read_image(path: str | Path, upright: bool = False) -> Image.Image:
-    """An image file as RGB, `upright` as its EXIF orientation says; DataError names the file that cannot be read."""
+    """An image file as RGB.
+
+    upright: turn it as the orientation in its EXIF data says.
+    Raises: DataError, which names the file, if it cannot be read.
+    """
     try:
         if Path(path).exists() and not Path(path).is_file():
-            raise ValueError("it is no file")
+            raise ValueError("it is not a file")
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise ValueError("more than 8 bits per channel, which would be clipped")
+                raise ValueError("it has more than 8 bits per channel, and values would be cut off")
             return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except Exception as error:  # a damaged file can raise nearly anything
-        # repr, because a name may have line breaks
+        # repr, because a file name may have line breaks
         raise DataError(f"cannot read image {str(path)!r}: {error}") from None
 
 
-KEPT_BYTES = 2**30  # of a split's decoded images, at most, that a process keeps with its loaders
+KEPT_BYTES = 2**30  # a set of images that takes more memory than this, decoded, is not kept
 
 
 class Folder(torchvision.datasets.ImageFolder):
-    """ImageNet-style folders: (RGB image, class). Images of a small set are read once.
+    """ImageNet-style folders: (RGB image, class). Images of a small set are read only once.
 
-    A set is small if its images fit in KEPT_BYTES, were all of the first one's size. Pixels of images
-    of that size are then kept; others are read every time.
+    A set is small if it fits in KEPT_BYTES when all images are as large as the first one. Then each
+    image of that size is kept in memory. Others are read every time.
 
-    kept: (images, 1 + H W 3) uint8, in memory shared with forked loader processes: 1 where an image is
-    there, and its pixels. None for a large set, or where the first image cannot be read.
+    kept: (images, 1 + H W 3) uint8: a flag, 1 if the image is kept, and its pixels. Forked loader
+        processes share this memory. None for a large set, or if the first image cannot be read.
     """
 
     def __init__(self, root: str):
         super().__init__(root, loader=read_image)
         self.kept = self.shape = None
         with contextlib.suppress(Exception), Image.open(self.samples[0][0]) as first:
-            self.shape = (first.height, first.width, 3)  # if it is bad, `read_image` will say so
+            self.shape = (first.height, first.width, 3)  # `read_image` reports a damaged image
         if self.shape and len(self) * (row := 1 + math.prod(self.shape)) <= KEPT_BYTES:
-            # Not torch's shared memory, of which containers may have 64 MB. Pages are taken when written.
+            # Not torch's shared memory: a container may have only 64 MB of it. This memory is taken
+            # from the machine when it is written to.
             self.kept = np.frombuffer(mmap.mmap(-1, len(self) * row), np.uint8).reshape(-1, row)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
@@ -263,12 +283,15 @@ class Folder(torchvision.datasets.ImageFolder):
         image, label = super().__getitem__(index)
         if image.size == self.shape[1::-1]:
             pixels[...] = image
-            row[0] = 1  # last: other processes may be looking
+            row[0] = 1  # after the pixels, as other processes read this flag
         return image, label
 
 
 def open_folder(root: Path, split: str) -> Dataset:
-    """One split of ImageNet-style folders train/<class>/ and val/<class>/ (or test/<class>/)."""
+    """One split of ImageNet-style folders train/<class>/ and val/<class>/ (or test/<class>/).
+
+    Raises: ValueError for a missing folder, or a class without images.
+    """
     folder = root / split
     if split == "val" and not folder.is_dir():
         folder = root / "test"
@@ -280,23 +303,26 @@ def open_folder(root: Path, split: str) -> Dataset:
         raise ValueError(f"no images in {folder}: {error}") from None
 
 
-
-# ---- augmentation, order, batches ------------------------------------------------------------------------------------
+# ---- augmentation, order, batches ----------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Within, torch's random numbers on the CPU are a function of the numbers alone; outside, nothing has changed."""
+    """A context in which torch's random numbers on the CPU follow from `numbers` alone.
+
+    After it, torch's random numbers go on as if it had not been there.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(mixed_seed(*numbers))  # torch.manual_seed would seed GPUs as well
+        # torch.manual_seed would seed GPUs too.
+        torch.default_generator.manual_seed(mixed_seed(*numbers))
         yield
 
 
 class Augmented(Dataset):
-    """`base` with its items transformed, by randomness that is a function of (seed, epoch, index) alone.
+    """The data set `base`, transformed. Random numbers follow from (seed, epoch, index) alone.
 
-    Items are asked for as (epoch, index), which is what `EpochSampler` yields: so no loader process needs to be told
-    the epoch, and their number changes nothing.
+    The key of an item is (epoch, index), which is what `EpochSampler` yields. So loader processes
+    need not know the epoch, and their number changes nothing.
     """
 
     def __init__(self, base: Dataset, transform: Callable | None, seed: int):
@@ -311,22 +337,27 @@ class Augmented(Dataset):
             return self.apply(*item)
 
     def apply(self, image, label: int) -> tuple[Tensor, int]:
-        """One item of `base`, transformed; where more than the image changes, a subclass says how."""
+        """One item of `base`, transformed. A subclass overrides this if labels change too."""
         return self.transform(image), label
 
 
 class EpochSampler(Sampler):
-    """This rank's (epoch, index) pairs, in batches that over all ranks are those of a single process.
+    """The pairs (epoch, index) of one rank.
 
-    Training: a permutation by (seed, epoch), cut to whole global batches. Evaluation: every index exactly once over all
-    ranks, in order, nothing padded.
+    In each step all ranks together read the images that a single process would read.
+    Training: a permutation by (seed, epoch), cut to whole steps. Evaluation: all indices in order,
+    each on exactly one rank. None is repeated to fill a batch.
     """
 
     def __init__(self, length: int, *, rank: int = 0, world: int = 1, seed: int | None = None, multiple: int = 1):
-        """`seed` None is evaluation; `multiple` is the global batch that training lengths are cut to."""
+        """Args:
+            length: number of images. rank, world: number of this process, and of all processes.
+            seed: None for evaluation.
+            multiple: images per step over all ranks. In training, the length is cut to a multiple.
+        """
         self.length, self.rank, self.world, self.seed = length, rank, world, seed
         self.used = length if seed is None else length // multiple * multiple
-        self.epoch = self.start = 0  # `start`: how many of this rank's items have been had already
+        self.epoch = self.start = 0  # `start`: number of this rank's items to skip in an epoch
 
     def __len__(self) -> int:
         return len(range(self.rank, self.used, self.world)[self.start :])
@@ -343,7 +374,7 @@ class EpochSampler(Sampler):
 def make_loader(
     dataset: Dataset, sampler: Sampler, batch_size: int, workers: int, collate: Callable | None = None
 ) -> DataLoader:
-    """Batches (B, ...) in the sampler's order. Draws nothing from the global random generator."""
+    """Batches (B, ...) in the sampler's order. torch's global random numbers are not used."""
     return DataLoader(
         dataset,
         batch_size,
@@ -358,12 +389,15 @@ def make_loader(
 
 
 def leave_group(worker: int) -> None:
-    """Ctrl-C, and other signals to the process group of a run, are for the run: it ends its loader processes."""
+    """Put a loader process into a process group of its own.
+
+    So Ctrl-C and other signals to a run's group reach only the run. The run ends its loaders.
+    """
     os.setpgrp()
 
 
 def to_model_input(images: Tensor, device: torch.device, channels_last: bool = False) -> Tensor:
-    """uint8 (B, 3, H, W) -> normalised float32 on the device."""
+    """Images, uint8 (B, 3, H, W) -> float32 on the device, normalised by MEAN and STD."""
     images = images.to(device, non_blocking=True).float().div_(255)
     images = v2.functional.normalize(images, MEAN, STD, inplace=True)
     return images.contiguous(memory_format=torch.channels_last) if channels_last else images

@@ -1019,7 +1019,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
         run.check_classes(args, classes, val_set.classes)
         loader = validation_loader(args, val_set)
     record = run.evaluate_castling(lambda m: evaluate(m, loader, args, device), model.to(device), "AP")
-    run.print_evaluation(args, record)
+    run.print_evaluation(args, record, METRICS)
 
 
 @torch.inference_mode()
@@ -1036,8 +1036,8 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
             args.data = "coco"  # not our checkpoint: the image size of photographs
         model, classes = load(args)
     model.to(device)
-    size, printed = (args.image_size, args.image_size), []
-    try:
+    size = (args.image_size, args.image_size)
+    with run.json_list(args) as printed:
         for path, image in run.read_each(args.image):
             # Find boxes in the resized image
             pixels = v2.functional.pil_to_tensor(image)
@@ -1057,9 +1057,6 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
                 run.write_image(draw_boxes(image, rows, colours), targets[path])
             if not args.json:
                 say(f"{path}: {len(rows)} boxes, drawn to {targets[path]}")
-    finally:  # also if an image could not be read
-        if args.json and rank() == 0:
-            say(json.dumps(printed, indent=1))
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -1098,9 +1095,6 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument_group("boxes").add_argument
     add("--min-score", type=share, default=0.3,
         help="least score, 0..1, of a box that --image draws or prints; default 0.3")
-    add("--json", action="store_true",
-        help="with --image: print labels, scores and boxes as JSON. A box is left, top, right, bottom in pixels. "
-        "Images are then drawn only if --output is given")
     return p
 
 

@@ -833,7 +833,7 @@ FIGURES: dict[str, Callable[[Path], None]] = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line of figures.py."""
-    p = Parser("figures.py", __doc__)
+    p = Parser("figures.py", __doc__, usage="[NAME ...] [flags]")
     add, figures = p.add_argument, [*FIGURES, "attention", "table"]
     add("names", nargs="*", metavar="NAME", choices=[*figures, "all"], default="all",
         help=f"{', '.join(figures)}; default: all but the last two")  # fmt: skip

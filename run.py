@@ -1,8 +1,11 @@
-"""What a training run needs besides its loop: a library that train.py, detect.py and segment.py call.
+"""What a training run needs besides its loop. train.py, detect.py and segment.py share this file.
 
-Processes and averaged weights; `Run`, which keeps a run's checkpoints, log and progress and continues it, bit for bit,
-at any step; evaluation with and without the auxiliary branch; the castling report; the flags that all scripts share;
-models from checkpoints; pictures in and out. Nothing here calls back into a script.
+The sections, in order: processes and averaged weights; progress and files; `Run`, which keeps a
+run's checkpoints and log and continues it at any step; evaluation with and without the auxiliary
+branch, and the castling report; the command line; models from checkpoints; pictures in and out.
+This file imports none of the scripts.
+
+A rank is the number of a process, from 0. Rank 0 alone prints and writes.
 """
 
 import argparse
@@ -40,15 +43,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attention import SCHEDULES, castle, cores, mask_statistics, mask_threshold, record_masks, set_threshold
 from convert import check_export, damage, export, load_pretrained, read_checkpoint, weights_in
-from data import DataError, mixed_seed, read_image
+from data import DataError, Scenes, Shapes, mixed_seed, read_image
 from models import ATTENTIONS
 
-# ---- processes -------------------------------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------
 
 
 def say(text: str, file: IO | None = None) -> None:
-    """Print a line to standard output, or to `file`. If its reader has left, as `head` does, this
-    and all later lines go nowhere, and the work goes on."""
+    """Print a line to standard output, or to `file`.
+
+    If the reader of the output has left, as `head` does, this line and all later ones are lost. The
+    work goes on.
+    """
     file = file or sys.stdout
     try:
         print(text, file=file, flush=True)
@@ -57,23 +63,29 @@ def say(text: str, file: IO | None = None) -> None:
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss, a weight or every gradient became nan or infinite; the message says where and what is left."""
+    """The loss, a weight or every gradient became nan or infinite.
+
+    The message has the step, the learning rate and the last checkpoint before it.
+    """
 
 
 class SaveError(RuntimeError):
-    """A checkpoint or log could not be written; the message says where, why, and what there still is."""
+    """A checkpoint or a log could not be written.
+
+    The message has the file and the reason; for a checkpoint, also the earlier one that remains.
+    """
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop. Everything is saved, on every rank after the same step."""
+    """A signal asked the run to stop. All ranks stop after the same step, which is saved."""
 
 
 def start_processes() -> torch.device:
-    """Join the process group if torchrun started several processes (nccl on GPUs, gloo on CPUs).
+    """Join the process group if torchrun started several processes: nccl on GPUs, gloo on CPUs.
 
     Returns: this process's device.
-
-    Raises: ValueError for environment variables that make no sense, or a group that is not met.
+    Raises: ValueError for a variable of the environment that makes no sense, for a process that has
+        no GPU on a machine with GPUs, or if the other processes cannot be reached.
     """
     counts = {}
     for name, least in dict(WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, RANK=0, LOCAL_RANK=0).items():
@@ -100,7 +112,7 @@ def start_processes() -> torch.device:
         except (RuntimeError, ValueError) as error:
             names, reason = ("MASTER_ADDR", "MASTER_PORT"), str(error).splitlines()[0]
             place = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
-            raise ValueError(f"cannot meet the other processes at {place}: {reason}") from None
+            raise ValueError(f"cannot reach the other processes at {place}: {reason}") from None
     return device
 
 
@@ -119,7 +131,10 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def checked(args: argparse.Namespace) -> Iterator[None]:
-    """Around what comes before the work: what the user can mend ends the script with one line and status 2."""
+    """Use around the preparation of the work, where errors are mistakes of the user.
+
+    A ValueError or OSError ends the script with one line and status 2.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
@@ -129,11 +144,12 @@ def checked(args: argparse.Namespace) -> Iterator[None]:
 
 @contextlib.contextmanager
 def session(args: argparse.Namespace, script: str) -> Iterator[tuple[str, torch.device]]:
-    """Around a script's work: its processes begin and end here. Gives what is `asked` for,
-    and this process's device.
+    """Use around all work of a script: joins the process group before it, and leaves it after.
 
-    Work that fails for a reason of its own, such as a damaged image, ends in one line and status 1. A process that
-    fails leaves its group without ceremony: the others may be waiting in it, and torchrun ends them.
+    Yields: the task, as `asked` names it, and this process's device.
+    A DataError, such as a damaged image, NonFiniteLoss and SaveError end the script with one line
+    and status 1. A process that fails exits at once and does not wait for its group, as the others
+    may be waiting for it. torchrun then ends them.
     """
     args.script = script  # for its checkpoints
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes need not be text
@@ -144,18 +160,20 @@ def session(args: argparse.Namespace, script: str) -> Iterator[tuple[str, torch.
         with contextlib.suppress(Stopped):
             yield task, device
     except (DataError, NonFiniteLoss, SaveError) as error:
-        # From a loader process the message is a whole traceback, which ends in what was raised.
+        # The message from a loader process is a whole traceback, and ends with the error itself.
         say(f"{script}: {str(error).strip().rpartition('DataError: ')[2]}", sys.stderr)
         sys.exit(1)
     if dist.is_initialized():
-        gc.collect()  # a DistributedDataParallel that outlives its group now and then aborts the process at exit
+        gc.collect()  # a DistributedDataParallel that outlives its group may abort the process
         barrier()
         dist.destroy_process_group()
 
 
 def environment(device: torch.device) -> dict:
-    """What a result depends on beside its flags: code, versions, machine. `commit` ends in -dirty where files differ
-    from it, and is None outside a git checkout."""
+    """What a result depends on besides its flags: code, versions, machine.
+
+    `commit` ends in -dirty if files differ from it. It is None outside a git checkout.
+    """
     git, commit = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"], None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.check_output(git, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
@@ -172,39 +190,46 @@ def environment(device: torch.device) -> dict:
 
 
 def all_sum(values: Tensor) -> list[float]:
-    """Element-wise sum over ranks, as numbers."""
+    """Sum over ranks of each element, as a list of numbers."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values.tolist()
 
 
 def agreed(device: torch.device, *values: float | Tensor) -> list[float]:
-    """The mean over ranks of each value, on every rank. One small collective, none for a single process.
+    """The mean over ranks of each value. Every rank gets the same numbers.
 
-    A flag that is set on any rank is above 0 everywhere, and a nan on any rank is nan everywhere.
+    So a flag that is set on any rank is above 0 on all, and a nan on any rank is nan on all. All
+    values go in one exchange between the processes. A single process needs none.
     """
     values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
     return [total / world_size() for total in all_sum(values)]
 
 
 def parallel(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """The model as a training loop calls it: compiled if --compile says so, and in DistributedDataParallel."""
+    """The model as a training loop calls it.
+
+    With --compile it is compiled. For several processes it is wrapped in DistributedDataParallel.
+    """
     net = torch.compile(model) if args.compile else model
-    if world_size() > 1:  # no static_graph: torch's does not allow for skipped synchronisation in the first step
+    if world_size() > 1:  # not with static_graph: its first step must synchronise every batch
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
     return net
 
 
 def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
-    """Autocast where --amp asks for it."""
+    """Context of mixed precision, --amp and --amp-dtype. Without --amp it does nothing."""
     return torch.autocast(device.type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp)
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of weights and buffers; the decay grows as (1 + n) / (10 + n) until it is `decay`."""
+    """A copy of the model that holds the exponential moving average (EMA) of weights and buffers.
+
+    After n updates the decay is (1 + n) / (10 + n), but at most `decay`.
+    """
 
     def average(means: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
-        n = int(ema.n_averaged)  # is on the CPU; `updates`, on the device, would have to be waited for
+        n = int(ema.n_averaged)  # on the CPU: reading `updates` would wait for the device
         get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(means, current, updates)
 
     ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
@@ -212,34 +237,49 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def ema_decay_for(steps: int) -> float:
-    """Decay of the averaged weights: a horizon of 4% of the run. LeViT's is 0.99996, at 626,000 steps."""
+    """Decay of the averaged weights, 1 - 1 / (4% of the steps), and at most 0.99996.
+
+    An average of decay d covers about the last 1 / (1 - d) steps. 0.99996 is LeViT's decay, and 4%
+    of LeViT's 626,000 steps give it.
+    """
     return min(0.99996, 1 - 1 / max(1.0, 0.04 * steps))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Set the learning rate of every parameter group, times the group's `lr_scale` if it has one; returns `lr`."""
+    """Set the learning rate of every parameter group, and return `lr`.
+
+    A group that has an `lr_scale` gets lr times that.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
 
 
-# ---- progress and files ----------------------------------------------------------------------------------------------
+# ---- progress and files --------------------------------------------------------------------------
 
 
 class Progress:
-    """Where a long loop stands: a tqdm bar on a terminal, a plain line every `seconds` elsewhere; rank 0 only."""
+    """Shows how far a loop is: on a terminal as a tqdm bar, elsewhere as a line every `seconds`.
+
+    Only rank 0 shows it. A new run of more than an hour also says so, once, near its start.
+    """
 
     def __init__(self, total: int, done: int = 0, seconds: float = 20.0):
         self.total, self.done, self.first, self.seconds, self.bar = total, done, done, seconds, None
         self.started = self.shown = self.last = time.monotonic()
         self.rate = 0.0
+        self.warn = done == 0  # only a new run can still be made shorter
+        self.timed = None  # time at the end of the first step, which is slow: it may compile
         if rank() == 0 and sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
 
     def step(self, images: int, **values: float) -> None:
-        """One step over `images` images (of all ranks) is done; `values` are shown, with the rate of late steps."""
+        """Count one step, of `images` images over all ranks, and show `values`.
+
+        Images per second are shown too. They are averaged over the latest steps.
+        """
         now = time.monotonic()
         rate, self.last = images / max(now - self.last, 1e-9), now
         self.rate = rate if self.done == self.first else 0.95 * self.rate + 0.05 * rate
@@ -253,6 +293,14 @@ class Progress:
             left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
             text = "  ".join(f"{key} {value}" for key, value in shown.items())
             self.say(f"  step {self.done}/{self.total}  {text}  ETA {datetime.timedelta(seconds=round(left))}")
+        if self.timed is None:
+            self.timed = now
+        elif self.warn and self.done >= 5 and now - self.timed >= self.seconds:
+            self.warn = False
+            hours = (now - self.timed) / (self.done - 1) * (self.total - self.done) / 3600
+            if hours > 1:
+                self.say(f"training will take about {hours:.1f} hours on this machine; --epochs, "
+                         "--max-steps or --image-size make it shorter")  # fmt: skip
 
     def say(self, text: str) -> None:
         if rank() == 0:
@@ -265,10 +313,14 @@ class Progress:
 
 
 def save(path: Path, state: dict, previous: Path | None = None) -> None:
-    """Atomic: written beside `path`, flushed to disk, read back, then renamed; what `path` was becomes `previous`.
+    """Write a checkpoint. If the run is killed while it is written, the older one stays whole.
 
-    A run killed at any time leaves one of the two whole. Tensors and plain data only: torch.load's default
-    (weights_only=True) refuses anything else. Raises SaveError, with what `path` was there or in `previous`.
+    The state is written to a file beside `path`, flushed to disk, read back, and then renamed. The
+    file that was at `path` becomes `previous`.
+
+    Args:
+        state: tensors and plain data. torch.load refuses anything else (weights_only=True).
+    Raises: SaveError, which names the older checkpoint.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -285,16 +337,18 @@ def save(path: Path, state: dict, previous: Path | None = None) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         kept = [str(one) for one in (path, previous) if one is not None and one.exists()]
-        left = f"the one before it is still there: {kept[0]}" if kept else "there is none yet"
+        left = f"an earlier checkpoint is still there: {kept[0]}" if kept else "there is no earlier checkpoint"
         raise SaveError(f"cannot save the checkpoint {path}: {str(error).splitlines()[0]}; {left}") from None
 
 
 def hold(folder: Path) -> IO:
-    """The open file `lock`: as long as it is open, no other process can train into this folder.
+    """Lock a folder. While the returned file is open, no other process can train into the folder.
 
-    For workers that outlive a killed torchrun. A POSIX lock ends with its process, loader processes do not inherit it,
-    and most network disks know it; on one that does not, nothing is held. Raises ValueError if another process has it,
-    OSError if the folder cannot be written to.
+    A worker can go on training after its torchrun was killed. This is a POSIX lock: it ends with
+    its process, and loader processes do not inherit it. Most network disks support it. On a disk
+    that does not, the folder is not locked.
+
+    Raises: ValueError if another process holds the lock; OSError if the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "lock", "a+")  # noqa: SIM115
@@ -302,7 +356,7 @@ def hold(folder: Path) -> IO:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        raise ValueError(f"{file.read()} trains into {folder}: wait for it, or kill it") from None
+        raise ValueError(f"{file.read()} trains into {folder}: wait until it ends, or kill it") from None
     except OSError:  # a disk that knows no locks
         pass
     file.truncate(0)
@@ -312,7 +366,10 @@ def hold(folder: Path) -> IO:
 
 
 def rewrite(path: Path, text: str) -> None:
-    """Write a text file that is whole at any time, in a folder that is made if need be. Raises SaveError."""
+    """Replace a text file so that it is whole at any time. Its folder is made if there is none.
+
+    Raises: SaveError.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -322,17 +379,18 @@ def rewrite(path: Path, text: str) -> None:
         raise SaveError(f"cannot write {path}: {error}") from None
 
 
-CHECKPOINTS = ("last.pt", "previous.pt")  # of a folder, newest first
-# Flags that may differ between a run and its continuation. INEXACT ones change rounding or random numbers.
+CHECKPOINTS = ("last.pt", "previous.pt")  # in a run's folder, newest first
+# FREE flags may differ between a run and its continuation. Those in INEXACT change rounding or
+# random numbers, so that the result is no longer the same bit for bit.
 INEXACT = ("batch_size", "accumulate", "amp", "amp_dtype", "compile", "channels_last")
 FREE = {"output", "overwrite", "save_minutes", "workers", "eval", "image", "export", "checkpoint", "json", "min_score",
         "teacher_checkpoint", "eval_every", "split", "backbone", *INEXACT}  # fmt: skip
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint of a folder that is whole; None if there are none. A damaged one is warned of.
+    """The newest whole checkpoint of a folder, or None if it holds no checkpoint.
 
-    Raises: ValueError if all are damaged.
+    A newer one that is damaged is named in a warning. Raises: ValueError if all are damaged.
     """
     reasons = []
     for path in (folder / name for name in CHECKPOINTS):
@@ -344,38 +402,42 @@ def newest(folder: Path) -> Path | None:
             if rank() == 0:
                 say(f"warning: {reason}", sys.stderr)
     if reasons:
-        raise ValueError(f"{'; '.join(reasons)}: nothing to continue from; --overwrite starts anew")
+        raise ValueError(f"{'; '.join(reasons)}: there is nothing to continue from; --overwrite starts a new run")
     return None
 
 
 def begins_anew(args: argparse.Namespace) -> bool:
-    """Whether a run starts from its first step: then first weights are loaded from the files that flags name."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun, after a failure
+    """Whether a run starts at its first step. Only then are the weights that flags name loaded."""
+    # torchrun has restarted this process after a failure:
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     return args.overwrite and not restarted or not any((Path(args.output) / name).exists() for name in CHECKPOINTS)
 
 
-# ---- a run -----------------------------------------------------------------------------------------------------------
+# ---- a run ---------------------------------------------------------------------------------------
 
 
 class Run:
-    """A training run: where it stands, its folder, its log. The script's loop drives it:
+    """A training run: its state, its folder and its log. The training loop of a script is:
 
         with Run(...) as state:
             for epoch in state.epochs():
-                for batches in state.steps(loader):     # seeds the step; saves when due, stops when asked
+                for batches in state.steps(loader):     # also saves when due, and stops when asked
                     ...                                 # forward and backward of each batch
                     state.agree(loss, lr)               # before the weights change
                     ...                                 # optimizer, averaged weights
                 state.log(metrics)
             state.report()
 
-    It begins in --output, or continues what is there, bit for bit: all randomness of a step follows from (seed, step,
-    rank), and the checkpoint holds all else, the log's records included. A kill during an evaluation repeats it.
+    The run starts in --output, or continues the run that is there. On a CPU the result is then the
+    same, bit for bit, as if it had never stopped. For that, the random numbers of a step depend on
+    (seed, step, rank) alone, and the checkpoint holds everything else, also the log's records. An
+    evaluation that was interrupted is made again.
 
     Args:
-        metrics: {key: title} of what the script's evaluation returns; best.pt is the best by the first of them.
-        loader: of the training set; its sampler is an EpochSampler.
-    Raises: ValueError if what is in --output is another run's, or damaged; SaveError.
+        metrics: {key: title} of the scores that the script's evaluation returns. best.pt is the
+            checkpoint with the highest score of the first key.
+        loader: batches of the training set. Its sampler is an EpochSampler.
+    Raises: ValueError if --output holds another run or only damaged checkpoints; SaveError.
     """
 
     def __init__(
@@ -389,9 +451,9 @@ class Run:
         float16 = args.amp and args.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=float16)  # of the loss
         self.step, self.best, self.records = 0, -math.inf, []
-        self.loss_sum, self.curve = 0.0, {"step": []}  # of the present epoch: losses, density of the masks
-        self.trained = None  # the record of an epoch that is trained but not yet evaluated and logged
-        self.signalled, self.saved = False, time.monotonic()  # asked to stop; when the last checkpoint was written
+        self.loss_sum, self.curve = 0.0, {"step": []}  # of this epoch: losses, masks
+        self.trained = None  # record of an epoch that is trained, but not yet evaluated and logged
+        self.signalled, self.saved = False, time.monotonic()  # stop wanted; time of last checkpoint
         self.begin_or_continue()
         self.bar = Progress(total_steps, self.step)
 
@@ -414,33 +476,39 @@ class Run:
             say(f"stopped at step {self.step} of {self.total_steps}; continue with: {again}")
 
     def note(self, number: int, frame) -> None:
-        """Signal handler: the run stops after this step or evaluation. A second Ctrl-C interrupts at once."""
+        """Signal handler: stop after this step or evaluation. A second Ctrl-C stops at once."""
         if self.signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signalled = True
-        self.bar.say("stopping after this step")
+        self.bar.say("stopping after this step or evaluation; a second Ctrl-C stops at once")
 
     # ---- the loop
 
     def epochs(self) -> Iterator[int]:
-        """The numbers of the epochs that are left. The first one may be trained in part, or wait for evaluation."""
+        """Numbers of the epochs that are left, from 0.
+
+        The first of them may be trained in part already, or may need only its evaluation.
+        """
         yield from range(len(self.records), math.ceil(self.total_steps / self.steps_per_epoch))
 
     def steps(self, loader: DataLoader) -> Iterator[list]:
-        """The steps that are left of an epoch, each as the list of its --accumulate batches; then a checkpoint.
+        """The steps that are left of an epoch. After them a checkpoint is written.
 
-        The masks' density is recorded at 100 to 200 steps of a run: `mask_curve` of the log has those of this epoch.
+        The density of the masks is recorded at 100 to 200 steps of a run, evenly spaced; at every
+        step of a shorter run. In the log it is the `mask_curve` of each epoch.
+
+        Yields: the batches of each step, a list of --accumulate.
         Raises: Stopped, after the step in which a signal came; NonFiniteLoss; SaveError.
         """
-        if self.trained is not None:  # it is trained, and waits for evaluation
+        if self.trained is not None:  # only the evaluation is left
             set_threshold(self.ema.module, self.progress)
             return
         args, started, waited, durations, first = self.args, time.monotonic(), 0.0, [], self.step
-        epoch, done = divmod(self.step, self.steps_per_epoch)  # `done` steps of the epoch, before a continuation
+        epoch, done = divmod(self.step, self.steps_per_epoch)  # `done`: steps of this epoch before
         end = min(self.steps_per_epoch * (epoch + 1), self.total_steps)
-        between = max(1, self.total_steps // 100)  # steps from one record of the masks to the next
+        between = max(1, self.total_steps // 100)  # the masks are recorded once in so many steps
         loader.sampler.epoch, loader.sampler.start = epoch, done * args.batch_size * args.accumulate
-        self.bar.last = started  # the time of an evaluation before is not this step's
+        self.bar.last = started  # an evaluation before this step is not part of its time
         batches = iter(loader)
         while self.step < end:
             waiting = time.monotonic()
@@ -464,12 +532,12 @@ class Run:
             self.bar.step(args.global_batch, epoch=epoch, loss=self.loss, lr=self.lr)
 
             # `agree` has found out whether to save or to stop after this step.
-            if (self.stop or self.due) and self.step < end:  # the end of an epoch has a checkpoint of its own
+            if (self.stop or self.due) and self.step < end:  # the epoch's last step is saved below
                 self.save_last()
                 if self.stop:
                     raise Stopped
 
-        # The epoch is trained: its record waits in the checkpoint until `log` adds the metrics.
+        # The epoch is trained. The checkpoint keeps its record until `log` adds the scores.
         steps, seconds = self.step - first, time.monotonic() - started
         self.trained = dict(
             epoch=epoch,
@@ -477,15 +545,15 @@ class Run:
             train_lr=self.lr,
             seconds=seconds,
             images_per_s=steps * args.global_batch / seconds,
-            data_wait=agreed(self.device, waited)[0] / seconds,  # share of the time that training waited for images
-            step_seconds=statistics.median(durations),  # of a step, without that wait
+            data_wait=agreed(self.device, waited)[0] / seconds,  # share of time, waiting for images
+            step_seconds=statistics.median(durations),  # of one step, without that wait
             **({"mask_curve": self.curve} if self.curve["step"] else {}),
             step=self.step,
             n_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
         )
         self.loss_sum, self.curve = 0.0, {"step": []}
         if dist.is_initialized():
-            for buffer in self.ema.module.buffers():  # each rank has averaged its own BatchNorm statistics
+            for buffer in self.ema.module.buffers():  # BatchNorm statistics differ: take rank 0's
                 dist.broadcast(buffer, 0)
         self.save_last()
         if any(agreed(self.device, self.signalled)):
@@ -493,8 +561,9 @@ class Run:
         set_threshold(self.ema.module, self.progress)
 
     def agree(self, loss: Tensor, lr: float) -> None:
-        """Make known to all ranks, before a step changes the weights: its mean loss, whether to save and to stop.
+        """Agree between ranks on three things: the mean loss, whether to save, whether to stop.
 
+        Call it in every step, before the weights change.
         Raises: NonFiniteLoss, in the same step on every rank.
         """
         due = rank() == 0 and 0 < 60 * self.args.save_minutes < time.monotonic() - self.saved
@@ -502,24 +571,27 @@ class Run:
         self.lr = lr
         if not math.isfinite(self.loss):
             raise self.not_finite(f"loss is {self.loss}")
-        if self.scaler.get_scale() < 2**-24:  # float16's smallest number; the same on every rank, as gradients are
+        # 2^-24 is float16's smallest number. All ranks have the same gradients, and so one scale.
+        if self.scaler.get_scale() < 2**-24:
             raise self.not_finite("gradients overflow at every loss scale of float16")
 
     def evaluation_due(self) -> bool:
-        """Whether the epoch that was trained last is to be evaluated."""
+        """Whether to evaluate the epoch that was trained last."""
         return (self.trained["epoch"] + 1) % self.args.eval_every == 0 or self.step == self.total_steps
 
     def log(self, metrics: dict) -> None:
-        """End an epoch: its record, with the metrics if it was evaluated, goes to the log; best.pt is kept.
+        """End an epoch: write its record to the log, and best.pt if its score is the best so far.
 
-        Raises: NonFiniteLoss, SaveError; Stopped if a signal came during evaluation.
+        Args:
+            metrics: as of `evaluate_castling`, or {} if the epoch was not evaluated.
+        Raises: NonFiniteLoss; SaveError; Stopped if a signal came during the evaluation.
         """
         record, scores = self.trained | metrics, ""
         if metrics:
             if not math.isfinite(record.get("test_loss", 0.0)):
                 raise self.not_finite(f"validation loss is {record['test_loss']}", kept="previous.pt")
             key = next(iter(self.metrics))
-            score = record.get(f"test_{key}_castled", record[f"test_{key}"])  # of what would be deployed
+            score = record.get(f"test_{key}_castled", record[f"test_{key}"])  # of what is deployed
             improved, self.best = score > self.best, max(self.best, score)
             if improved and rank() == 0:
                 save(self.folder / "best.pt", self.weights_and_settings())
@@ -536,36 +608,50 @@ class Run:
             raise Stopped
 
     def report(self) -> None:
-        """What castling the averaged weights costs and saves, for the last evaluation: printed, logged, castled.pt."""
+        """Print and log what castling the averaged weights costs and saves, and write castled.pt.
+
+        The scores are those of the last evaluation.
+        """
         self.bar.close()
         if rank() == 0:
             metric = castling_report(self.args, self.ema.module, self.records[-1], self.device)
             save(self.folder / "castled.pt", castle(copy.deepcopy(self.ema.module)).state_dict())
             print_report(self.args, metric, self.metrics)
             say(f"written               {self.folder / 'castled.pt'}")
-            best = f"--checkpoint {self.folder / 'best.pt'} --image PHOTO"
+            picture = self.example() if self.args.data == "shapes" else "PHOTO"
+            best = shlex.join(["--checkpoint", str(self.folder / "best.pt"), "--image", str(picture)])
             say(f"look at a picture     python {self.args.script} {best}")
             if self.args.script == "train.py" and self.args.attention == "castling":
                 say(f"look at its masks     python figures.py attention {best} --progress 0")
             self.write_log({"castling_report": metric, "step": self.step})
         barrier()
 
+    def example(self) -> Path:
+        """Save a validation image of the built-in shapes as example.png, and say what it shows."""
+        a = self.args
+        shapes = (Scenes if a.script == "detect.py" else Shapes)("val", 1, a.image_size, a.seed)
+        scene, path = shapes.scene(0), self.folder / "example.png"
+        write_image(Image.fromarray(scene.image), path)
+        say(f"written               {path}, which shows: "
+            + (", ".join(shapes.classes[label] for label in scene.labels) or "nothing"))
+        return path
+
     # ---- its files
 
     def write_log(self, *more: dict) -> None:
-        """log.jsonl anew: a JSON object for each record; by rank 0."""
+        """Rank 0 writes all of log.jsonl: a JSON object for each record, one a line."""
         if rank() == 0:
             lines = [json.dumps(record) + "\n" for record in (*self.records, *more)]
             rewrite(self.folder / "log.jsonl", "".join(lines))
 
     def not_finite(self, what: str, kept: str = "last.pt") -> NonFiniteLoss:
-        """The error to raise, with what one needs to know to go on; `kept` is the checkpoint before it."""
+        """The error to raise. It names the checkpoint `kept` if that exists."""
         path = self.folder / kept
         left = f"the last checkpoint before it is {path}" if path.exists() else "there is no checkpoint before it"
         return NonFiniteLoss(f"{what} at step {self.step}, learning rate {self.lr:.3g}; {left}")
 
     def weights_and_settings(self) -> dict:
-        """What best.pt holds: all that an evaluation needs."""
+        """The content of best.pt: all that an evaluation needs."""
         return dict(
             ema=self.ema.module.state_dict(),
             ema_updates=int(self.ema.n_averaged),
@@ -577,7 +663,10 @@ class Run:
         )
 
     def save_last(self) -> None:
-        """A checkpoint to continue from, by rank 0. Raises NonFiniteLoss for lost weights, SaveError."""
+        """Rank 0 writes a checkpoint to continue from.
+
+        Raises: NonFiniteLoss if a weight is not finite; SaveError.
+        """
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise self.not_finite("a weight is not finite")
         if rank() == 0:
@@ -596,9 +685,10 @@ class Run:
         self.saved = time.monotonic()
 
     def begin_or_continue(self) -> None:
-        """Continue what is in --output if it is this run; begin in an empty folder, or with --overwrite.
+        """Continue the run in --output. Start a new one if there is none, or with --overwrite.
 
-        A folder is locked before what is in it is read. But a folder is not made before all is known to be good.
+        A folder that exists is locked before anything in it is read. A new folder is made only when
+        all checks have passed.
         """
         args, path = self.args, None
         # Read what is there.
@@ -609,22 +699,22 @@ class Run:
             self.continue_from(path)
         elif not args.overwrite:
             parts = [self.folder / name for name in ("best.pt", "castled.pt", "log.jsonl")]
-            # A log is empty until an epoch has ended: then nothing was lost that could be continued.
+            # The log is empty until the first epoch ends. Then nothing is lost by a new start.
             kept = [path.name for path in parts if path.exists() and path.stat().st_size]
             if kept:
                 raise ValueError(f"--output {self.folder} holds parts of a run ({', '.join(kept)}) but no checkpoint "
-                                 "to continue from: choose another, or --overwrite to throw them away")  # fmt: skip
+                                 "to continue from: choose another folder, or --overwrite to delete them")  # fmt: skip
         mean, mean_square = agreed(self.device, self.step, self.step**2)
         if abs(mean_square - mean**2) > 1e-6 * mean_square:  # the variance over ranks is not 0
-            raise ValueError(f"processes would continue from different steps: is --output {self.folder} on a shared "
-                             "disk?")  # fmt: skip
+            raise ValueError("processes would continue from different steps: they need one --output on a disk that "
+                             f"all of them share, got {self.folder}")  # fmt: skip
 
-        # All is good: write.
+        # All checks have passed: write.
         if rank() == 0 and path is None:
             self.lock = hold(self.folder)
             config = vars(args) | dict(classes=self.classes, total_steps=self.total_steps)
             config["environment"] = environment(self.device)
-            for name in (*CHECKPOINTS, "best.pt", "castled.pt"):
+            for name in (*CHECKPOINTS, "best.pt", "castled.pt", "example.png"):
                 (self.folder / name).unlink(missing_ok=True)
             rewrite(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         self.write_log()
@@ -633,13 +723,16 @@ class Run:
             say(f"resumed from {path} at step {self.step} of {self.total_steps}")
 
     def continue_from(self, path: Path) -> None:
-        """Take everything from a checkpoint of this run. Raises ValueError if it is of another, or cannot be."""
+        """Take the state of this run from a checkpoint.
+
+        Raises: ValueError if it is another run's, or not one that can be continued.
+        """
         args, state = self.args, read_checkpoint(path)
         if "records" not in state:
-            raise ValueError(f"{path} cannot be continued, only evaluated: it is a best.pt or of an older version; "
-                             "--overwrite starts anew")  # fmt: skip
+            raise ValueError(f"{path} cannot be continued, only evaluated: it is a best.pt, or an older version wrote "
+                             "it; --overwrite starts a new run")  # fmt: skip
 
-        # The same run? Flags that belong to its identity, classes and number of images must agree.
+        # Is it this run? All flags but FREE ones, the classes and the number of images must agree.
         then, now = state["args"], vars(args)
         identity = [key for key in now if key not in FREE and now[key] != then.get(key)]
         differing = [f"{key} {then.get(key)!r} -> {now[key]!r}" for key in identity]
@@ -648,8 +741,9 @@ class Run:
         if state["images"] != self.images:
             differing.append(f"training images {state['images']} -> {self.images}")
         if differing:
-            raise ValueError(f"--output {self.folder} holds another run; differing: {', '.join(differing)}. Use its "
-                             "flags to continue it, another --output, or --overwrite to throw it away")  # fmt: skip
+            raise ValueError(f"--output {self.folder} holds another run (its value -> yours): {', '.join(differing)}. "
+                             "Give its flags to continue it, or another --output, or --overwrite to delete it"
+                             )  # fmt: skip
         if not 0 <= state["step"] <= self.total_steps:
             raise ValueError(f"{path} is at step {state['step']}, the run ends at {self.total_steps}")
 
@@ -663,18 +757,21 @@ class Run:
         self.loss_sum, self.curve, self.records = state["loss_sum"], state["curve"], state["records"]
         self.lr = self.trained["train_lr"] if self.trained else 0.0
 
-        # The same bits? Not if one of these changed.
+        # The result stays the same bit for bit unless one of these changed.
         then, now = then | {"processes": state["processes"]}, now | {"processes": world_size()}
         inexact = [key for key in ("processes", *INEXACT) if now.get(key) != then.get(key)]
         changed = [f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in inexact]
         if changed and rank() == 0:
-            say(f"not bit for bit what it would have been from here on ({', '.join(changed)}): BatchNorm's statistics, "
-                "mixing and dropout belong to each process and batch, and rounding changes")  # fmt: skip
+            say(f"from here on the run is not bit for bit what it would have been ({', '.join(changed)}): BatchNorm, "
+                "mixing and dropout depend on the processes and their batches, and rounding changes")  # fmt: skip
 
 
 def first_masks(model: nn.Module, masks: dict[str, tuple[float, float, float]]) -> str:
-    """What the auxiliary masks hold in the first step of a run, by layer; `masks` as of `mask_statistics`."""
-    kinds, never = {}, []  # densities of layers that have tokens and threshold in common
+    """Text about the entries that the auxiliary masks keep in the first step of a run.
+
+    masks: as of `mask_statistics`.
+    """
+    kinds, never = {}, []  # {number of tokens and threshold: densities of its layers, %}
     for name, (density, _, tokens) in masks.items():
         core = cores(model)[name]
         threshold = float(mask_threshold(0.0, round(tokens), core.epsilon, core.schedule))
@@ -686,22 +783,24 @@ def first_masks(model: nn.Module, masks: dict[str, tuple[float, float, float]]) 
     for kind, percent in kinds.items():
         text.append(f"  {len(percent)} layers of {kind}: {min(percent):.3g} to {max(percent):.3g}% of entries kept")
     if never:
-        text.append(f"  never any, as a threshold of 1 keeps nothing: {', '.join(never)}")
+        text.append(f"  these never hold any, because their threshold is 1: {', '.join(never)}")
     return "\n".join(text)
 
 
-# ---- evaluation and castling report ----------------------------------------------------------------------------------
+# ---- evaluation and castling report --------------------------------------------------------------
 
 
 @torch.no_grad()
 def evaluate_castling(evaluate: Callable[[nn.Module], dict], model: nn.Module, metric: str) -> dict:
-    """Metrics of the model as trained and of its castled copy, their gap, and what the masks still hold.
+    """Scores of the model as trained and of its castled copy, and what the masks still hold.
 
     Args:
-        evaluate: a model -> its metrics over the whole validation set, the same on every rank.
-        metric: the key of the first of them.
-    Returns: `test_*`; for models with an auxiliary branch also `test_*_castled`, `castling_gap` (of `metric`, lost by
-        castling), `mask_density` and `mask_mass` by layer.
+        evaluate: takes a model, and returns {key: score} over the whole validation set, the same on
+            every rank.
+        metric: the key of the score that decides.
+    Returns: {"test_KEY": score}. A model with an auxiliary branch adds "test_KEY_castled";
+        "castling_gap", what castling loses in `metric`; and "mask_density" and "mask_mass", each
+        {layer: share}, as in `mask_statistics`.
     """
     record_masks(model, True)
     metrics = evaluate(model)
@@ -716,12 +815,14 @@ def evaluate_castling(evaluate: Callable[[nn.Module], dict], model: nn.Module, m
 
 
 def count_macs(model: nn.Module, images: Tensor) -> int:
-    """Multiply-adds of convolutions, linear layers and attention products (1 MAC = 2 FLOPs) for one batch.
+    """MACs of one batch: those of convolutions, linear layers and attention products.
 
-    flops.py also counts deformable sampling: 0.2% of segment.py's `msdeform`, which is left out here.
+    A MAC is one multiplication and one addition, so 2 FLOPs. flops.py also counts deformable
+    sampling, which is 0.2% of segment.py's `msdeform`. It is left out here.
     """
-    model = copy.deepcopy(model).to("meta")  # nothing is computed, and no mask passes for empty
-    # The MATH kernel is matrix products, which the counter sees; it counts fused attention as 0 on some devices.
+    model = copy.deepcopy(model).to("meta")  # nothing is computed, and no mask is found to be empty
+    # The counter sees the matrix products of the MATH kernel. Fused attention counts as 0 on some
+    # devices.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(images.to("meta"))
     return counter.get_total_flops() // 2
@@ -729,7 +830,10 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
 
 @torch.inference_mode()
 def images_per_second(models: dict[str, nn.Module], images: Tensor) -> dict[str, float]:
-    """Median throughput of each model on the same batch, measured in turns so that a noisy machine hits all alike."""
+    """Median number of images per second of each model, on the same batch.
+
+    The models take turns, so that other work on the machine slows all of them alike.
+    """
     times = {name: [] for name in models}
     for turn in range(8):
         for name, model in models.items():
@@ -737,19 +841,24 @@ def images_per_second(models: dict[str, nn.Module], images: Tensor) -> dict[str,
             model(images)
             if images.is_cuda:
                 torch.cuda.synchronize()
-            if turn:  # the first is warm-up
+            if turn:  # the first turn warms up
                 times[name].append(time.perf_counter() - started)
     return {name: len(images) / statistics.median(spent) for name, spent in times.items()}
 
 
 def castling_report(args: argparse.Namespace, model: nn.Module, record: dict, device: torch.device) -> dict:
-    """What castling costs and saves: the metrics in `record`, MACs of one image, images/s with and without branch."""
+    """What castling costs and saves, by model: with the branch and castled, or one as deployed.
+
+    Args:
+        record: as of `evaluate_castling`; other keys are left out.
+    Returns: its scores; "macs" of one image; "inference_images_per_s".
+    """
     wanted = ("test_", "castling_", "mask_density", "mask_mass")
     metric = {key: value for key, value in record.items() if key.startswith(wanted)}
     models = {"as deployed": castle(copy.deepcopy(model)).eval()}
     if "castling_gap" in metric:
         branched = copy.deepcopy(model).eval()
-        set_threshold(branched, 0.0)  # the branch as computed in training; at the end of the ramp it is skipped
+        set_threshold(branched, 0.0)  # at the end of a ramp the branch would be skipped
         record_masks(branched, False)
         models = {"with branch": branched, "castled": models["as deployed"]}
     batch = torch.randn(min(32, args.batch_size), 3, args.image_size, args.image_size, device=device)
@@ -760,28 +869,33 @@ def castling_report(args: argparse.Namespace, model: nn.Module, record: dict, de
 
 
 def print_report(args: argparse.Namespace, metric: dict, titles: dict[str, str]) -> None:
-    """The castling report as a table: one column, or two where there was a branch to castle."""
+    """Print the castling report: one column of numbers, or two if there was a branch to castle.
+
+    metric: as of `castling_report`. Rows of what it does not hold are left out.
+    """
     say(f"\ncastling report: {args.model}, {args.attention}, {args.data} at {args.image_size} px")
-    rows = {"": list(metric["macs"])}
+    branch = "castling_gap" in metric
+    rows = {"": ["with branch", "castled"] if branch else ["as deployed"]}
     for key, title in titles.items():
         scores = [metric[name] for name in (f"test_{key}", f"test_{key}_castled") if name in metric]
         rows[title] = [f"{score:.2f}" for score in scores]
-    rows["MACs per image, M"] = [f"{macs / 1e6:.1f}" for macs in metric["macs"].values()]
-    speeds = metric["inference_images_per_s"].values()
-    rows[f"images/s, batch {min(32, args.batch_size)}"] = [f"{speed:.0f}" for speed in speeds]
+    if "macs" in metric:
+        rows["MACs per image, M"] = [f"{macs / 1e6:.1f}" for macs in metric["macs"].values()]
+        speeds = metric["inference_images_per_s"].values()
+        rows[f"images/s, batch {min(32, args.batch_size)}"] = [f"{speed:.0f}" for speed in speeds]
     for name, values in rows.items():
         say(f"{name:22}" + "".join(f"{value:>14}" for value in values))
-    if "castling_gap" in metric:
+    if branch:
         say(f"castling gap          {metric['castling_gap']:.2f} points of {next(iter(titles.values()))}")
         held = [f"{layer} {density:.4f}" for layer, density in metric["mask_density"].items() if density > 0]
         say(f"mask density          {', '.join(held) or '0 in every layer: the masks are empty'}")
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def at_least(minimum: float, kind: type = int, most: float = 10**9) -> Callable[[str], float]:
-    """argparse type: a number of that kind within minimum..most."""
+    """argparse type: a number of type `kind` from `minimum` to `most`."""
 
     def convert(text: str):
         value = kind(text)
@@ -799,11 +913,14 @@ share = at_least(0, float, most=1)
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses empty values, and answers a mistake in a line or two, with the nearest flag."""
+    """An argparse parser that refuses empty values. A mistake gets two lines, not all flags.
 
-    def __init__(self, script: str, doc: str, **options):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=script, description=doc, formatter_class=formatter, **options)
+    usage: what the first line of --help has after the script's name.
+    """
+
+    def __init__(self, script: str, doc: str, usage: str = "[flags]", **options):
+        options |= dict(prog=script, usage=f"python {script} {usage}", description=doc)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_known_args(self, args=None, namespace=None):
         words = list(sys.argv[1:] if args is None else args)
@@ -822,75 +939,100 @@ class Parser(argparse.ArgumentParser):
 
 
 def by_data(flag: str, defaults: dict[str, dict]) -> str:
-    """The part of a flag's help that says what its default is for each kind of data."""
+    """The part of a flag's help that gives its default for each kind of data."""
     given = [f"{row[flag]} for {data}" for data, row in defaults.items() if flag in row]
     return f"default {', '.join(given) or 'none'}"
 
 
 def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> argparse._ArgumentGroup:
-    """Flags that train.py, detect.py and segment.py have in common; `defaults` by kind of data.
+    """Add the flags that train.py, detect.py and segment.py have in common.
 
-    Returns: the group "recipe", for a script's own flags. A flag that is not given is None, and filled in later.
+    A flag that is not given and has no default here is None. `fill_in` sets it later.
+
+    Args:
+        defaults: {kind of data: {flag: default}}.
+    Returns: the group of flags "model and recipe", to which a script adds its own.
     """
     on_off = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
-    add("--data", help="a built-in set or a folder; default shapes, rendered on the fly")
-    add("--image-size", type=at_least(1, most=4096), help=f"pixels per side; {by_data('image_size', defaults)}")
-    add("--shapes-length", type=at_least(1), help=f"rendered training images; {by_data('shapes_length', defaults)}")
+    add("--data", help="name of a built-in data set, or a folder; see the end of this text. Default shapes: simple "
+        "figures, drawn while training")  # fmt: skip
+    add("--image-size", type=at_least(1, most=4096),
+        help=f"side of the square images, in pixels; {by_data('image_size', defaults)}")
+    add("--shapes-length", type=at_least(1),
+        help=f"number of training images of --data shapes; {by_data('shapes_length', defaults)}")
     recipe = parser.add_argument_group("model and recipe")
     add = recipe.add_argument
-    add("--model", help="a model by name")
-    add("--attention", help=f"{', '.join(ATTENTIONS)}; default castling")
+    add("--model", help="name of the network; see the end of this text")
+    add("--attention", help=f"kind of attention, one of {', '.join(ATTENTIONS)}. Default castling: linear-angular "
+        "attention, with a softmax branch while training")  # fmt: skip
     add("--epochs", type=at_least(1), help=f"passes over the training images; {by_data('epochs', defaults)}")
-    add("--max-steps", type=at_least(1), help="stop after this many optimiser steps; schedules are fitted to it")
-    add("--batch-size", type=at_least(1), help=f"images per process; {by_data('batch_size', defaults)}")
-    add("--accumulate", type=at_least(1), default=1, help="batches per optimiser step; default 1")
-    add("--lr", type=at_least(0, float, most=1e30), help="peak learning rate at the recipe's own batch, scaled "
-        "linearly to yours")  # fmt: skip
-    add("--seed", type=at_least(0, most=2**62), help="of weights, data order, augmentation and shapes; default 0")
-    add("--checkpoint", help="weights to start from, to evaluate or to predict with; a run's own or any state dict")
+    add("--max-steps", type=at_least(1), help="end the run after this many optimiser steps; all schedules end there")
+    add("--batch-size", type=at_least(1),
+        help=f"images that one process handles at a time; {by_data('batch_size', defaults)}")
+    add("--accumulate", type=at_least(1), default=1, help="batches for each optimiser step; default 1")
+    add("--lr", type=at_least(0, float, most=1e30), help="largest learning rate of the run, for the recipe's own "
+        f"number of images per step; it is scaled in proportion to yours. {by_data('lr', defaults).capitalize()}")
+    add("--seed", type=at_least(0, most=2**62), help="start of all random numbers: first weights, order of the images, "
+        "augmentation, drawn shapes; default 0")  # fmt: skip
+    add("--checkpoint", help="file of weights to start from, or to use with --eval, --image or --export: a checkpoint "
+        "of a run, or any state dict")  # fmt: skip
     add = parser.add_argument_group("castling").add_argument
-    add("--epsilon", type=share, help="mask threshold of Eq. (10), 0..1; default 0.02")
-    add("--mask-schedule", choices=SCHEDULES, help="how the threshold moves in training (D4); default ramp")
-    add("--dconv", type=at_least(0), help="taps of the DWConv on V, 0 for none; default 9")
-    add("--mlp-dwconv", type=at_least(0), help="kernel of the DWConv in the MLPs, 0 for none; default the paper's (D7, "
-        "D8), 0 for softmax")  # fmt: skip
-    add("--zero-dconv", action="store_true", help="start the DWConv on V at zero, not at random: to go on from a "
-        "--checkpoint that has none")  # fmt: skip
+    add("--epsilon", type=share, help="threshold of Eq. (10), 0..1: the branch keeps the softmax entries above it; "
+        "default 0.02")  # fmt: skip
+    add("--mask-schedule", choices=SCHEDULES, help="the threshold while training (D4). fixed: always --epsilon. ramp: "
+        "from --epsilon or higher up to 1, where the branch keeps nothing. anneal: from a low value up to 1. Default "
+        "ramp")  # fmt: skip
+    add("--dconv", type=at_least(0), help="length of the filters of the DWConv (depthwise convolution) on the values "
+        "V; 0 for no such layer; default 9")  # fmt: skip
+    add("--mlp-dwconv", type=at_least(0), help="size of the filters of the DWConv in the MLPs; 0 for no such layer; "
+        "default the paper's (D7, D8), for softmax 0")  # fmt: skip
+    add("--zero-dconv", action="store_true", help="start the DWConv on V from zeros, not from random numbers; for a "
+        "--checkpoint without DWConv")  # fmt: skip
     add = parser.add_argument_group("run").add_argument
-    add("--output", help="folder for checkpoints and log, default runs/MODEL-ATTENTION-DATA; a run that is there is "
-        "continued. With --image the file or folder to draw to")  # fmt: skip
-    add("--overwrite", action="store_true", help="throw away the run in --output and start anew")
-    add("--save-minutes", type=at_least(0, float), default=10.0, help="between checkpoints within an epoch, each of "
-        "which ends with one too; 0 for none within; default 10")  # fmt: skip
-    add("--eval-every", type=at_least(1), help="epochs from one evaluation to the next; default 1, for COCO 10")
-    add("--eval", action="store_true", help="evaluate --checkpoint and stop")
-    add("--split", choices=("val", "train"), default="val", help="what --eval evaluates on; default val")
-    add("--image", nargs="+", metavar="FILE", help="images to predict with --checkpoint")
-    add("--export", help="a .onnx or .pt2 file to write --checkpoint to, castled, for normalised images of any size")
+    add("--output", help="folder for checkpoints and log; a run that is there is continued. Default "
+        "runs/MODEL-ATTENTION-DATA. With --image: the file or folder to which "
+        "detect.py and segment.py draw")  # fmt: skip
+    add("--overwrite", action="store_true", help="delete the run in --output and start a new one")
+    add("--save-minutes", type=at_least(0, float), default=10.0, help="minutes from one checkpoint to the next; "
+        "default 10. There is also one after each epoch; 0 for only these")  # fmt: skip
+    add("--eval-every", type=at_least(1), help="evaluate once in this many epochs, and after the last one; default 1, "
+        "for COCO 10")  # fmt: skip
+    add("--eval", action="store_true", help="do not train: print the scores of --checkpoint")
+    add("--split", choices=("val", "train"), default="val", help="the images that --eval uses, those for validation or "
+        "those for training; default val")  # fmt: skip
+    add("--image", nargs="+", metavar="FILE", help="do not train: print or draw what --checkpoint finds in "
+        "these image files")  # fmt: skip
+    add("--json", action="store_true", help="print the result of --eval or --image as JSON")
+    add("--export", help="do not train: write the castled model of --checkpoint to this .onnx or .pt2 file. It takes "
+        "normalised images of any size")  # fmt: skip
     add = parser.add_argument_group("processes").add_argument
     bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    add("--workers", type=at_least(0, most=128), help="loader processes; default: a process's share of the cores, at "
-        "most 8")  # fmt: skip
-    add("--amp", action=on_off, default=bfloat16, help="autocast; default on GPUs that have bfloat16")
-    add("--amp-dtype", choices=("bfloat16", "float16"), help="of autocast; float16 scales the loss; default bfloat16 "
-        "but on GPUs without", default="bfloat16" if bfloat16 or not torch.cuda.is_available() else "float16")
-    add("--compile", action=on_off, default=False, help="torch.compile the training step's model")
+    add("--workers", type=at_least(0, most=128), help="number of processes that load images; 0: the training process "
+        "loads them. Default: its share of the CPU cores, at most 8")  # fmt: skip
+    add("--amp", action=on_off, default=bfloat16, help="mixed precision: compute partly in --amp-dtype; default on for "
+        "GPUs with bfloat16, else off")  # fmt: skip
+    add("--amp-dtype", choices=("bfloat16", "float16"), help="number format of --amp; with float16 the loss is scaled. "
+        "Default bfloat16, or float16 on GPUs without it",
+        default="bfloat16" if bfloat16 or not torch.cuda.is_available() else "float16")
+    add("--compile", action=on_off, default=False, help="train the model as torch.compile makes it; default off")
     return recipe
 
 
 def take_over(args: argparse.Namespace, trained: Mapping) -> None:
-    """Flags that were not given, from `trained`, the settings of a checkpoint."""
+    """Set flags that were not given to `trained`, the settings of a checkpoint. FREE flags stay."""
     for flag, value in vars(args).items():
         if value is None and flag not in FREE:
             setattr(args, flag, trained.get(flag))
 
 
 def fill_in(args: argparse.Namespace, defaults: Mapping) -> None:
-    """Flags that are still open, from `defaults` and those that all scripts share; then the output folder, and
-    `global_batch`, the images of a step over all processes."""
+    """Set flags that are still None: to `defaults`, or else to the defaults that all scripts share.
+
+    Also set the output folder, and `global_batch`: images of one step over all processes.
+    """
     shared = dict(attention="castling", data="shapes", epsilon=0.02, mask_schedule="ramp", seed=0, eval_every=1)
-    # The cores that this process may use may be a part of the machine's; macOS cannot say.
+    # A process may be limited to some of the machine's cores. macOS cannot say which.
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared["workers"] = max(1, min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     for flag, value in (shared | dict(defaults)).items():
@@ -905,29 +1047,34 @@ def fill_in(args: argparse.Namespace, defaults: Mapping) -> None:
 
 
 def asked(args: argparse.Namespace) -> str:
-    """What a script is to do: "train", "eval", "image" or "export". Raises ValueError for what
-    cannot be done."""
+    """The task of a script: "train", "eval", "image" or "export".
+
+    Raises: ValueError for flags that do not go together, or an --export that cannot be written.
+    """
     wanted = [flag for flag in ("eval", "image", "export") if getattr(args, flag)]
     if wanted and not args.checkpoint:
         raise ValueError("--eval, --image and --export need --checkpoint")
     if len(wanted) > 1:
-        raise ValueError(f"--{' and --'.join(wanted)} are different things to do")
+        raise ValueError(f"--{' and --'.join(wanted)} are different things to do: give one of them")
     if args.export:
         check_export(args.export)
     return wanted[0] if wanted else "train"
 
 
 def epoch_and_run(args: argparse.Namespace, images: int) -> tuple[int, int]:
-    """Steps per epoch, and of the run. Raises ValueError if there are fewer images than one global batch."""
+    """Number of optimiser steps of an epoch, and of the run.
+
+    Raises: ValueError if there are fewer images than one step needs.
+    """
     if images < args.global_batch:
-        raise ValueError(f"{args.data} has {images} training images, fewer than one global batch of "
+        raise ValueError(f"{args.data} has {images} training images, but one step over all processes takes "
                          f"{args.global_batch}: lower --batch-size")  # fmt: skip
     steps_per_epoch = images // args.global_batch
     return steps_per_epoch, min(steps_per_epoch * args.epochs, args.max_steps or math.inf)
 
 
 def same_classes(args: argparse.Namespace, train_set: Dataset, val_set: Dataset) -> None:
-    """Raise ValueError if training and validation set have different classes."""
+    """Raise ValueError unless training and validation set have the same classes in one order."""
     one, other = train_set.classes, val_set.classes
     if one != other:
         differing = [c for c in one if c not in other] + [c for c in other if c not in one]
@@ -936,12 +1083,12 @@ def same_classes(args: argparse.Namespace, train_set: Dataset, val_set: Dataset)
 
 
 def describe(state: Run, recipe: str, val_set: Dataset) -> str:
-    """The settings that shape any run, in a few lines, for the start of the output; `recipe` is the script's part."""
-    a = state.args
+    """The settings of a run in a few lines. recipe: lines of the script's own settings."""
+    a, device = state.args, state.device.type
     parameters = sum(p.numel() for p in state.model.parameters())
     branch = any(core.auxiliary for core in cores(state.model).values())
     mask = f"mask: threshold {a.epsilon}, {a.mask_schedule}; " if branch else ""
-    return f"""{a.model}, {a.attention}: {parameters / 1e6:.2f} M parameters, {world_size()} x {state.device.type}
+    return f"""{a.model}, {a.attention}: {parameters / 1e6:.2f} M parameters, processes: {world_size()} ({device})
 data: {a.data}, {state.images} training and {len(val_set)} validation images of {a.image_size} px, \
 {len(state.classes)} classes
 length: {state.total_steps / state.steps_per_epoch:.4g} epochs, {state.total_steps} steps of {a.global_batch} images
@@ -949,18 +1096,21 @@ length: {state.total_steps / state.steps_per_epoch:.4g} epochs, {state.total_ste
 {mask}output: {a.output}"""
 
 
-# ---- models from checkpoints -----------------------------------------------------------------------------------------
+# ---- models from checkpoints ---------------------------------------------------------------------
 
 
 def core_options(args: argparse.Namespace) -> dict:
-    """What the flags say of a model's attention and of the MLPs' DWConv, as `build_model` takes it."""
+    """The flags of attention and of the DWConv in the MLPs, as arguments of `build_model`."""
     options = dict(epsilon=args.epsilon, schedule=args.mask_schedule)
     return options | {key: getattr(args, key) for key in ("dconv", "mlp_dwconv") if getattr(args, key) is not None}
 
 
 def settings_for(args: argparse.Namespace) -> dict:
-    """The settings that --checkpoint was trained with, `classes` among them: its own, or those of the config.json
-    beside it; {} if there are none. Raises ValueError if they are another script's."""
+    """The settings that --checkpoint was trained with, and its `classes`.
+
+    They are read from the file, or else from the config.json beside it. {} if neither has any.
+    Raises: ValueError if another script wrote them, or config.json is damaged.
+    """
     checkpoint, settings = read_checkpoint(args.checkpoint), {}
     config = Path(args.checkpoint).with_name("config.json")
     if isinstance(checkpoint.get("args"), dict):
@@ -971,14 +1121,14 @@ def settings_for(args: argparse.Namespace) -> dict:
         except ValueError as error:
             raise ValueError(f"{config} is damaged: {error}") from None
     if not isinstance(settings, dict) or settings.get("attention") not in ATTENTIONS:
-        return {}  # others too write args, and files of that name
+        return {}  # files of other projects may have `args` too, or a config.json beside them
     if settings.get("script", args.script) != args.script:
         raise ValueError(f"{args.checkpoint} is a checkpoint of {settings['script']}, not of {args.script}")
     return renamed(settings)
 
 
 def renamed(settings: dict) -> dict:
-    """Settings with the DWConvs under today's names, `dconv` and `mlp_dwconv`, whichever version wrote them."""
+    """Settings of any version, with today's names for the DWConvs: `dconv` and `mlp_dwconv`."""
     settings = dict(settings)
     if settings.pop("dwconv", None) is False:
         settings |= dict(dconv=0, mlp_dwconv=0)
@@ -991,16 +1141,23 @@ def renamed(settings: dict) -> dict:
 
 
 def count_classes(path: str, heads: Iterable[str]) -> int:
-    """Rows of a checkpoint's class head, the first of `heads` that it has. Raises ValueError if it has none."""
+    """Number of rows of a checkpoint's class head, the first of `heads` that it has.
+
+    Raises: ValueError if it has none of them.
+    """
     weights = weights_in(read_checkpoint(path))
     for name in heads:
         if name in weights:
             return len(weights[name])
-    raise ValueError(f"{path} has none of {', '.join(heads)}: it is no model of this script")
+    raise ValueError(f"{path} is not a model of this script: it has no weight {' or '.join(heads)}")
 
 
 def start_from(model: nn.Module, args: argparse.Namespace, load: Callable) -> None:
-    """A new run's first weights: the DWConv on V at zero with --zero-dconv; then those of --checkpoint."""
+    """Set the first weights of a run.
+
+    With --zero-dconv the DWConv on V gets zeros. Then --checkpoint is loaded if the run is new. A
+    run that continues takes all weights from its own checkpoint later.
+    """
     for core in cores(model).values() if args.zero_dconv else ():
         if core.dconv is not None:
             nn.init.zeros_(core.dconv.weight)
@@ -1011,15 +1168,16 @@ def start_from(model: nn.Module, args: argparse.Namespace, load: Callable) -> No
 
 
 def load_trained(model: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """The model with all of --checkpoint's weights, in eval mode, at the mask threshold it had reached.
+    """The model with the weights of --checkpoint, in eval mode.
 
-    A plain state dict is taken as castled. Raises ValueError if the file does not hold all of the model.
+    Its mask threshold is the one that training had reached. A plain state dict is taken as castled.
+    Raises: ValueError if the file lacks a weight.
     """
     checkpoint, report = read_checkpoint(args.checkpoint), load_pretrained(model, args.checkpoint)
     if report.new or report.partly:
         raise ValueError(
-            f"{args.checkpoint} does not hold all of {args.model} with {args.attention} attention, only something to "
-            f"start from (is it of --attention softmax?)\n{report}"
+            f"{args.checkpoint} does not have all weights of {args.model} with {args.attention} attention. A run can "
+            f"start from it. If it is a softmax model, give --attention softmax\n{report}"
         )
     if "progress" not in checkpoint:
         castle(model)
@@ -1028,46 +1186,58 @@ def load_trained(model: nn.Module, args: argparse.Namespace) -> nn.Module:
 
 
 def check_classes(args: argparse.Namespace, known: list, found: list) -> None:
-    """Raise ValueError unless a checkpoint's classes are those of the data."""
+    """Raise ValueError unless `known`, the checkpoint's classes, are `found`, those of the data."""
     if known != found:
         some = [", ".join(map(str, classes[:3])) for classes in (known, found)]
         raise ValueError(f"{args.checkpoint} knows {len(known)} classes ({some[0]}, ...), "
                          f"{args.data} has {len(found)} ({some[1]}, ...)")  # fmt: skip
 
 
-def print_evaluation(args: argparse.Namespace, record: dict) -> None:
-    """--eval: one JSON object, by rank 0. Raises DataError for a loss that is no number."""
+def print_evaluation(args: argparse.Namespace, record: dict, titles: dict[str, str]) -> None:
+    """--eval: rank 0 prints the scores, as a table or with --json as one JSON object.
+
+    Raises: DataError for a loss that is nan or infinite.
+    """
     if not math.isfinite(record.get("test_loss", 0.0)):
         raise DataError(f"{args.checkpoint}: the loss is {record['test_loss']}")
-    if rank() == 0:
+    if rank() == 0 and args.json:
         say(json.dumps(record))
+    elif rank() == 0:
+        say(f"{args.checkpoint}, {args.split} images")
+        print_report(args, record, titles)
 
 
 def write_export(model: nn.Module, args: argparse.Namespace) -> None:
-    """--export: write the castled model to a file, and run the file beside it; by rank 0. Raises DataError."""
+    """--export: rank 0 writes the castled model to a file, then runs both on the same images.
+
+    Raises: DataError if their outputs differ by 1e-4 or more.
+    """
     if rank() == 0:
         shapes, difference = export(model, args.export, args.image_size)
         shapes = ", ".join("x".join(map(str, shape)) for shape in shapes)
-        say(f"{args.export}: run on {shapes}; largest difference {difference:.1e}")
+        say(f"{args.export}: run on {shapes}; largest difference {difference:.1e} from the model")
         if not difference < 1e-4:
             raise DataError(f"{args.export} is not the model that it was made from")
 
 
-# ---- pictures in and out ---------------------------------------------------------------------------------------------
+# ---- pictures in and out -------------------------------------------------------------------------
 
 
 def check_images(paths: list[str]) -> None:
-    """Raise ValueError for an image file that is not there."""
+    """Raise ValueError for an image file that does not exist."""
     for path in paths:
         if not Path(path).is_file():
             raise ValueError(f"no image file {path!r}")
 
 
 def drawing_paths(images: list[str], output: str | None, suffix: str) -> dict[Path, Path]:
-    """{image file: file to draw it to}: NAME_suffix.png here; or `output`, of several images a folder of NAME.png.
+    """{image file: file to draw it to}.
 
-    Raises: ValueError for images that are not there, an `output` that cannot be drawn to, two images of one name, or
-        a drawing that would overwrite an image.
+    Without `output`, image NAME is drawn to NAME_suffix.png in the current folder. With it, one
+    image is drawn to the file `output`, and several to NAME.png in the folder `output`.
+
+    Raises: ValueError for an image that does not exist, an `output` that cannot be drawn to, two
+        images of the same name, or a drawing that would overwrite an image.
     """
     check_images(images)
     paths = [Path(image) for image in images]
@@ -1080,16 +1250,19 @@ def drawing_paths(images: list[str], output: str | None, suffix: str) -> dict[Pa
     else:
         targets = [Path(output) / f"{path.stem}.png" for path in paths]
         if Path(output).exists() and not Path(output).is_dir():
-            raise ValueError(f"--output {output} is a file; several images are drawn to a folder")
+            raise ValueError(f"--output {output} is a file, but several images are drawn to a folder")
     if len(set(targets)) < len(targets):
-        raise ValueError("--image has two files of one name, whose drawings would be one file")
+        raise ValueError("--image has two files of the same name: their drawings would be one file")
     if overwritten := {path.resolve() for path in paths} & {path.resolve() for path in targets}:
         raise ValueError(f"--output would overwrite {min(overwritten)}")
     return dict(zip(paths, targets, strict=True))
 
 
 def read_each(paths: Iterable[str | Path]) -> Iterator[tuple[Path, Image.Image]]:
-    """The images of files that can be read, upright, on rank 0; then DataError if there were others, each named."""
+    """On rank 0: (file, image) of every file that can be read, turned upright.
+
+    The others are named on standard error. Raises: DataError at the end if there were any.
+    """
     unread = 0
     for path in paths if rank() == 0 else ():
         try:
@@ -1103,8 +1276,22 @@ def read_each(paths: Iterable[str | Path]) -> Iterator[tuple[Path, Image.Image]]
         raise DataError(f"{unread} images could not be read")
 
 
+@contextlib.contextmanager
+def json_list(args: argparse.Namespace) -> Iterator[list]:
+    """A list to fill. With --json rank 0 prints it at the end, also if an error ended the work."""
+    found = []
+    try:
+        yield found
+    finally:
+        if args.json and rank() == 0:
+            say(json.dumps(found, indent=1))
+
+
 def write_image(image: Image.Image, target: Path) -> None:
-    """Save a drawing; DataError names the file that cannot be written."""
+    """Save a drawing. Its folder is made if there is none.
+
+    Raises: DataError, which names the file, if it cannot be written.
+    """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         image.save(target)

@@ -27,7 +27,6 @@ Labels: 0..K-1, and 255 for pixels without a label.
 import argparse
 import colorsys
 import contextlib
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -1327,7 +1326,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
         run.check_classes(args, classes, val_set.classes)
         loader = validation_loader(args, val_set)
     record = run.evaluate_castling(lambda m: evaluate(m, loader, args, device), model.to(device), "mIoU")
-    run.print_evaluation(args, record)
+    run.print_evaluation(args, record, METRICS)
 
 
 @torch.inference_mode()
@@ -1343,8 +1342,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
             args.data = "folder"  # not our checkpoint: the image size of photographs
         model, classes = load(args)
     model.to(device)
-    found = []
-    try:
+    with run.json_list(args) as found:
         for path, image in run.read_each(targets):
             pixels, _ = resized_whole(v2.functional.pil_to_tensor(image), None, args.image_size)
             labels = segment(model, pixels[None], (image.height, image.width), args, device)[0].cpu().numpy()
@@ -1355,9 +1353,6 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
             if not args.json:
                 text = ", ".join(f"{name} {part:.1%}" for name, part in shares.items())
                 say(f"{path}: {text}, drawn to {targets[path]}")
-    finally:  # also if an image could not be read
-        if args.json and rank() == 0:
-            say(json.dumps(found, indent=1))
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -1400,8 +1395,6 @@ without --epochs and --max-steps a run has {', '.join(f'{steps} steps for {data}
     add("--clip-grad", at_least(0, float), "largest norm of the gradient over all parameters, 0 for no limit")
     add("--ema-decay", share, "decay per step of the averaged weights, which are the ones evaluated, 0 for no "
         "averaging; without a default below, the average covers about the last 4%% of the steps")  # fmt: skip
-    p.add_argument("--json", action="store_true", help="with --image: print each class and its share of the pixels as "
-                   "JSON. Images are then drawn only if --output is given")  # fmt: skip
     return p
 
 

@@ -1,14 +1,20 @@
-"""Train a Castling-ViT classifier, and castle it at the end. Plain PyTorch; the same script on any number of processes.
+"""Train a Castling-ViT classifier, and castle it at the end. Plain PyTorch.
 
-    python train.py                                                built-in rendered shapes, one process, no download
-    torchrun --nproc-per-node=8 train.py --data /data/imagenet     the paper's recipe on eight GPUs
-    torchrun --nnodes=8 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py --data /imagenet
-    python train.py --eval --checkpoint runs/X/best.pt             accuracy with and without the auxiliary branch
-    python train.py --image photo.jpg --checkpoint runs/X/best.pt  the five likeliest classes
+    python train.py
+        trains on built-in drawings of shapes: one process, no download
+    torchrun --nproc-per-node=8 train.py --data /data/imagenet
+        trains by the paper's recipe on eight GPUs
+    torchrun --nnodes=8 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
+        train.py --data /imagenet
+        the same on eight machines: give this line on each; HOST is the name of one of them
+    python train.py --eval --checkpoint runs/X/best.pt
+        prints the accuracy with and without the auxiliary branch
+    python train.py --image photo.jpg --checkpoint runs/X/best.pt
+        prints the five most probable classes
 
-The same command again continues a run where it was stopped. `train` below is the loop; run.py has what it calls.
-Recipe: arXiv:2211.10526v4, section 4.1 (SGD), where it is stated; DeiT's augmentation (arXiv:2012.12877, Table 9) where
-it is not.
+If a run was stopped, the same command continues it. The training loop is the function `train`. The
+file run.py has what it calls. The recipe is section 4.1 of the paper (arXiv:2211.10526v4), with
+SGD. The paper does not give the augmentation, so it is DeiT's (arXiv:2012.12877, Table 9).
 """
 
 import argparse
@@ -34,11 +40,11 @@ from data import MEAN, Augmented, EpochSampler, Shapes, make_loader, open_folder
 from models import DEIT, ESNET, LCNET, LEVIT, MODELS, VIT_DENSE, build_model
 from run import at_least, autocast, ema_decay_for, rank, say, share, world_size
 
-METRICS = {"acc1": "Acc@1", "acc5": "Acc@5"}  # of `evaluate`; best.pt is best in the first
+METRICS = {"acc1": "Acc@1", "acc5": "Acc@5"}  # scores of `evaluate`; the first one chooses best.pt
 
-# Defaults by kind of data. A folder gets the paper's epochs and batch (`batch_per_gpu`) and DeiT's
-# augmentation without repeated augmentation. RandAugment's magnitude is 9 of 10 in DeiT, so 27 of
-# 30 in torchvision. The rendered shapes have a short recipe of their own, made for two CPU cores.
+# Defaults for each kind of data. A folder gets the paper's epochs and batch (`batch_per_gpu`), and
+# DeiT's augmentation without its repeated augmentation. DeiT's magnitude of RandAugment is 9 of 10,
+# which is 27 of 30 in torchvision. The shapes have a short recipe, made for two CPU cores.
 DATA_DEFAULTS = {
     "folder": dict(
         image_size=224, epochs=1000, optimizer="sgd",
@@ -55,23 +61,27 @@ DATA_DEFAULTS = {
 }  # fmt: skip
 
 OPTIMIZERS = {
-    # arXiv:2211.10526v4, section 4.1: momentum 0.9, 0.01 to 2.0 in 11 of 1000 epochs, then x 0.9875 per epoch
+    # arXiv:2211.10526v4, section 4.1: momentum 0.9. The learning rate rises from 0.01 to 2.0 in 11
+    # of 1000 epochs. Then each epoch multiplies it by 0.9875.
     "sgd": dict(lr=2.0, weight_decay=2e-5, warmup_epochs=11.0, schedule="exponential"),
-    # LeViT's and DeiT's own recipe; weight decay is LeViT's (DeiT: 0.05)
+    # The recipe of LeViT and DeiT. The weight decay is LeViT's; DeiT's is 0.05.
     "adamw": dict(lr=5e-4, weight_decay=0.025, warmup_epochs=5.0, schedule="cosine"),
 }
-# (learning rate where warm-up starts, where a cosine ends), both for a global batch of `lr_batch`, as `lr` is
+# (learning rate at the start of warm-up, at the end of a cosine). Like `lr`, both are for a step of
+# `lr_batch` images.
 LR_ENDS = {"sgd": (0.01, 0.0), "adamw": (1e-6, 1e-5)}
 
 
-# ---- batch sizes and learning rates ----------------------------------------------------------------------------------
+# ---- batch sizes and learning rates --------------------------------------------------------------
 
 
 def exponential_lr(epoch: float, *, epochs: float, peak: float, start: float, warmup: float) -> float:
-    """Learning rate at `epoch` (a real number, 0..epochs): linear warm-up from `start`, then geometric decay.
+    """Learning rate at `epoch`, a real number in 0..epochs.
 
-    The paper multiplies by 0.9875 per epoch for the 989 epochs after warm-up. Shorter runs keep the end point, so
-    their factor is 0.9875 ** (989 / (epochs - warmup)): 0.870 for 100 epochs, 0.958 for 300.
+    It rises linearly from `start` to `peak` during `warmup` epochs. Then it falls geometrically.
+    The paper multiplies by 0.9875 in each of the 989 epochs after warm-up. A run of another length
+    ends at the same rate. So its factor is 0.9875 ** (989 / (epochs - warmup)): 0.870 for 100
+    epochs, 0.958 for 300, each with 11 epochs of warm-up.
     """
     if epoch < warmup:
         return start + (peak - start) * epoch / warmup
@@ -79,7 +89,7 @@ def exponential_lr(epoch: float, *, epochs: float, peak: float, start: float, wa
 
 
 def cosine_lr(epoch: float, *, epochs: float, peak: float, start: float, warmup: float, end: float) -> float:
-    """Learning rate at `epoch`: linear warm-up from `start`, then a half cosine to `end`."""
+    """Learning rate at `epoch`: linear rise from `start` to `peak`, then a half cosine to `end`."""
     if epoch < warmup:
         return start + (peak - start) * epoch / warmup
     t = min(1.0, (epoch - warmup) / max(epochs - warmup, 1e-12))
@@ -87,7 +97,7 @@ def cosine_lr(epoch: float, *, epochs: float, peak: float, start: float, warmup:
 
 
 def warmup_for(epochs: float, full: float) -> float:
-    """Warm-up epochs: the recipe's, but at most 11% of the run."""
+    """Epochs of warm-up: `full`, the recipe's, but at most 11% of the run."""
     return min(full, 0.11 * epochs)
 
 
@@ -98,14 +108,18 @@ def kind_of(data: str | None) -> str:
 
 
 def batch_per_gpu(model: str) -> int:
-    """Section 4.1: 64 images for LeViT and, pretrained by LeViT's recipe, LCNet and ESNet; 32 for
-    DeiT and MViTv2. timm's models, which the paper does not have, go with DeiT."""
+    """Images per GPU in section 4.1: 64 for LeViT, LCNet and ESNet, 32 for DeiT and MViTv2.
+
+    The paper pretrains LCNet and ESNet by LeViT's recipe. timm's models are not in it: 32.
+    """
     return 64 if model in {*LEVIT, *LCNET, *ESNET} else 32
 
 
 def lr_batch(args: argparse.Namespace) -> int:
-    """The global batch at which --lr is the peak learning rate. With sgd on a folder it is the
-    paper's, 64 GPUs of `batch_per_gpu`: 4096 or 2048. shapes and cifar have 4096 for every model.
+    """The number of images per step for which --lr is the largest learning rate.
+
+    For SGD on a folder it is the paper's, 64 GPUs of `batch_per_gpu`: 4096 or 2048. For shapes and
+    cifar it is 4096 with every model. For AdamW it is 512.
     """
     if args.optimizer == "adamw":
         return 512
@@ -113,7 +127,7 @@ def lr_batch(args: argparse.Namespace) -> int:
 
 
 def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int, total_steps: int) -> float:
-    """Learning rate of optimiser step `step` (0-based): the recipe's, times args.global_batch / `lr_batch`."""
+    """Learning rate of optimiser step `step`, from 0: recipe's rate x global_batch / `lr_batch`."""
     scale = args.global_batch / lr_batch(args)
     start, end = (min(args.lr, lr) * scale for lr in LR_ENDS[args.optimizer])
     epoch, epochs = step / steps_per_epoch, total_steps / steps_per_epoch
@@ -121,14 +135,17 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int, tot
     return exponential_lr(epoch, **shape) if args.schedule == "exponential" else cosine_lr(epoch, **shape, end=end)
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 
 def train_transform(args: argparse.Namespace) -> Callable:
-    """Image (PIL, or uint8 tensor) -> augmented uint8 tensor (3, S, S); normalising and mixing follow on the device."""
+    """A function: image (PIL or uint8 tensor) -> augmented uint8 tensor (3, S, S).
+
+    Normalising, MixUp and CutMix follow later, on the device.
+    """
     mean = [round(255 * m) for m in MEAN]
     steps = [v2.RandomHorizontalFlip()]
-    if args.data != "shapes":  # which are rendered at image_size
+    if args.data != "shapes":  # shapes are drawn at image_size: nothing to crop
         steps.insert(0, v2.RandomResizedCrop(args.image_size, interpolation=v2.InterpolationMode.BICUBIC))
     if args.randaugment:
         steps.append(v2.RandAugment(magnitude=args.randaugment, fill=mean))
@@ -136,21 +153,30 @@ def train_transform(args: argparse.Namespace) -> Callable:
 
 
 def eval_transform(args: argparse.Namespace) -> Callable:
-    """Image -> uint8 tensor (3, S, S): resize the short side to S / 0.875 and take the centre, as DeiT and LeViT do."""
+    """A function: image -> uint8 tensor (3, S, S).
+
+    As in DeiT and LeViT, the short side is resized to S / 0.875, and the centre is cut out.
+    """
     if args.data == "shapes":
-        return v2.PILToTensor()  # shapes are rendered at this size, as tensors: they pass unchanged
+        return v2.PILToTensor()  # shapes are tensors of this size already: they pass unchanged
     resize = v2.Resize(round(args.image_size / 0.875), interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([without_far_ends, resize, v2.CenterCrop(args.image_size), v2.PILToTensor()])
 
 
 def without_far_ends(image: Image.Image) -> Image.Image:
-    """At most 8 times as long as wide, about the middle: resizing a thin image whole could take gigabytes."""
+    """The middle of the image, at most 8 times as long as wide.
+
+    Resizing all of a very thin image could take gigabytes.
+    """
     width, height = image.size
     return v2.functional.center_crop(image, [min(height, 8 * width), min(width, 8 * height)])
 
 
 def open_split(args: argparse.Namespace, split: str) -> Dataset:
-    """"train" or "val" of `args.data`, with `.classes`, not augmented."""
+    """The "train" or "val" images of `args.data`, not augmented. The data set has `.classes`.
+
+    Raises: ValueError for unknown data, a failed download, or a folder of another layout.
+    """
     if args.data == "shapes":
         length = args.shapes_length if split == "train" else max(1, args.shapes_length // 10)
         return Shapes(split, length, args.image_size, args.seed)
@@ -169,13 +195,14 @@ def open_split(args: argparse.Namespace, split: str) -> Dataset:
     return open_folder(Path(args.data), split)
 
 
-# ---- model, loss, metric ---------------------------------------------------------------------------------------------
+# ---- model, loss, metric -------------------------------------------------------------------------
 
 
 def timm_model(args: argparse.Namespace, num_classes: int, image_size: int) -> nn.Module:
-    """--model timm:NAME: timm's own model for --attention softmax, converted for castling.
+    """--model timm:NAME: with --attention softmax timm's own model, with castling its conversion.
 
-    Raises: ValueError if timm is missing or lacks the model, or `convert` or the flags do not fit it.
+    Raises: ValueError if timm is not installed or lacks the model, if `convert` cannot change it,
+        or if a flag does not go with it.
     """
     name = args.model.removeprefix("timm:")
     try:
@@ -190,7 +217,7 @@ def timm_model(args: argparse.Namespace, num_classes: int, image_size: int) -> n
     options = dict(num_classes=num_classes, drop_path_rate=args.drop_path or 0.0)
     try:
         model = timm.create_model(name, img_size=image_size, **options)
-    except TypeError:  # it has no fixed image size
+    except TypeError:  # this model has no argument img_size
         model = timm.create_model(name, **options)
     if args.attention == "castling":
         dconv = 9 if args.dconv is None else args.dconv
@@ -199,7 +226,10 @@ def timm_model(args: argparse.Namespace, num_classes: int, image_size: int) -> n
 
 
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> nn.Module:
-    """The model that resolved flags describe. Raises ValueError as `build_model` does, and for one without classes."""
+    """The model that the flags describe.
+
+    Raises: ValueError as `build_model` does, and for a model without classes.
+    """
     if args.patch_size is not None and args.model not in DEIT:
         raise ValueError(f"--patch-size is for {', '.join(DEIT)}, not {args.model}")
     if args.model.startswith("timm:"):
@@ -207,7 +237,7 @@ def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> n
     elif args.model in VIT_DENSE:
         raise ValueError(f"{args.model} gives feature maps, not classes: it is a backbone of segment.py")
     else:
-        flags = ("drop_path", "distilled", "patch_size")  # the model has its own default for each
+        flags = ("drop_path", "distilled", "patch_size")  # a model has its own defaults for these
         given = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
         options = run.core_options(args) | given
         model = build_model(args.model, args.attention, num_classes, image_size, args.castle_downsample, **options)
@@ -215,7 +245,10 @@ def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> n
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay for matrices and filters; none for biases, norms and what the model exempts by name."""
+    """The optimiser's parameter groups: with `weight_decay`, and without.
+
+    Biases, norms and the parameters that model.no_weight_decay() names have none.
+    """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     decayed, others = [], []
     for name, parameter in model.named_parameters():
@@ -236,11 +269,12 @@ def classification_loss(
     """(1 - alpha) cross entropy + alpha distillation.  DeiT, arXiv:2012.12877, Eq. (2) and (3)
 
     Args:
-        outputs: logits (B, classes), or the pair (class head, distillation head). Without a teacher both heads learn
-            the targets; with one, the second learns the teacher.
+        outputs: logits (B, classes), or a pair of them: (class head, distillation head). With a
+            teacher, the second head learns from it. Without, both learn the targets.
         targets: (B,) classes or (B, classes) probabilities.
-        teacher: its logits. "hard": cross entropy to its decision; "soft": tau^2 KL to its probabilities at
-            temperature tau, averaged over images.
+        teacher: logits (B, classes).
+        distillation: "none"; "hard", cross entropy to the teacher's most probable class; or "soft",
+            tau^2 KL to the teacher's probabilities at temperature tau, averaged over images.
     """
     label_head, teacher_head = outputs if isinstance(outputs, tuple) else (outputs, outputs)
     loss = F.cross_entropy(label_head, targets, label_smoothing=smoothing)
@@ -258,14 +292,17 @@ def classification_loss(
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, device: torch.device) -> dict:
-    """Top-1 and top-5 in percent and mean cross entropy over the whole set, each image counted once over all ranks."""
+    """Mean cross entropy ("loss"), and top-1 and top-5 accuracy in percent ("acc1", "acc5").
+
+    The ranks share the images. Each image counts once.
+    """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, loss, top-1, top-5
     for images, labels in loader:
         labels = labels.to(device)
         with autocast(args, device):
             logits = model(to_model_input(images, device, args.channels_last)).float()
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5), likeliest first
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
         sums[0] += len(labels)
         sums[1] += F.cross_entropy(logits, labels, reduction="sum")
         sums[2] += hits[:, 0].sum()
@@ -274,12 +311,12 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
     return dict(loss=loss / images, acc1=100 * top1 / images, acc5=100 * top5 / images)
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    """Train to the end, a checkpoint and a log line per epoch, evaluated when due; then the castling report."""
-    with run.checked(args):  # a mistake in flags or files ends the script here, in one line
+    """Train, with a checkpoint and a line of the log per epoch. Then print the castling report."""
+    with run.checked(args):  # a mistake in flags or files ends the script here, with one line
         # Defaults and data. Some defaults depend on the length of the run.
         resolve(args)
         train_set, val_set = open_split(args, "train"), open_split(args, "val")
@@ -291,7 +328,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         if args.ema_decay is None:
             args.ema_decay = ema_decay_for(total_steps)
 
-        # Model, its moving average, optimiser, and a teacher if there is one to learn from.
+        # Model, moving average of its weights (EMA), optimiser, and a teacher for distillation.
         torch.manual_seed(args.seed)  # the same first weights on every rank
         model = make_model(args, len(train_set.classes), args.image_size)
         check_batch_norm(args, model)
@@ -302,39 +339,41 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         optimizer = torch.optim.SGD(groups, momentum=0.9) if args.optimizer == "sgd" else torch.optim.AdamW(groups)
         teacher = load_teacher(args, train_set.classes, device)
 
-        # Each rank reads its part of one seeded order, in which every step has a whole global batch.
+        # One order of images follows from the seed. Each rank reads its part of it. A step always
+        # has global_batch images over all ranks.
         order = dict(rank=rank(), world=world_size())
         sampler = EpochSampler(len(train_set), seed=args.seed, multiple=args.global_batch, **order)
         augmented = Augmented(train_set, train_transform(args), args.seed)
         train_loader = make_loader(augmented, sampler, args.batch_size, args.workers)
         val_loader = validation_loader(args, val_set)
 
-        # The run: at its first step, or where the newest checkpoint in --output left it.
+        # The run is at its first step, or at the step of the newest checkpoint in --output.
         state = run.Run(
             args, train_set.classes, model, ema, optimizer, train_loader, device,
             steps_per_epoch=steps_per_epoch, total_steps=total_steps, metrics=METRICS,
         )  # fmt: skip
 
-    # MixUp or CutMix, drawn anew for each batch; both turn classes (B,) into probabilities (B, classes).
+    # For each batch MixUp or CutMix is chosen at random. Both turn classes (B,) into probabilities
+    # (B, classes).
     kinds = [(v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)]
     mixes = [kind(alpha=alpha, num_classes=len(train_set.classes)) for kind, alpha in kinds if alpha > 0]
     mix = v2.RandomChoice(mixes) if mixes else lambda images, targets: (images, targets)
 
-    # `net` is `model` wrapped for training (DDP, torch.compile): the same parameters.
+    # `net` is `model` wrapped for training (DDP, torch.compile). It has the same parameters.
     net, scaler = run.parallel(model, args, device), state.scaler
     with state:
         state.bar.say(run.describe(state, describe_recipe(args), val_set))
         for _ in state.epochs():
             net.train()
             for batches in state.steps(train_loader):  # --accumulate batches; usually one
-                # 1. What follows from where training stands: mask threshold and learning rate.
-                set_threshold(model, state.progress)                                       # Eq. (10), D4
+                # 1. Mask threshold and learning rate, which depend on the share of training done.
+                set_threshold(model, state.progress)                                  # Eq. (10), D4
                 lr = run.set_lr(optimizer, learning_rate(args, state.step, steps_per_epoch, total_steps))
 
                 # 2. Forward and backward; `loss` is the mean over the step's batches.
                 loss = torch.zeros((), device=device)
                 for i, (images, targets) in enumerate(batches):
-                    net.require_backward_grad_sync = i == len(batches) - 1                 # DDP sums once a step
+                    net.require_backward_grad_sync = i == len(batches) - 1  # DDP: once a step
                     images, targets = to_model_input(images, device, args.channels_last), targets.to(device)
                     images, targets = mix(images, targets)
                     with autocast(args, device):
@@ -348,7 +387,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                     scaler.scale(part).backward()
                     loss += part.detach()
 
-                # 3. Ranks exchange the loss, and whether to save or stop; NaN on one raises on all.
+                # 3. Ranks exchange the loss, and whether to save or stop. NaN on one stops all.
                 state.agree(loss, lr)
 
                 # 4. Change the weights and their average.
@@ -360,7 +399,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 optimizer.zero_grad(set_to_none=True)
                 ema.update_parameters(model)
 
-            # The epoch is trained and saved. Evaluate the averaged weights, with and without the branch.
+            # The epoch is trained and saved. Evaluate the averaged weights, with the branch and
+            # without.
             metrics = {}
             if state.evaluation_due():
                 metrics = run.evaluate_castling(lambda m: evaluate(m, val_loader, args, device), ema.module, "acc1")
@@ -369,49 +409,56 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def check_batch_norm(args: argparse.Namespace, model: nn.Module) -> None:
-    """Raise ValueError where BatchNorm would get a single value per channel, and fail: BatchNorm1d with one image,
-    BatchNorm2d with one image of at most 32 px, whose last map may be 1 x 1."""
+    """Raise ValueError if BatchNorm would get one value per channel, which is an error in training.
+
+    BatchNorm1d gets one value from a batch of one image. BatchNorm2d does if that image has at most
+    32 px, because then the last feature map may be 1 x 1.
+    """
     refusing = (nn.BatchNorm1d, nn.BatchNorm2d) if args.image_size <= 32 else nn.BatchNorm1d
     if args.batch_size == 1 and any(isinstance(module, refusing) for module in model.modules()):
         raise ValueError(f"BatchNorm of {args.model} needs --batch-size 2 or more per process at {args.image_size} px")
 
 
 def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
-    """Batches (images, classes) of this rank's share of the validation set."""
+    """Batches (images, classes) of this rank's share of `val_set`."""
     sampler = EpochSampler(len(val_set), rank=rank(), world=world_size())
     return make_loader(Augmented(val_set, eval_transform(args), args.seed), sampler, args.batch_size, args.workers)
 
 
 def load_teacher(args: argparse.Namespace, classes: list[str], device: torch.device) -> nn.Module | None:
-    """The frozen teacher that the flags ask for, a model of this project or of torchvision; None without distillation.
+    """The frozen teacher of --teacher, a model of this project or of torchvision.
 
-    Raises: ValueError for an unknown teacher, flags that do not go together, or other classes than `classes`.
+    Returns: None if no flag asks for distillation.
+    Raises: ValueError for an unknown teacher, flags that do not go together, or a teacher of other
+        classes than `classes`.
     """
     given = [args.distillation != "none", args.teacher is not None, args.teacher_checkpoint is not None]
     if not any(given):
         return None
     if not all(given):
-        raise ValueError("distillation needs all of --distillation hard|soft, --teacher and --teacher-checkpoint")
+        raise ValueError("distillation needs three flags: --distillation hard (or soft), --teacher and "
+                         "--teacher-checkpoint")  # fmt: skip
     if args.teacher in MODELS:
-        # As with `train.py --model TEACHER --checkpoint FILE`: other settings are those of the file.
+        # As `train.py --model TEACHER --checkpoint FILE` would load it. Its other settings are in
+        # the file.
         size = f"--image-size={args.image_size}"
         own = parser().parse_args([f"--model={args.teacher}", f"--checkpoint={args.teacher_checkpoint}", size])
         own.script = args.script
         if not run.settings_for(own):
-            own.attention = "softmax"  # weights of somebody else
+            own.attention = "softmax"  # a file of another project
         teacher, known = load(own, classes)
         if known != classes:
-            raise ValueError(f"{args.teacher_checkpoint} knows other classes than {args.data}")
+            raise ValueError(f"the classes of {args.teacher_checkpoint} are not those of {args.data}")
     elif args.teacher in torchvision.models.list_models(torchvision.models):
         teacher = torchvision.models.get_model(args.teacher, weights=None, num_classes=len(classes))
         load_pretrained(teacher, args.teacher_checkpoint)
     else:
-        raise ValueError(f"unknown teacher {args.teacher!r}: a model of this project or of torchvision.models")
+        raise ValueError(f"unknown teacher {args.teacher!r}: expected a model of this project or of torchvision.models")
     return teacher.eval().requires_grad_(False).to(device)
 
 
 def describe_recipe(args: argparse.Namespace) -> str:
-    """Optimiser, learning rate and augmentation."""
+    """Two lines of text: optimiser and learning rate; augmentation."""
     a, batch = args, lr_batch(args)
     return f"""recipe: {a.optimizer}, {a.schedule}, {a.warmup_epochs:.2g} epochs of warm-up to a learning rate of \
 {a.lr * a.global_batch / batch:.4g} ({a.lr} per {batch} images), weight decay {a.weight_decay}, EMA {a.ema_decay:.5f}
@@ -419,11 +466,14 @@ augmentation: mixup {a.mixup}, cutmix {a.cutmix}, randaugment {a.randaugment}, e
 smoothing {a.smoothing}"""
 
 
-# ---- what is done with a checkpoint ----------------------------------------------------------------------------------
+# ---- what is done with a checkpoint --------------------------------------------------------------
 
 
 def load(args: argparse.Namespace, classes: list | None = None) -> tuple[nn.Module, list]:
-    """The model in --checkpoint, in eval mode, and its classes: of the file, else `classes`, else numbered."""
+    """The model in --checkpoint, in eval mode, and its classes.
+
+    Classes that the file does not name are `classes`, or else "class 0", "class 1" and so on.
+    """
     trained = run.settings_for(args)
     resolve(args, trained)
     classes = trained.get("classes") or classes
@@ -433,7 +483,7 @@ def load(args: argparse.Namespace, classes: list | None = None) -> tuple[nn.Modu
 
 
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
-    """--eval: prints the metrics of the checkpoint with and without its auxiliary branch."""
+    """--eval: print the scores of the checkpoint with and without its auxiliary branch."""
     with run.checked(args):
         resolve(args, run.settings_for(args))
         val_set = open_split(args, args.split)
@@ -441,39 +491,49 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
         run.check_classes(args, classes, val_set.classes)
         loader = validation_loader(args, val_set)
     record = run.evaluate_castling(lambda m: evaluate(m, loader, args, device), model.to(device), "acc1")
-    run.print_evaluation(args, record)
+    run.print_evaluation(args, record, METRICS)
 
 
 def load_predictor(args: argparse.Namespace) -> tuple[nn.Module, list, Callable]:
-    """`load`, and what turns an image into the model's square uint8 input (3, size, size)."""
+    """`load`, and a function that makes the model's input of an image: uint8 (3, size, size)."""
     if args.data is None and not run.settings_for(args):
-        args.data = "folder"  # somebody else's model: the sizes and crop of photographs
+        args.data = "folder"  # a file of another project: size and crop as for photographs
     model, classes = load(args)
     transform = eval_transform(args)
-    if args.data == "shapes":  # its images are square: fit others whole
+    if args.data == "shapes":  # trained on whole square images: squeeze all of the image into one
         transform = v2.Compose([v2.Resize((args.image_size, args.image_size)), v2.PILToTensor()])
     return model, classes, transform
 
 
 @torch.inference_mode()
 def predict(args: argparse.Namespace, device: torch.device) -> None:
-    """--image: prints the five likeliest classes of each file."""
+    """--image: print the five most probable classes of each file.
+
+    With --json the output is one list of {"image": file, "probabilities": {class: 0..1}}.
+    """
     with run.checked(args):
         run.check_images(args.image)
         model, classes, transform = load_predictor(args)
     model.to(device)
-    for path, image in run.read_each(args.image):
-        images = to_model_input(transform(image)[None], device, args.channels_last)
-        top = model(images)[0].softmax(0).topk(min(5, len(classes)))
-        found = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        say(f"{path}: " + ", ".join(f"{classes[i]} {probability:.1%}" for i, probability in found))
+    with run.json_list(args) as found:
+        for path, image in run.read_each(args.image):
+            images = to_model_input(transform(image)[None], device, args.channels_last)
+            top = model(images)[0].softmax(0).topk(min(5, len(classes)))
+            names = [classes[i] for i in top.indices.tolist()]
+            probabilities = dict(zip(names, top.values.tolist(), strict=True))
+            found.append(dict(image=str(path), probabilities=probabilities))
+            if not args.json:
+                say(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in probabilities.items()))
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def mixing(text: str) -> float:
-    """argparse type: alpha of a Beta distribution, or 0 for none. Torch cannot draw from one far below 1e-3."""
+    """argparse type: alpha of a Beta distribution, or 0 for none.
+
+    Torch cannot draw numbers from a Beta distribution whose alpha is far below 0.001.
+    """
     value = at_least(0, float)(text)
     if 0 < value < 1e-3:
         raise argparse.ArgumentTypeError(f"must be 0 or at least 0.001, got {text}")
@@ -481,50 +541,69 @@ def mixing(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of train.py; what is left None is filled in by `resolve`."""
+    """The command line of train.py. `resolve` later fills in the flags that are None."""
     p = run.Parser(
         "train.py", __doc__,
-        epilog=f"models: {', '.join(name for name in MODELS if name not in VIT_DENSE)}; default levit128\n"
-        "timm:NAME is any vision transformer of timm that can be converted, with --attention castling or softmax\n"
-        "data: shapes, cifar10, cifar100 (downloaded to ./data), or a folder with train/<class>/ and val/<class>/ "
-        "(or test/)",
+        epilog="--data is shapes, cifar10 or cifar100 (both are downloaded to ./data), or a folder that has\n"
+        "train/<class>/ and val/<class>/ (or test/). In the defaults above, cifar is cifar10 or cifar100.\n"
+        "--batch-size of a folder is by default 64 for LeViT, LCNet and ESNet, and 32 for other models.\n"
+        f"--model is one of {', '.join(name for name in MODELS if name not in VIT_DENSE)}; default levit128.\n"
+        "It can also be timm:NAME, a vision transformer of timm that can be converted. It takes\n"
+        "--attention castling or softmax.",
     )  # fmt: skip
     recipe = run.shared_flags(p, DATA_DEFAULTS)
     add, on_off = recipe.add_argument, argparse.BooleanOptionalAction
     by_data = lambda flag: run.by_data(flag, DATA_DEFAULTS)  # noqa: E731
-    add("--optimizer", choices=list(OPTIMIZERS), help="sgd: the paper's, and the default; adamw: LeViT's and DeiT's")
-    add("--schedule", choices=("exponential", "cosine"), help="of the learning rate; default by data and optimizer")
-    add("--weight-decay", type=at_least(0, float), help="default 2e-5 for sgd, 0.025 for adamw")
-    add("--warmup-epochs", type=at_least(0, float), help="default 11 for sgd, 5 for adamw, at most 11%% of the run")
-    add("--clip-grad", type=at_least(0, float), default=0.0, help="largest gradient norm, 0 for no limit")
-    add("--smoothing", type=share, help=f"label smoothing; {by_data('smoothing')}")
-    add("--mixup", type=mixing, help=f"MixUp's alpha, 0 for none; {by_data('mixup')}")
-    add("--cutmix", type=mixing, help=f"CutMix's alpha, 0 for none; {by_data('cutmix')}")
-    add("--randaugment", type=at_least(0, most=30), help=f"magnitude of 30, 0 for none; {by_data('randaugment')}")
-    add("--erasing", type=share, help=f"probability of random erasing; {by_data('erasing')}")
-    add("--drop-path", type=share, help="stochastic depth; default 0 for shapes, else the model's")
-    add("--ema-decay", type=share, help="of the averaged weights; default: a horizon of 4%% of the run")
-    add("--channels-last", action=on_off, default=False, help="memory format of images and convolutions")
-    add("--castle-downsample", action=on_off, help="castle down-sampling blocks too (D5); default on")
-    add("--patch-size", type=at_least(1), help="pixels per side of DeiT's patches; default 4 for deit_mini, else 16")
-    add("--distilled", action=on_off, help="a second, distillation head; default as the model was published")
-    add("--distillation", default="none", choices=("none", "hard", "soft"), help="DeiT's; the paper names no kind")
-    add("--teacher", help="model to distil from: one of this project or of torchvision.models")
-    add("--teacher-checkpoint", help="the teacher's weights, a local file")
-    add("--alpha", type=share, default=0.5, help="weight of distillation in the loss")
-    add("--tau", type=at_least(1e-6, float), default=1.0, help="temperature of soft distillation")
+    add("--optimizer", choices=list(OPTIMIZERS), help="the optimiser. sgd, the default, is the paper's, with --lr "
+        "2.0 (3.2 for shapes); adamw is LeViT's and DeiT's, with --lr 0.0005")  # fmt: skip
+    add("--schedule", choices=("exponential", "cosine"), help="how the learning rate falls after warm-up; default "
+        "exponential for sgd, cosine for adamw and for shapes")  # fmt: skip
+    add("--weight-decay", type=at_least(0, float), help="how strongly weights are pulled towards zero; default 2e-5 "
+        "for sgd, 0.025 for adamw")  # fmt: skip
+    add("--warmup-epochs", type=at_least(0, float), help="epochs of warm-up, in which the learning rate rises; default "
+        "11 for sgd, 5 for adamw, but at most 11%% of the run")  # fmt: skip
+    add("--clip-grad", type=at_least(0, float), default=0.0, help="longer gradients are cut to this norm; default 0, "
+        "for no limit")  # fmt: skip
+    add("--smoothing", type=share, help="label smoothing: the share of a label that is spread over all classes; "
+        f"{by_data('smoothing')}")  # fmt: skip
+    add("--mixup", type=mixing, help=f"alpha of MixUp, which blends pairs of images; 0 for none; {by_data('mixup')}")
+    add("--cutmix", type=mixing, help="alpha of CutMix, which pastes a part of one image into another; 0 for none; "
+        f"{by_data('cutmix')}")  # fmt: skip
+    add("--randaugment", type=at_least(0, most=30), help="strength of RandAugment's random changes of an image, up to "
+        f"30; 0 for none; {by_data('randaugment')}")  # fmt: skip
+    add("--erasing", type=share, help=f"probability that a rectangle of an image is erased; {by_data('erasing')}")
+    add("--drop-path", type=share, help="stochastic depth: largest probability that a block is skipped for an image; "
+        "default 0 for shapes, else the model's own")  # fmt: skip
+    add("--ema-decay", type=share, help="decay of the averaged weights, which are evaluated and deployed: each step "
+        "keeps this share of the average. Default: the average covers about the last 4%% of the run")  # fmt: skip
+    add("--channels-last", action=on_off, default=False, help="keep images and convolutions in channels-last memory "
+        "order; default off")  # fmt: skip
+    add("--castle-downsample", action=on_off, help="also castle the blocks that reduce the number of tokens (D5); "
+        "default on")  # fmt: skip
+    add("--patch-size", type=at_least(1), help="side of DeiT's patches, in pixels; default 4 for deit_mini, else 16")
+    add("--distilled", action=on_off, help="give the model a second head, for distillation; default as published")
+    add("--distillation", default="none", choices=("none", "hard", "soft"), help="learn also from a teacher, as DeiT "
+        "does: from its decisions (hard) or its probabilities (soft). The paper does not say which. Default none")
+    add("--teacher", help="model that teaches: one of this project or of torchvision.models")
+    add("--teacher-checkpoint", help="file of the teacher's weights")
+    add("--alpha", type=share, default=0.5, help="share of distillation in the loss; default 0.5")
+    add("--tau", type=at_least(1e-6, float), default=1.0, help="temperature of soft distillation; default 1")
     return p
 
 
 def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
-    """Fill in every flag that was not given: from `trained`, a checkpoint's settings, else from the recipe tables."""
+    """Fill in every flag that was not given.
+
+    Its value comes from `trained`, the settings of a checkpoint, or else from the tables above.
+    """
     run.take_over(args, trained or {})
     args.model = args.model or "levit128"
     row = {"batch_size": batch_per_gpu(args.model)} | DATA_DEFAULTS[kind_of(args.data)]
     args.optimizer = args.optimizer or row["optimizer"]
-    if args.optimizer != row["optimizer"]:  # the row's learning rate and schedule are for its own
+    if args.optimizer != row["optimizer"]:  # then the row's learning rate and schedule do not fit
         row = {flag: value for flag, value in row.items() if flag not in ("lr", "schedule")}
-    recipe = dict(OPTIMIZERS[args.optimizer], warmup_epochs=None)  # `train` sets it: the run's length is not known yet
+    # `train` sets warmup_epochs when it knows the length of the run.
+    recipe = dict(OPTIMIZERS[args.optimizer], warmup_epochs=None)
     run.fill_in(args, dict(castle_downsample=True, shapes_length=30000) | recipe | row)
 
 

@@ -154,7 +154,7 @@ def test_official_files_evaluate_and_start_runs(tmp_path, photos, capsys, monkey
     model = shaken(build_model("levit128", "softmax", num_classes=2, image_size=32))
     torch.save(official_levit(model), tmp_path / "levit.pth")
     common = ["--model=levit128", "--image-size=32", f"--checkpoint={tmp_path}/levit.pth", "--workers=0"]
-    train.main(train.parser().parse_args([*common, "--attention=softmax", "--eval", f"--data={photos}"]))
+    train.main(train.parser().parse_args([*common, "--attention=softmax", "--eval", "--json", f"--data={photos}"]))
     assert json.loads(capsys.readouterr().out)["test_acc1"] >= 0
     train.main(train.parser().parse_args([*common, "--attention=softmax", f"--image={photos}/test/dark/0.jpg"]))
     assert "class 1" in capsys.readouterr().out

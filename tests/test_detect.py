@@ -471,7 +471,7 @@ def test_detection_script(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "castling gap          0.00 points of AP" in printed and "learning rate of 0.01 (1.6 per 640" in printed
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.json", "lock", "log.jsonl", "last.pt", "best.pt", "castled.pt",
+        "config.json", "lock", "log.jsonl", "last.pt", "best.pt", "castled.pt", "example.png",
         "coco_results.json", "coco_results_castled.json",
     }  # fmt: skip
     (group,) = convert.read_checkpoint(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]
@@ -485,7 +485,7 @@ def test_detection_script(tmp_path, capsys, monkeypatch):
     sure = confident(tmp_path / "run" / "best.pt", tmp_path / "sure.pt")
     found = {}
     for split, images in (("val", 2), ("train", 40)):
-        run_detect_with("--eval", f"--split={split}", f"--checkpoint={sure}", "--workers=0")
+        run_detect_with("--eval", "--json", f"--split={split}", f"--checkpoint={sure}", "--workers=0")
         folder = tmp_path / f"eval-shapes-{split}"
         found[split] = [json.loads((folder / f"coco_results{x}.json").read_text()) for x in ("", "_castled")]
         assert {row["image_id"] for row in found[split][0]} == set(range(images))

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -58,6 +60,35 @@ def test_progress_is_a_plain_line_where_there_is_no_terminal(capsys, monkeypatch
     for _ in range(3):
         bar.step(8, loss=1.5)
     assert capsys.readouterr().out == "  step 6/10  loss 1.5  images/s 4  ETA 0:00:08\n"
+
+
+@pytest.mark.parametrize(("done", "total", "said"), [
+    (0, 3600, ["training will take about 4.0 hours on this machine; --epochs, --max-steps or --image-size "
+               "make it shorter"]),
+    (0, 600, []), (6, 3600, []),
+])  # fmt: skip
+def test_a_long_run_says_so_at_its_start(capsys, monkeypatch, done, total, said):
+    """Steps of 4 s, but for the first, which compiles for an hour: after 20 s of steps a run of more than an
+    hour says once how long it will take. A continued run does not: its length cannot be changed."""
+    clock = iter([0, *range(3600, 4000, 4)])
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
+    bar = run.Progress(total, done=done)
+    for _ in range(50):
+        bar.step(8)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith("  step ")] == said
+    assert not said or lines.index(said[0]) == 2  # after the progress lines of the steps 1 and 6
+
+
+@pytest.mark.parametrize("script", TINY_RUNS)
+def test_help_is_for_newcomers(script):
+    """--help starts with one short line of usage. Every flag of train.py is explained: what it is comes
+    first, its default later."""
+    parser = TINY_RUNS[script][0].parser()
+    assert parser.format_help().startswith(f"usage: python {script}.py [flags]\n\n")
+    unclear = [action.option_strings[0] for action in parser._actions
+               if not action.help or action.help.startswith(("default", "of "))]  # fmt: skip
+    assert not unclear
 
 
 # ---- faults --------------------------------------------------------------------------------------
@@ -131,7 +162,7 @@ def test_a_kill_during_an_evaluation_repeats_it(undisturbed, tmp_path, monkeypat
     (tmp_path / "kill").unlink()
     assert process.exitcode == -signal.SIGKILL and (tmp_path / "log.jsonl").read_text() == ""
     run_tiny("train", tmp_path)
-    assert seen == 2 * ["val"] + 16 * ["train"] + 2 * ["val"]
+    assert seen == 2 * ["val"] + 16 * ["train"] + 2 * ["val"] + ["val"]  # the last is example.png
     assert outcome(tmp_path) == undisturbed("train")
 
 
@@ -236,7 +267,7 @@ def test_checkpoints_of_the_first_version_load(tmp_path, capsys, monkeypatch):
         args.model, args.attention, classes, size, **narrow, **run.core_options(args)))  # fmt: skip
     *_, logged, _ = records_of(FIRST_VERSION)
     for name in ("best.pt", "castled.pt", "last.pt"):
-        options = ["--eval", f"--checkpoint={FIRST_VERSION / name}", f"--output={tmp_path}"]
+        options = ["--eval", "--json", f"--checkpoint={FIRST_VERSION / name}", f"--output={tmp_path}"]
         train.main(train.parser().parse_args([*options, "--workers=0"]))
         record = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert record["test_loss"] == pytest.approx(logged["test_loss"], rel=1e-5), name
@@ -360,7 +391,7 @@ def lost_weight(patch):
 
 
 @pytest.mark.parametrize(("fault", "workers", "message"), [
-    (full_disk, 0, "cannot save the checkpoint {}/last.pt: .*; the one before it is still there: {}/last.pt"),
+    (full_disk, 0, "cannot save the checkpoint {}/last.pt: .*; an earlier checkpoint is still there: {}/last.pt"),
     (unreadable_image, 0, "cannot read image 9"), (unreadable_image, 1, "cannot read image 9"),
     (lost_weight, 0, "a weight is not finite at step 3, .*; the last checkpoint before it is {}/last.pt"),
 ])  # fmt: skip
@@ -384,7 +415,7 @@ def test_a_rename_that_fails_says_where_the_old_checkpoint_is(tmp_path, monkeypa
     with pytest.raises(run.SaveError, match=f"still there: {previous}"):
         run.save(last, {"step": 2}, previous)
     assert convert.read_checkpoint(previous) == {"step": 1}
-    with pytest.raises(run.SaveError, match="there is none yet"):
+    with pytest.raises(run.SaveError, match="there is no earlier checkpoint"):
         run.save(tmp_path / "gone" / "x.pt", {})
 
 
@@ -531,7 +562,7 @@ def test_evaluation_without_a_finite_loss_fails(tmp_path, capsys):
     for x in state["ema"].values():
         x.mul_(1e30) if x.is_floating_point() else None
     torch.save(state, tmp_path / "hu\nge.pt")
-    asked = ("--eval", f"--checkpoint={tmp_path}/hu\nge.pt")
+    asked = ("--eval", "--json", f"--checkpoint={tmp_path}/hu\nge.pt")
     said = refused(capsys, 1, run_tiny, "train", tmp_path / "b", *asked)
     assert "hu\nge.pt: the loss is" in said
 
@@ -554,6 +585,47 @@ def test_names_that_are_not_text(tmp_path, capsys):
     with pytest.raises(data.DataError, match=r"c\\nd\.png") as error:
         data.read_image(images / "c\nd.png")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("branch", [True, False])
+@pytest.mark.parametrize("script", TINY_RUNS)
+def test_evaluation_prints_the_table_of_the_report(script, branch, tmp_path, capsys):
+    """--eval prints the rows of the report at the end of a run, but for those that it does not measure:
+    MACs and images per second. What was castled has one column."""
+    run_tiny(script, tmp_path)
+    *_, report = capsys.readouterr().out.partition("castling report: ")
+    rows = report[: report.index("written ")].splitlines()
+    kept = [row for row in rows if not row.startswith(("MACs", "images/s"))]
+    assert len(kept) == len(rows) - 2
+    file = tmp_path / ("last.pt" if branch else "castled.pt")
+    run_tiny(script, tmp_path / "e", "--eval", f"--checkpoint={file}")
+    head, _, table = capsys.readouterr().out.partition("castling report: ")
+    assert head == f"{file}, val images\n\n"
+    if branch:
+        assert table.splitlines() == kept
+    else:
+        assert [row.split()[-1] for row in table.splitlines()[1:]] == [
+            "deployed", *(row.split()[-1] for row in kept[2:-2])]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", TINY_RUNS)
+def test_the_report_ends_with_a_command_that_works(script, tmp_path, capsys):
+    """On the built-in shapes --image is given a file that is there: the first validation image. The
+    report says what it shows."""
+    run_tiny(script, tmp_path / "a run")
+    report = capsys.readouterr().out
+    python, name, *words = shlex.split(re.search("look at a picture +(.*)", report)[1])
+    assert (python, name) == ("python", f"{script}.py")
+    picture = Path(words[words.index("--image") + 1])
+    module, _, flags = TINY_RUNS[script]
+    args = module.parser().parse_args([*flags, *words])
+    module.resolve(args)
+    scene = module.open_split(args, "val").scene(0)
+    assert np.array_equal(np.asarray(Image.open(picture)), scene.image)
+    names = ", ".join(list(data.SHAPES)[label] for label in scene.labels)
+    assert f"{picture}, which shows: {names}\n" in report
+    run_tiny(script, tmp_path / "drawn.png", *words)
+    assert f"{picture}: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("both", [False, True])

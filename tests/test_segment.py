@@ -564,7 +564,8 @@ def test_segmentation_script_trains_castles_and_evaluates(tmp_path, capsys, monk
     assert all(torch.equal(before[name], still[name]) for name in before)  # --checkpoint starts from all of it
     capsys.readouterr()
     for name in ("last.pt", "best.pt", "castled.pt"):
-        segment.main(segment.parser().parse_args(["--eval", f"--checkpoint={tmp_path}/run/{name}", "--workers=0"]))
+        asked = ["--eval", "--json", f"--checkpoint={tmp_path}/run/{name}", "--workers=0"]
+        segment.main(segment.parser().parse_args(asked))
         record = json.loads(capsys.readouterr().out.splitlines()[-1])
         if name != "best.pt":
             for key in ("test_mIoU", "test_mAcc", "test_pAcc"):

@@ -91,7 +91,7 @@ def test_script_trains_castles_and_evaluates(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "castling gap          0.00" in printed and "the masks are empty" in printed
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.json", "lock", "log.jsonl", "last.pt", "best.pt", "castled.pt",
+        "config.json", "lock", "log.jsonl", "last.pt", "best.pt", "castled.pt", "example.png",
     }  # fmt: skip
     assert [r["step"] for r in epochs] == [4] and epochs[0]["epoch"] == 0
     keys = {"epoch", "train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "n_parameters"}
@@ -108,14 +108,21 @@ def test_script_trains_castles_and_evaluates(tmp_path, capsys):
     assert report["macs"]["castled"] < report["macs"]["with branch"]
     assert report["test_acc1"] == epochs[0]["test_acc1"] == epochs[0]["test_acc1_castled"]
     for name in ("last.pt", "best.pt", "castled.pt"):
-        train.main(train.parser().parse_args(["--eval", f"--checkpoint={tmp_path / 'run' / name}", "--workers=0"]))
+        train.main(train.parser().parse_args(
+            ["--eval", "--json", f"--checkpoint={tmp_path / 'run' / name}", "--workers=0"]))
         record = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert record["test_loss"] == pytest.approx(epochs[0]["test_loss"], rel=1e-5)
         assert record.get("castling_gap") == (None if name == "castled.pt" else 0)  # castled: nothing left to lose
     Image.fromarray(data.Shapes("val", 12, 50).scene(3).image).save(tmp_path / "one.png")
-    train.main(train.parser().parse_args([f"--image={tmp_path}/one.png", f"--checkpoint={tmp_path}/run/best.pt"]))
+    asked = [f"--image={tmp_path}/one.png", f"--checkpoint={tmp_path}/run/best.pt"]
+    train.main(train.parser().parse_args(asked))
     named = capsys.readouterr().out
     assert sum(name in named for name in data.SHAPES) >= 5 and named.startswith(str(tmp_path / "one.png"))
+    train.main(train.parser().parse_args([*asked, "--json"]))
+    (one,) = json.loads(capsys.readouterr().out)
+    assert one["image"] == str(tmp_path / "one.png")
+    shown = ", ".join(f"{name} {p:.1%}" for name, p in one["probabilities"].items())
+    assert len(one["probabilities"]) == 5 and named == f"{tmp_path}/one.png: {shown}\n"
 
 
 def test_log_follows_the_masks(tmp_path):
@@ -129,8 +136,10 @@ def test_log_follows_the_masks(tmp_path):
     (["--model=levit_mini", "--mask-schedule=anneal", "--image-size=64"], [  # 4 x 4, 2 x 2 and 1 x 1 tokens
         r"14 of 14 masks hold entries", r"4 layers of 16 tokens, threshold 0\.0156: .*% of entries kept",
     ]),
-    (["--model=levit_mini", "--image-size=64"], [r" of 14 masks hold", r"of 4 tokens, threshold 1: 0 to 0%",
-          r"of 1 tokens, threshold 1: 0 to 0%", r"never any.*stages\.1\.downsample\.attn_downsample \(4 tokens\)"]),
+    (["--model=levit_mini", "--image-size=64"], [
+        r" of 14 masks hold", r"of 4 tokens, threshold 1: 0 to 0%", r"of 1 tokens, threshold 1: 0 to 0%",
+        r"never hold any.*stages\.1\.downsample\.attn_downsample \(4 tokens\)",
+    ]),
     ([], [r": 0 of 6 masks hold", r"6 layers of 65 tokens, threshold 0\.0615: 0 to 0%"]),
     (["--attention=linear_angular"], []),
 ])  # fmt: skip
@@ -219,7 +228,7 @@ def test_patches_of_any_size_train(tmp_path, capsys):
         kept = convert.read_checkpoint(folder / "best.pt")
         assert kept["ema"]["pos_embed"].shape == (1, tokens, 96) and kept["args"]["patch_size"] == patch
         capsys.readouterr()
-        train.main(train.parser().parse_args(["--eval", f"--checkpoint={folder}/best.pt", "--workers=0"]))
+        train.main(train.parser().parse_args(["--eval", "--json", f"--checkpoint={folder}/best.pt", "--workers=0"]))
         assert json.loads(capsys.readouterr().out)["test_loss"] == pytest.approx(epoch["test_loss"], rel=1e-5)
     source = ("--distillation=hard", "--teacher=deit_mini", f"--teacher-checkpoint={folder}/best.pt")
     assert teacher_of(*source).patch_size == 8
@@ -343,7 +352,7 @@ def test_train_export(tmp_path, capsys):
     run_train(tmp_path, name, "--max-steps=2")
     run_train(tmp_path, name, "--max-steps=2")
     assert "resumed" in capsys.readouterr().out
-    train.main(train.parser().parse_args(["--eval", "--workers=0", kept]))
+    train.main(train.parser().parse_args(["--eval", "--json", "--workers=0", kept]))
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["castling_gap"] == 0
     train.main(train.parser().parse_args([kept, f"--export={tmp_path / 'model.pt2'}"]))
     assert "run on 1x3x96x96, 2x3x128x160, 3x3x192x128; largest difference" in capsys.readouterr().out
