@@ -13,8 +13,9 @@ Authors' block: `LinAngularAttention`, github.com/GATECH-EIC/Castling-ViT @ c7b7
     epsilon      mask_threshold          () or (B,)     0..1; at 1 the mask is empty        Eq. (10)
 
 B images, H heads, N tokens, D channels per head. Castling: train with the auxiliary branch
-M_sparse V, which costs O(N^2), and infer without it. The threshold depends on the share of training
-done. So call set_threshold before every step, and after training remove the branch:
+M_sparse V, which costs O(N^2), and infer without it. `mask_threshold` computes the threshold from
+the share of training done, in every forward. So call set_threshold before every step, which stores
+that share, and after training remove the branch:
 
     block = LinearAngularAttention(dim=192, num_heads=3, sparse_reg=True)
     set_threshold(block, progress=step / total_steps)       # before every step
