@@ -634,7 +634,8 @@ def attention(path: Path, args: argparse.Namespace) -> None:
     for name in layers:
         q, k, _ = seen[name]
         full, low = (effective_rank(q, k, diagonal).mean().item() for diagonal in (0.5, 0.0))
-        print(f"{name}: {q.shape[2]} tokens, effective rank {full:.1f}; of q k^T alone {low:.1f} of {min(q.shape[2:])}")
+        print(f"{name}: effective rank of its map {full:.1f}, at most {q.shape[2]} (tokens); "
+              f"of q k^T in it {low:.1f}, at most {min(q.shape[2:])}")  # fmt: skip
     q, k, v = seen[layer]
     side = math.isqrt(q.shape[2])
     prefix = q.shape[2] - side**2  # 197 tokens are a class token and 14 x 14 patches
