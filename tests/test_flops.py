@@ -146,6 +146,7 @@ def test_tables_are_printed(table_2, capsys, monkeypatch):
     first, last = (f"{r['image_size']:6}{r['softmax_macs_g']:12.3f}" for r in rows)
     printed = capsys.readouterr().out
     assert first in printed and last in printed and "cheaper from 1024 px" in printed
+    assert re.search("px +softmax +castled +ratio", printed)
     for flags, named in (
         ("--model=levit_128", "levit128"),
         ("--table=2 --model=levit128", "--model"),
