@@ -51,7 +51,7 @@ def test_shapes_are_deterministic_balanced_and_split():
 
 
 def test_nothing_is_painted_in_a_hole():
-    """A pixel's share in a shape is 1 inside its outline, 0 outside, and 0 in the middle of a ring."""
+    """A pixel's share in a shape is 1 inside its outline, 0 outside, 0 in the middle of a ring."""
     ring = data.placed(data.SHAPES["ring"], np.array([24, 24]), np.array([20, 20]), 0.0)
     assert data.coverage(ring, 48)[24, [1, 8, 24, 39, 46]].tolist() == [0, 1, 0, 1, 0]
 
@@ -115,7 +115,7 @@ def test_ranks_see_what_one_process_would(length, world, batch, epoch):
         together = [key for share in shares for key in share[t * batch : (t + 1) * batch]]
         assert sorted(together) == sorted(whole[t * world * batch : (t + 1) * world * batch])
     assert len(set(whole)) == len(whole) and all(e == epoch for e, _ in whole)
-    assert len(list(data.EpochSampler(length, seed=1))) == length  # of no batch: none is cut
+    assert len(list(data.EpochSampler(length, seed=1))) == length
     val = [key for r in range(world) for key in data.EpochSampler(length, rank=r, world=world)]
     assert sorted(val) == [(0, i) for i in range(length)]
 

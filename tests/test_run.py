@@ -53,9 +53,14 @@ from models import build_model
 
 
 def test_progress_is_a_plain_line_where_there_is_no_terminal(capsys, monkeypatch):
-    """Steps done and to do, values, images per second of late steps, the time left; not more often than asked."""
-    clock = iter([0.0, 2.0, 4.0, 6.0])
+    """Steps done and to do, values, images per second of late steps, the time left; not more often
+    than asked, and every 20 seconds if nothing is."""
+    clock = iter([0.0, 19.0, 21.0, 40.0, 0.0, 2.0, 4.0, 6.0])
     monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
+    bar = run.Progress(10)
+    for lines in (0, 1, 0):
+        bar.step(8)
+        assert capsys.readouterr().out.count("\n") == lines
     bar = run.Progress(10, done=4, seconds=3.0)
     for _ in range(3):
         bar.step(8, loss=1.5)
@@ -687,6 +692,20 @@ def test_each_process_has_a_gpu(monkeypatch):
         else:
             assert run.start_processes() == torch.device("cuda", index)
     assert joined == [("nccl", torch.device("cuda", 3))]
+
+
+@pytest.mark.parametrize(("gpu", "native", "expected"), [
+    (False, False, (False, "bfloat16")), (True, False, (False, "float16")),
+    (True, True, (True, "bfloat16")),
+])  # fmt: skip
+def test_autocast_is_on_where_a_gpu_has_bfloat16(monkeypatch, gpu, native, expected):
+    """Emulated bfloat16 is slow: a GPU that only emulates it, and a CPU, train in float32; --amp is
+    float16 on the one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: native or including_emulation)
+    args = train.parser().parse_args([])
+    assert (args.amp, args.amp_dtype) == expected
 
 
 @pytest.mark.parametrize("script", TINY_RUNS)
