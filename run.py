@@ -622,7 +622,8 @@ class Run:
             best = shlex.join(["--checkpoint", str(self.folder / "best.pt"), "--image", str(picture)])
             say(f"look at a picture     python {self.args.script} {best}")
             if self.args.script == "train.py" and self.args.attention == "castling":
-                say(f"look at its masks     python figures.py attention {best} --progress 0")
+                first = next(iter(cores(self.model)))  # the layer with most tokens: late masks may hold none
+                say(f"look at its masks     python figures.py attention {best} --progress 0 --layer {first}")
             self.write_log({"castling_report": metric, "step": self.step})
         barrier()
 
