@@ -302,6 +302,7 @@ def new_file(text: str) -> Path:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line of bench.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--table", choices=[*TABLES, "all"], default="all", help="which table; default all")

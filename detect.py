@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
@@ -377,7 +377,7 @@ def detection_losses(
     # Match points to ground-truth boxes. Keep what belongs to the N positive points of the batch.
     boxes = decode(bins, points)                                                      # (B, P, 4)
     matched = torch.stack([
-        simota(logits[i].detach(), boxes[i].detach(), points, *target) for i, target in enumerate(targets)
+        simota(logits[i], boxes[i], points, *target) for i, target in enumerate(targets)
     ])  # fmt: skip                                                               (B, P)
     positive = matched >= 0
     gt_boxes = torch.cat([gt[m[m >= 0]] for m, (gt, _) in zip(matched, targets, strict=True)])
@@ -968,7 +968,7 @@ augmentation: {changes}; side of images {a.image_size} +- {32 * a.multi_scale} p
 
 
 def draw_boxes(image: Image.Image, rows: list[dict], colours: list[str]) -> Image.Image:
-    """The image with boxes and their labels. A small image is enlarged to a short side near 512.
+    """The image with boxes and their labels. A small image is enlarged.
 
     A label is above its box. If there is no room, it is below, else inside at the top.
 
@@ -976,8 +976,7 @@ def draw_boxes(image: Image.Image, rows: list[dict], colours: list[str]) -> Imag
         rows: [{"label", "score", "box"}], best first. A box is xyxy in pixels of the image.
         colours: the colour of each box.
     """
-    factor = max(1, min(round(512 / min(image.size)), 2048 // max(image.size)))
-    image = ImageOps.scale(image, factor, Image.Resampling.NEAREST)
+    image, factor = run.magnified(image)
     draw, size = ImageDraw.Draw(image), max(12, min(image.size) // 32)
     font, line = ImageFont.load_default(size), max(2, size // 8)
     for row, colour in reversed([*zip(rows, colours, strict=True)]):  # the best last, on top

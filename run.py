@@ -33,7 +33,7 @@ from typing import IO
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -1004,7 +1004,8 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
         "those for training; default val")  # fmt: skip
     add("--image", nargs="+", metavar="FILE", help="do not train: print or draw what --checkpoint finds in "
         "these image files")  # fmt: skip
-    add("--json", action="store_true", help="print the result of --eval or --image as JSON")
+    add("--json", action="store_true", help="print the result of --eval or --image as JSON. detect.py and "
+        "segment.py then draw only if --output is given")  # fmt: skip
     add("--export", help="do not train: write the castled model of --checkpoint to this .onnx or .pt2 file. It takes "
         "normalised images of any size")  # fmt: skip
     add = parser.add_argument_group("processes").add_argument
@@ -1286,6 +1287,15 @@ def json_list(args: argparse.Namespace) -> Iterator[list]:
     finally:
         if args.json and rank() == 0:
             say(json.dumps(found, indent=1))
+
+
+def magnified(image: Image.Image) -> tuple[Image.Image, int]:
+    """A small image, enlarged by a whole number to a short side near 512 px; and that number.
+
+    No side becomes longer than 2048 px by this.
+    """
+    factor = max(1, min(round(512 / min(image.size)), 2048 // max(image.size)))
+    return ImageOps.scale(image, factor, Image.Resampling.NEAREST), factor
 
 
 def write_image(image: Image.Image, target: Path) -> None:

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
@@ -1274,14 +1274,13 @@ def shares_of(labels: np.ndarray, classes: list[str]) -> dict[str, float]:
 def overlay(image: Image.Image, labels: np.ndarray, classes: list[str]) -> Image.Image:
     """The image, tinted with the colours of its labels (H, W), and a legend of the classes below.
 
-    A class named "background" is not tinted. A small image is enlarged to a short side near 512.
+    A class named "background" is not tinted. A small image is enlarged.
     """
     tints = np.array([colour_of(i) for i in range(len(classes))], np.uint8)[labels]
     if "background" in classes:
         bare = labels == classes.index("background")
         tints[bare] = np.asarray(image)[bare]
-    factor = max(1, min(round(512 / min(image.size)), 2048 // max(image.size)))
-    image = ImageOps.scale(Image.blend(image, Image.fromarray(tints), 0.5), factor, Image.Resampling.NEAREST)
+    image, _ = run.magnified(Image.blend(image, Image.fromarray(tints), 0.5))
 
     # The legend has a row for each class found: its colour, its name and its share of the pixels.
     shares, line = shares_of(labels, classes), max(18, min(image.size) // 24)

@@ -112,12 +112,13 @@ def test_readme_shows_the_report_of_a_run(capsys):
 
 @pytest.mark.parametrize("code", blocks(README, "python"))
 def test_readme_code_runs(code, monkeypatch):
-    """The README's Python runs as it stands, in the repository's folder."""
+    """The README's Python runs as it stands, in the repository's folder, and prints its result."""
     if "timm" in code and not importlib.util.find_spec("timm"):
         pytest.skip("timm is not installed")
     monkeypatch.chdir(ROOT)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, {})
+    assert printed.getvalue()
 
 
 def test_pictures_and_links_exist():
