@@ -1067,6 +1067,7 @@ def parser() -> argparse.ArgumentParser:
         "detect.py", __doc__,
         epilog=f"""--model is one of {', '.join(DETECTORS)}; default lcnet_vit_s
 --data is shapes, or a folder with annotations/instances_{{train,val}}2017.json, train2017/ and val2017/
+--shapes-length: for validation there are 1/15 as many scenes
 --image-size for a folder is by default 320 for S models, 416 for M and L""",
     )  # fmt: skip
     recipe = run.shared_flags(p, DATA_DEFAULTS)

@@ -767,22 +767,29 @@ class Run:
                 "mixing and dropout depend on the processes and their batches, and rounding changes")  # fmt: skip
 
 
+def span(shares: list[float]) -> str:
+    """The range of some shares, in percent."""
+    ends = dict.fromkeys(f"{100 * end:.3g}" for end in (min(shares), max(shares)))  # one if equal
+    return f"{' to '.join(ends)}%"
+
+
 def first_masks(model: nn.Module, masks: dict[str, tuple[float, float, float]]) -> str:
     """Text about the entries that the auxiliary masks keep in the first step of a run.
 
     masks: as of `mask_statistics`.
     """
-    kinds, never = {}, []  # {number of tokens and threshold: densities of its layers, %}
+    kinds, never = {}, []  # {number of tokens and threshold: densities of its layers}
     for name, (density, _, tokens) in masks.items():
         core = cores(model)[name]
         threshold = float(mask_threshold(0.0, round(tokens), core.epsilon, core.schedule))
-        kinds.setdefault(f"{tokens:.0f} tokens, threshold {threshold:.3g}", []).append(100 * density)
+        kinds.setdefault(f"{tokens:.0f} tokens, threshold {threshold:.3g}", []).append(density)
         if threshold >= 1:
             never.append(f"{name} ({tokens:.0f} tokens)")
     holding = sum(density > 0 for density, *_ in masks.values())
     text = [f"auxiliary branch: {holding} of {len(masks)} masks hold entries in the first step"]
-    for kind, percent in kinds.items():
-        text.append(f"  {len(percent)} layers of {kind}: {min(percent):.3g} to {max(percent):.3g}% of entries kept")
+    for kind, kept in kinds.items():
+        layers = f"{len(kept)} layer{'s' if len(kept) > 1 else ''}"
+        text.append(f"  {layers} of {kind}: {span(kept)} of entries kept")
     if never:
         text.append(f"  these never hold any, because their threshold is 1: {', '.join(never)}")
     return "\n".join(text)
@@ -888,8 +895,9 @@ def print_report(args: argparse.Namespace, metric: dict, titles: dict[str, str])
         say(f"{name:22}" + "".join(f"{value:>14}" for value in values))
     if branch:
         say(f"castling gap          {metric['castling_gap']:.2f} points of {next(iter(titles.values()))}")
-        held = [f"{layer} {density:.4f}" for layer, density in metric["mask_density"].items() if density > 0]
-        say(f"mask density          {', '.join(held) or '0 in every layer: the masks are empty'}")
+        held = [density for density in metric["mask_density"].values() if density > 0]
+        kept = f"{span(held)} of entries kept in {len(held)} of {len(metric['mask_density'])} layers" if held else None
+        say(f"mask density          {kept or '0 in every layer: the masks are empty'}")
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -933,7 +941,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         for word in message.split():
-            near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
+            near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1, cutoff=0.75)
             if message.startswith("unrecognized") and word.startswith("--") and near:
                 message += f" (did you mean {near[0]}?)"
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all flags\n")
@@ -941,7 +949,11 @@ class Parser(argparse.ArgumentParser):
 
 def by_data(flag: str, defaults: dict[str, dict]) -> str:
     """The part of a flag's help that gives its default for each kind of data."""
-    given = [f"{row[flag]} for {data}" for data, row in defaults.items() if flag in row]
+    kinds = {}  # {default: kinds of data that have it}
+    for data, row in defaults.items():
+        if flag in row:
+            kinds.setdefault(row[flag], []).append(data)
+    given = [f"{value} for {' and '.join(data)}" for value, data in kinds.items()]
     return f"default {', '.join(given) or 'none'}"
 
 
@@ -1089,11 +1101,12 @@ def describe(state: Run, recipe: str, val_set: Dataset) -> str:
     a, device = state.args, state.device.type
     parameters = sum(p.numel() for p in state.model.parameters())
     branch = any(core.auxiliary for core in cores(state.model).values())
-    mask = f"mask: threshold {a.epsilon}, {a.mask_schedule}; " if branch else ""
+    mask = f"masks: schedule {a.mask_schedule}, epsilon {a.epsilon}; " if branch else ""
     return f"""{a.model}, {a.attention}: {parameters / 1e6:.2f} M parameters, processes: {world_size()} ({device})
 data: {a.data}, {state.images} training and {len(val_set)} validation images of {a.image_size} px, \
 {len(state.classes)} classes
-length: {state.total_steps / state.steps_per_epoch:.4g} epochs, {state.total_steps} steps of {a.global_batch} images
+length: {state.total_steps} steps of {a.global_batch} images, \
+{state.total_steps * a.global_batch / state.images:.3g} passes over them; an epoch is {state.steps_per_epoch} steps
 {recipe}
 {mask}output: {a.output}"""
 

@@ -1192,7 +1192,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     net, scaler = run.parallel(model, args, device), state.scaler
     with state:
-        state.bar.say(run.describe(state, describe_recipe(state), val_set))
+        state.bar.say(run.describe(state, describe_recipe(args), val_set))
         for _ in state.epochs():  # each is --eval-steps steps
             net.train()
             for batches in state.steps(train_loader):
@@ -1239,16 +1239,14 @@ def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
     return make_loader(pairs, sampler, batch_size, args.workers)
 
 
-def describe_recipe(state: run.Run) -> str:
-    """Length, optimiser, learning rate, averaged weights and decoder, as a run prints them."""
-    a = state.args
+def describe_recipe(args: argparse.Namespace) -> str:
+    """Optimiser, learning rate, averaged weights and decoder, as a run prints them."""
+    a = args
     limit = f", gradient norm at most {a.clip_grad}" if a.clip_grad else ""
-    passes = state.total_steps * a.global_batch / state.images
-    return f"""an epoch of the log is {state.steps_per_epoch} steps; the run is {passes:.4g} passes over the images
-optimiser: AdamW, weight decay {a.weight_decay}{limit}
+    return f"""optimiser: AdamW, weight decay {a.weight_decay}{limit}
 learning rate: {a.lr * a.global_batch / LR_BATCH:.4g} at first ({a.lr} per {LR_BATCH} images, times {a.backbone_lr} \
 for the backbone), falls to 0
-averaged weights: decay {a.ema_decay:.5f} per step
+averaged weights: decay {a.ema_decay:.5g} per step
 decoder: {a.pixel_decoder}, {a.queries} queries, {a.layers} layers, losses at {a.points} points of each mask"""
 
 

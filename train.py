@@ -458,10 +458,11 @@ def load_teacher(args: argparse.Namespace, classes: list[str], device: torch.dev
 
 
 def describe_recipe(args: argparse.Namespace) -> str:
-    """Two lines of text: optimiser and learning rate; augmentation."""
+    """Optimiser, learning rate, averaged weights and augmentation, as a run prints them."""
     a, batch = args, lr_batch(args)
     return f"""recipe: {a.optimizer}, {a.schedule}, {a.warmup_epochs:.2g} epochs of warm-up to a learning rate of \
-{a.lr * a.global_batch / batch:.4g} ({a.lr} per {batch} images), weight decay {a.weight_decay}, EMA {a.ema_decay:.5f}
+{a.lr * a.global_batch / batch:.4g} ({a.lr} per {batch} images), weight decay {a.weight_decay}
+averaged weights: decay {a.ema_decay:.5g} per step
 augmentation: mixup {a.mixup}, cutmix {a.cutmix}, randaugment {a.randaugment}, erasing {a.erasing}, \
 smoothing {a.smoothing}"""
 
@@ -547,6 +548,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="--data is shapes, cifar10 or cifar100 (both are downloaded to ./data), or a folder that has\n"
         "train/<class>/ and val/<class>/ (or test/). In the defaults above, cifar is cifar10 or cifar100.\n"
         "--batch-size of a folder is by default 64 for LeViT, LCNet and ESNet, and 32 for other models.\n"
+        "--shapes-length: for validation there are 1/10 as many images.\n"
         f"--model is one of {', '.join(name for name in MODELS if name not in VIT_DENSE)}; default levit128.\n"
         "It can also be timm:NAME, a vision transformer of timm that can be converted. It takes\n"
         "--attention castling or softmax.",

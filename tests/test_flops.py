@@ -13,6 +13,7 @@ import figures
 import flops
 from attention import AttentionCore, castle
 from conftest import FAMILIES, tiny
+from models import build_model
 from test_castling import Calls, attention_macs, parameters
 
 
@@ -130,6 +131,7 @@ def test_tables_are_printed(table_2, capsys, monkeypatch):
     flops.main(flops.parser().parse_args([*compared, "--json"]))
     rows = json.loads(capsys.readouterr().out)
     assert [r["note"] for r in rows] == ["castled", "", ""]
+    assert rows[1]["params_m"] == pytest.approx(parameters(build_model("levit128", "softmax", image_size=64)) / 1e6)
     assert all(sum(r["by_module_g"].values()) == pytest.approx(r["macs_g"]) for r in rows)
     with monkeypatch.context() as patched:  # counted once
         patched.setattr(flops, "compare", lambda *given: rows)

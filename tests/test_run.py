@@ -85,6 +85,19 @@ def test_a_long_run_says_so_at_its_start(capsys, monkeypatch, done, total, said)
     assert not said or lines.index(said[0]) == 2  # after the progress lines of the steps 1 and 6
 
 
+@pytest.mark.parametrize(("densities", "said"), [
+    ([0.5, 0, 0.25], "25 to 50% of entries kept in 2 of 3 layers"), ([0, 0.5], "50% of entries kept in 1 of 2 layers"),
+    ([0, 0], "0 in every layer: the masks are empty"),
+])  # fmt: skip
+def test_report_says_what_the_masks_hold(capsys, densities, said):
+    """The range over layers whose masks hold entries, and how many layers those are."""
+    metric = dict(test_acc1=1.0, test_acc1_castled=1.0, castling_gap=0.0, mask_density=dict(enumerate(densities)))
+    args = train.parser().parse_args([])
+    train.resolve(args)
+    run.print_report(args, metric, train.METRICS)
+    assert f"mask density          {said}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("script", TINY_RUNS)
 def test_help_is_for_newcomers(script):
     """--help starts with one short line of usage. Every flag of train.py is explained: what it is comes
