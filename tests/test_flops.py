@@ -95,10 +95,18 @@ def test_branch_and_parts_are_counted(family):
     assert castled.params == parameters(model) and castled.params_weights == weights_only(model)
 
 
+def test_pooling_counts_what_it_reads():
+    """Under mmcv's rules global pooling costs the elements of the map. Another mean costs nothing."""
+    x = torch.zeros(1, 4, 8, 8, device="meta")
+    count = lambda f: flops.count(Calls(f), x, convention="paper-det").macs  # noqa: E731
+    assert count(torch.nn.AdaptiveAvgPool2d(1)) == 4 * 8 * 8 and count(lambda x: x.mean((1, 2))) == 0
+
+
 def test_peak_memory_is_the_live_maximum():
-    """Two (8, 8) float64 results alive at once, a third made after one is dropped; a softmax's N x N matrix counts."""
+    """Two (8, 8) float64 results alive at once, a third made after one is dropped; a change in place adds nothing;
+    a softmax's N x N matrix counts."""
     def three(x):
-        y = x + 1
+        y = (x + 1).mul_(3)
         z = y * 2
         del y
         return z - 1
