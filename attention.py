@@ -300,7 +300,8 @@ KERNELS = {
     "relu_s": relu_s_attention,
     "relu_e": relu_e_attention,
     "identity": identity_attention,
-    "softmax": softmax_attention,
+    "softmax_normed": softmax_attention,  # in the castling architecture: normalised, with DWConv
+    "softmax": softmax_attention,  # the published baseline
 }
 
 

@@ -145,7 +145,7 @@ def explicit(kernel, q, k, v):
         return torch.einsum("...nd,...md->...nm", q.softmax(-1), k.softmax(-2)) @ v
     if kernel == "identity":
         return torch.eye(N, dtype=q.dtype) @ v
-    if kernel == "softmax":
+    if kernel.startswith("softmax"):  # after softmax_linear
         return (torch.einsum("...nd,...md->...nm", q, k) / D**0.5).softmax(-1) @ v
     weights = torch.einsum("...nd,...md->...nm", q.relu(), k.relu())
     return weights / M @ v if kernel == "relu_s" else weights / (weights.sum(-1, keepdim=True) + 1e-6) @ v
@@ -264,7 +264,7 @@ def scenes(draw, classes=4):
 
 def attention_macs(kernel, heads, tokens, key_dim, value_dim):
     """Products of q, k and v in closed form: N^2 (D + E) per head, or 2 N D E where k^T v comes first."""
-    if kernel in ("softmax", "angular"):
+    if kernel in ("softmax", "softmax_normed", "angular"):
         return heads * tokens**2 * (key_dim + value_dim)
     sums = key_dim if kernel == "relu_e" else 0  # its rows' sums
     return 0 if kernel == "identity" else heads * tokens * (2 * key_dim * value_dim + sums)
@@ -452,7 +452,7 @@ def test_mean_centring_is_a_taylor_softmax_only_where_keys_alone_are_centred():
 
 def test_keys_meet_values_first():
     """q (k^T v) in every kernel that allows it: the first product is D x E, never N x N, also for few tokens."""
-    for kernel in sorted(set(KERNELS) - {"softmax", "angular", "identity"}):
+    for kernel in sorted(set(KERNELS) - {"softmax", "softmax_normed", "angular", "identity"}):
         for tokens in (64, 4):
             with Operations() as operations:
                 KERNELS[kernel](*randn(3, 1, 2, tokens, 8))

@@ -20,12 +20,15 @@ run() {  # name, then the command
     python "$@" --output "$OUT/$name" --workers 0
 }
 
-# 1. Why is segmentation behind softmax? One thing differs from row to row: the DWConv in the MLPs, the DWConv on V,
-#    the global constant of Eq. (8) that Eq. (9) replaces (`angular` has it), the kernel, the branch.
+# 1. Why is segmentation behind softmax? softmax_normed without DWConvs differs from softmax in the normalised output
+#    alone, linear_angular without DWConvs from that in the kernel alone. Others add the DWConv on V, that in the MLPs,
+#    and the global constant of Eq. (8) that Eq. (9) replaces (`angular` has it).
 for seed in $SEEDS; do
     segment() { run "segmentation/$1-$seed" segment.py --seed "$seed" "${@:2}"; }
     segment softmax --attention softmax
     segment softmax-mlp_dwconv --attention softmax --mlp-dwconv 3
+    segment softmax_normed-no_dwconvs --attention softmax_normed --dconv 0 --mlp-dwconv 0
+    segment linear_angular-no_dwconvs --attention linear_angular --dconv 0 --mlp-dwconv 0
     segment linear_angular --attention linear_angular
     segment linear_angular-no_mlp_dwconv --attention linear_angular --mlp-dwconv 0
     segment angular --attention angular
