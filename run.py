@@ -1106,7 +1106,7 @@ def describe(state: Run, recipe: str, val_set: Dataset) -> str:
 data: {a.data}, {state.images} training and {len(val_set)} validation images of {a.image_size} px, \
 {len(state.classes)} classes
 length: {state.total_steps} steps of {a.global_batch} images, \
-{state.total_steps * a.global_batch / state.images:.3g} passes over them; an epoch is {state.steps_per_epoch} steps
+{state.total_steps * a.global_batch / state.images:.2f} passes over them; an epoch is {state.steps_per_epoch} steps
 {recipe}
 {mask}output: {a.output}"""
 
