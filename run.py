@@ -62,17 +62,10 @@ def say(text: str, file: IO | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss, a weight or every gradient became nan or infinite.
+class RunError(RuntimeError):
+    """A run cannot go on: a number is not finite, or a file could not be written.
 
-    The message has the step, the learning rate and the last checkpoint before it.
-    """
-
-
-class SaveError(RuntimeError):
-    """A checkpoint or a log could not be written.
-
-    The message has the file and the reason; for a checkpoint, also the earlier one that remains.
+    The message says which, and names the last checkpoint before it.
     """
 
 
@@ -147,8 +140,8 @@ def session(args: argparse.Namespace, script: str) -> Iterator[tuple[str, torch.
     """Use around all work of a script: joins the process group before it, and leaves it after.
 
     Yields: the task, as `asked` names it, and this process's device.
-    A DataError, such as a damaged image, NonFiniteLoss and SaveError end the script with one line
-    and status 1. A process that fails exits at once and does not wait for its group, as the others
+    A DataError, such as a damaged image, and a RunError end the script with one line and status 1.
+    A process that fails exits at once and does not wait for its group, as the others
     may be waiting for it. torchrun then ends them.
     """
     args.script = script  # for its checkpoints
@@ -159,7 +152,7 @@ def session(args: argparse.Namespace, script: str) -> Iterator[tuple[str, torch.
     try:
         with contextlib.suppress(Stopped):
             yield task, device
-    except (DataError, NonFiniteLoss, SaveError) as error:
+    except (DataError, RunError) as error:
         # The message from a loader process is a whole traceback, and ends with the error itself.
         say(f"{script}: {str(error).strip().rpartition('DataError: ')[2]}", sys.stderr)
         sys.exit(1)
@@ -320,7 +313,7 @@ def save(path: Path, state: dict, previous: Path | None = None) -> None:
 
     Args:
         state: tensors and plain data. torch.load refuses anything else (weights_only=True).
-    Raises: SaveError, which names the older checkpoint.
+    Raises: RunError, which names the older checkpoint.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -338,7 +331,7 @@ def save(path: Path, state: dict, previous: Path | None = None) -> None:
             temporary.unlink(missing_ok=True)
         kept = [str(one) for one in (path, previous) if one is not None and one.exists()]
         left = f"an earlier checkpoint is still there: {kept[0]}" if kept else "there is no earlier checkpoint"
-        raise SaveError(f"cannot save the checkpoint {path}: {str(error).splitlines()[0]}; {left}") from None
+        raise RunError(f"cannot save the checkpoint {path}: {str(error).splitlines()[0]}; {left}") from None
 
 
 def hold(folder: Path) -> IO:
@@ -368,7 +361,7 @@ def hold(folder: Path) -> IO:
 def rewrite(path: Path, text: str) -> None:
     """Replace a text file so that it is whole at any time. Its folder is made if there is none.
 
-    Raises: SaveError.
+    Raises: RunError.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -376,7 +369,7 @@ def rewrite(path: Path, text: str) -> None:
         temporary.write_text(text)
         os.replace(temporary, path)
     except OSError as error:
-        raise SaveError(f"cannot write {path}: {error}") from None
+        raise RunError(f"cannot write {path}: {error}") from None
 
 
 CHECKPOINTS = ("last.pt", "previous.pt")  # in a run's folder, newest first
@@ -437,7 +430,7 @@ class Run:
         metrics: {key: title} of the scores that the script's evaluation returns. best.pt is the
             checkpoint with the highest score of the first key.
         loader: batches of the training set. Its sampler is an EpochSampler.
-    Raises: ValueError if --output holds another run or only damaged checkpoints; SaveError.
+    Raises: ValueError if --output holds another run or only damaged checkpoints; RunError.
     """
 
     def __init__(
@@ -498,7 +491,7 @@ class Run:
         step of a shorter run. In the log it is the `mask_curve` of each epoch.
 
         Yields: the batches of each step, a list of --accumulate.
-        Raises: Stopped, after the step in which a signal came; NonFiniteLoss; SaveError.
+        Raises: Stopped, after the step in which a signal came; RunError.
         """
         if self.trained is not None:  # only the evaluation is left
             set_threshold(self.ema.module, self.progress)
@@ -564,7 +557,7 @@ class Run:
         """Agree between ranks on three things: the mean loss, whether to save, whether to stop.
 
         Call it in every step, before the weights change.
-        Raises: NonFiniteLoss, in the same step on every rank.
+        Raises: RunError, in the same step on every rank.
         """
         due = rank() == 0 and 0 < 60 * self.args.save_minutes < time.monotonic() - self.saved
         self.loss, self.due, self.stop = agreed(self.device, loss, due, self.signalled)
@@ -584,7 +577,7 @@ class Run:
 
         Args:
             metrics: as of `evaluate_castling`, or {} if the epoch was not evaluated.
-        Raises: NonFiniteLoss; SaveError; Stopped if a signal came during the evaluation.
+        Raises: RunError; Stopped if a signal came during the evaluation.
         """
         record, scores = self.trained | metrics, ""
         if metrics:
@@ -645,11 +638,11 @@ class Run:
             lines = [json.dumps(record) + "\n" for record in (*self.records, *more)]
             rewrite(self.folder / "log.jsonl", "".join(lines))
 
-    def not_finite(self, what: str, kept: str = "last.pt") -> NonFiniteLoss:
+    def not_finite(self, what: str, kept: str = "last.pt") -> RunError:
         """The error to raise. It names the checkpoint `kept` if that exists."""
         path = self.folder / kept
         left = f"the last checkpoint before it is {path}" if path.exists() else "there is no checkpoint before it"
-        return NonFiniteLoss(f"{what} at step {self.step}, learning rate {self.lr:.3g}; {left}")
+        return RunError(f"{what} at step {self.step}, learning rate {self.lr:.3g}; {left}")
 
     def weights_and_settings(self) -> dict:
         """The content of best.pt: all that an evaluation needs."""
@@ -666,7 +659,7 @@ class Run:
     def save_last(self) -> None:
         """Rank 0 writes a checkpoint to continue from.
 
-        Raises: NonFiniteLoss if a weight is not finite; SaveError.
+        Raises: RunError, also if a weight is not finite.
         """
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise self.not_finite("a weight is not finite")

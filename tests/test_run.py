@@ -417,10 +417,10 @@ def test_a_rename_that_fails_says_where_the_old_checkpoint_is(tmp_path, monkeypa
     run.save(last, {"step": 1}, previous)
     rename = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: rename(a, b if Path(a) == last else tmp_path / "no" / "x"))
-    with pytest.raises(run.SaveError, match=f"still there: {previous}"):
+    with pytest.raises(run.RunError, match=f"still there: {previous}"):
         run.save(last, {"step": 2}, previous)
     assert convert.read_checkpoint(previous) == {"step": 1}
-    with pytest.raises(run.SaveError, match="there is no earlier checkpoint"):
+    with pytest.raises(run.RunError, match="there is no earlier checkpoint"):
         run.save(tmp_path / "gone" / "x.pt", {})
 
 
