@@ -136,7 +136,7 @@ def checked(args: argparse.Namespace) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def session(args: argparse.Namespace, script: str) -> Iterator[tuple[str, torch.device]]:
+def session(args: argparse.Namespace) -> Iterator[tuple[str, torch.device]]:
     """Use around all work of a script: joins the process group before it, and leaves it after.
 
     Yields: the task, as `asked` names it, and this process's device.
@@ -144,7 +144,6 @@ def session(args: argparse.Namespace, script: str) -> Iterator[tuple[str, torch.
     A process that fails exits at once and does not wait for its group, as the others
     may be waiting for it. torchrun then ends them.
     """
-    args.script = script  # for its checkpoints
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes need not be text
     with checked(args):
         device = start_processes()
@@ -154,7 +153,7 @@ def session(args: argparse.Namespace, script: str) -> Iterator[tuple[str, torch.
             yield task, device
     except (DataError, RunError) as error:
         # The message from a loader process is a whole traceback, and ends with the error itself.
-        say(f"{script}: {str(error).strip().rpartition('DataError: ')[2]}", sys.stderr)
+        say(f"{args.script}: {str(error).strip().rpartition('DataError: ')[2]}", sys.stderr)
         sys.exit(1)
     if dist.is_initialized():
         gc.collect()  # a DistributedDataParallel that outlives its group may abort the process
@@ -909,12 +908,15 @@ share = at_least(0, float, most=1)
 class Parser(argparse.ArgumentParser):
     """An argparse parser that refuses empty values. A mistake gets two lines, not all flags.
 
+    The parsed flags have the script's name as `script`, which its checkpoints keep.
+
     usage: what the first line of --help has after the script's name.
     """
 
     def __init__(self, script: str, doc: str, usage: str = "[flags]", **options):
         options |= dict(prog=script, usage=f"python {script} {usage}", description=doc)
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.set_defaults(script=script)
 
     def parse_known_args(self, args=None, namespace=None):
         words = list(sys.argv[1:] if args is None else args)

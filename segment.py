@@ -1408,7 +1408,7 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
 
 def main(args: argparse.Namespace) -> None:
     fast.enable()
-    with run.session(args, "segment.py") as (task, device):
+    with run.session(args) as (task, device):
         if task == "train":
             train(args, device)
         elif task == "eval":

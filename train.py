@@ -443,7 +443,6 @@ def load_teacher(args: argparse.Namespace, classes: list[str], device: torch.dev
         # the file.
         size = f"--image-size={args.image_size}"
         own = parser().parse_args([f"--model={args.teacher}", f"--checkpoint={args.teacher_checkpoint}", size])
-        own.script = args.script
         if not run.settings_for(own):
             own.attention = "softmax"  # a file of another project
         teacher, known = load(own, classes)
@@ -609,7 +608,7 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
 
 def main(args: argparse.Namespace) -> None:
     fast.enable()
-    with run.session(args, "train.py") as (task, device):
+    with run.session(args) as (task, device):
         if task == "train":
             train(args, device)
         elif task == "eval":
