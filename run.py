@@ -77,35 +77,28 @@ def start_processes() -> torch.device:
     """Join the process group if torchrun started several processes: nccl on GPUs, gloo on CPUs.
 
     Returns: this process's device.
-    Raises: ValueError for a variable of the environment that makes no sense, for a process that has
-        no GPU on a machine with GPUs, or if the other processes cannot be reached.
+    Raises: ValueError if the variables that torchrun sets make no sense, if a process has no GPU on
+        a machine with GPUs, or if the other processes cannot be reached.
     """
-    counts = {}
-    for name, least in dict(WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, RANK=0, LOCAL_RANK=0).items():
-        text = os.environ.get(name, str(least))
-        if not text.isdecimal() or int(text) < least:
-            wanted = f"a whole number of at least {least}"
-            raise ValueError(f"{name}={text} in the environment: expected {wanted}")
-        counts[name] = int(text)
-    local_rank, several = counts["LOCAL_RANK"], counts["WORLD_SIZE"] > 1
-    if several and counts["RANK"] >= counts["WORLD_SIZE"]:
-        wanted = f"less than WORLD_SIZE={counts['WORLD_SIZE']}"
-        raise ValueError(f"RANK={counts['RANK']} in the environment: expected {wanted}")
-    device, backend, options = torch.device("cpu"), "gloo", {}
-    if torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise ValueError(f"process {local_rank} of this machine has no GPU: there are {gpus}")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        backend, options = "nccl", dict(device_id=device)
-    if several:
-        try:
+    variables = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="", MASTER_PORT="")
+    variables = {name: os.environ.get(name, default) for name, default in variables.items()}
+    try:
+        number, processes, local_rank = (int(variables[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        if not 0 <= number < processes:
+            raise ValueError("RANK is not within 0..WORLD_SIZE - 1")
+        device, backend, options = torch.device("cpu"), "gloo", {}
+        if torch.cuda.is_available():
+            gpus = torch.cuda.device_count()
+            if local_rank >= gpus:
+                raise ValueError(f"process {local_rank} of this machine has no GPU: there are {gpus}")
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+            backend, options = "nccl", dict(device_id=device)
+        if processes > 1:
             dist.init_process_group(backend, **options)
-        except (RuntimeError, ValueError) as error:
-            names, reason = ("MASTER_ADDR", "MASTER_PORT"), str(error).splitlines()[0]
-            place = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
-            raise ValueError(f"cannot reach the other processes at {place}: {reason}") from None
+    except (RuntimeError, ValueError) as error:
+        given = ", ".join(f"{name}={value}" for name, value in variables.items() if value)
+        raise ValueError(f"cannot join the processes of {given}: {str(error).splitlines()[0]}") from None
     return device
 
 
