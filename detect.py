@@ -861,7 +861,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         # Data
         resolve(args)
         train_set, val_set = open_split(args, "train"), open_split(args, "val")
-        run.same_classes(args, train_set, val_set)
+        run.same_classes(train_set.classes, val_set.classes, f"training and validation images of {args.data}")
         steps_per_epoch, total_steps = run.epoch_and_run(args, len(train_set))
         args.warmup_steps = min(args.warmup_steps, total_steps // 10)
         check_sides(args)
@@ -1015,7 +1015,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
         resolve(args, run.settings_for(args))
         val_set = open_split(args, args.split)
         model, classes = load(args, val_set.classes)
-        run.check_classes(args, classes, val_set.classes)
+        run.same_classes(classes, val_set.classes, f"{args.checkpoint} and {args.data}")
         loader = validation_loader(args, val_set)
     record = run.evaluate_castling(lambda m: evaluate(m, loader, args, device), model.to(device), "AP")
     run.print_evaluation(args, record, METRICS)

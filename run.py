@@ -1063,12 +1063,11 @@ def epoch_and_run(args: argparse.Namespace, images: int) -> tuple[int, int]:
     return steps_per_epoch, min(steps_per_epoch * args.epochs, args.max_steps or math.inf)
 
 
-def same_classes(args: argparse.Namespace, train_set: Dataset, val_set: Dataset) -> None:
-    """Raise ValueError unless training and validation set have the same classes in one order."""
-    one, other = train_set.classes, val_set.classes
+def same_classes(one: list, other: list, what: str) -> None:
+    """Raise ValueError unless both lists hold the same classes in one order. what: whose they are."""
     if one != other:
         differing = [c for c in one if c not in other] + [c for c in other if c not in one]
-        raise ValueError(f"the training and validation images of {args.data} have different classes: "
+        raise ValueError(f"{what} have different classes, {len(one)} and {len(other)}: "
                          f"{', '.join(map(str, differing[:5])) or 'the same in another order'}")  # fmt: skip
 
 
@@ -1173,14 +1172,6 @@ def load_trained(model: nn.Module, args: argparse.Namespace) -> nn.Module:
         castle(model)
     set_threshold(model, checkpoint.get("progress", 1.0))
     return model.eval()
-
-
-def check_classes(args: argparse.Namespace, known: list, found: list) -> None:
-    """Raise ValueError unless `known`, the checkpoint's classes, are `found`, those of the data."""
-    if known != found:
-        some = [", ".join(map(str, classes[:3])) for classes in (known, found)]
-        raise ValueError(f"{args.checkpoint} knows {len(known)} classes ({some[0]}, ...), "
-                         f"{args.data} has {len(found)} ({some[1]}, ...)")  # fmt: skip
 
 
 def print_evaluation(args: argparse.Namespace, record: dict, titles: dict[str, str]) -> None:

@@ -1166,7 +1166,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         # Data
         resolve(args)
         train_set, val_set = open_split(args, "train"), open_split(args, "val")
-        run.same_classes(args, train_set, val_set)
+        run.same_classes(train_set.classes, val_set.classes, f"training and validation images of {args.data}")
         interval, total_steps = interval_and_run(args, len(train_set))
         if args.ema_decay is None:
             args.ema_decay = run.ema_decay_for(total_steps)
@@ -1322,7 +1322,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
         resolve(args, run.settings_for(args))
         val_set = open_split(args, args.split)
         model, classes = load(args, val_set.classes)
-        run.check_classes(args, classes, val_set.classes)
+        run.same_classes(classes, val_set.classes, f"{args.checkpoint} and {args.data}")
         loader = validation_loader(args, val_set)
     record = run.evaluate_castling(lambda m: evaluate(m, loader, args, device), model.to(device), "mIoU")
     run.print_evaluation(args, record, METRICS)

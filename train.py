@@ -320,7 +320,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         # Defaults and data. Some defaults depend on the length of the run.
         resolve(args)
         train_set, val_set = open_split(args, "train"), open_split(args, "val")
-        run.same_classes(args, train_set, val_set)
+        run.same_classes(train_set.classes, val_set.classes, f"training and validation images of {args.data}")
         steps_per_epoch, total_steps = run.epoch_and_run(args, len(train_set))
         if args.warmup_epochs is None:
             full = OPTIMIZERS[args.optimizer]["warmup_epochs"]
@@ -446,8 +446,7 @@ def load_teacher(args: argparse.Namespace, classes: list[str], device: torch.dev
         if not run.settings_for(own):
             own.attention = "softmax"  # a file of another project
         teacher, known = load(own, classes)
-        if known != classes:
-            raise ValueError(f"the classes of {args.teacher_checkpoint} are not those of {args.data}")
+        run.same_classes(known, classes, f"{args.teacher_checkpoint} and {args.data}")
     elif args.teacher in torchvision.models.list_models(torchvision.models):
         teacher = torchvision.models.get_model(args.teacher, weights=None, num_classes=len(classes))
         load_pretrained(teacher, args.teacher_checkpoint)
@@ -487,7 +486,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
         resolve(args, run.settings_for(args))
         val_set = open_split(args, args.split)
         model, classes = load(args, val_set.classes)
-        run.check_classes(args, classes, val_set.classes)
+        run.same_classes(classes, val_set.classes, f"{args.checkpoint} and {args.data}")
         loader = validation_loader(args, val_set)
     record = run.evaluate_castling(lambda m: evaluate(m, loader, args, device), model.to(device), "acc1")
     run.print_evaluation(args, record, METRICS)
