@@ -150,22 +150,14 @@ class PAN(nn.Module):
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         # C channels for each map
         t3, t4, t5 = (reduce(x) for reduce, x in zip(self.reduce, maps, strict=True))
-        # Top-down
-        m4 = self.top_down[0](torch.cat([enlarged(t5, t4), t4], dim=1))
-        p3 = self.top_down[1](torch.cat([enlarged(m4, t3), t3], dim=1))
+        # Top-down, by nearest-neighbour upsampling
+        m4 = self.top_down[0](torch.cat([F.interpolate(t5, size=t4.shape[2:]), t4], dim=1))
+        p3 = self.top_down[1](torch.cat([F.interpolate(m4, size=t3.shape[2:]), t3], dim=1))
         # Bottom-up
         p4 = self.bottom_up[0](torch.cat([self.down[0](p3), m4], dim=1))
         p5 = self.bottom_up[1](torch.cat([self.down[1](p4), t5], dim=1))
         p6 = self.extra_in(t5) + self.extra_out(p5)
         return [p3, p4, p5, p6]
-
-
-def enlarged(x: Tensor, like: Tensor) -> Tensor:
-    """Nearest-neighbour upsampling to the size of `like`.
-
-    The factor is 2 if the sides of the image are multiples of 32.
-    """
-    return F.interpolate(x, size=like.shape[2:], mode="nearest")
 
 
 # ---- head and detector ---------------------------------------------------------------------------
