@@ -403,16 +403,19 @@ def detection_losses(
 
 @torch.no_grad()
 def detections(
-    logits: Tensor, bins: Tensor, points: Tensor, size: tuple[int, int], *, min_score: float = MIN_SCORE
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, bins: Tensor, points: Tensor, size: tuple[int, int], original: tuple[int, int] | None = None,
+    *, min_score: float = MIN_SCORE,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The objects found in one image: boxes (n, 4), scores (n,) and labels (n,), best first.
 
     A point may give several objects, each of another class. n is at most MAX_BOXES.
 
     Args:
         logits: (P, K). bins: (P, 4, 8). points: (P, 3).
-        size: (H, W) of the model's input. Boxes are in its pixels, and clipped to it.
+        size: (H, W) of the model's input. Boxes are clipped to it.
+        original: (H, W) of the image before resizing. Boxes are in its pixels. Default `size`.
         min_score: objects have a score above it, 0..1.
+    Returns: tensors on the CPU.
     """
     logits, bins = logits.float(), bins.float()
     boxes, scores = decode(bins, points), logits.sigmoid()
@@ -427,7 +430,9 @@ def detections(
     boxes = clip_boxes_to_image(boxes[kept // logits.shape[1]], size)
     # Of boxes that overlap in a class, the best one
     best = batched_nms(boxes, scores, labels, NMS_IOU)[:MAX_BOXES]
-    return boxes[best], scores[best], labels[best]
+    boxes, scores, labels = (x[best].cpu() for x in (boxes, scores, labels))
+    (height, width), (full_height, full_width) = size, original or size
+    return boxes * torch.tensor([full_width / width, full_height / height] * 2), scores, labels
 
 
 class Boxes(nn.Module):
@@ -774,15 +779,6 @@ def coco_metrics(ground_truth: dict, results: list[dict], library: tuple[type, t
     return {name: 100 * value if value >= 0 else None for name, value in zip(STATISTICS, stats, strict=True)}
 
 
-def restored(boxes: Tensor, size: tuple[int, int], original: tuple[int, int]) -> Tensor:
-    """Boxes (n, 4), changed from pixels of an input of `size` to those of its `original` size.
-
-    Args: size, original: (H, W).
-    """
-    (height, width), (full_height, full_width) = size, original
-    return boxes * torch.tensor([full_width / width, full_height / height] * 2)
-
-
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, device: torch.device) -> dict:
     """COCO's metrics over the whole set, as `coco_metrics` gives them. All processes call this.
@@ -798,8 +794,7 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
         with autocast(args, device):
             logits, bins, points = model(to_model_input(images, device, args.channels_last))
         for i, target in enumerate(targets):
-            boxes, scores, labels = (x.cpu() for x in detections(logits[i], bins[i], points, images.shape[2:]))
-            boxes = restored(boxes, images.shape[2:], target["size"])
+            boxes, scores, labels = detections(logits[i], bins[i], points, images.shape[2:], target["size"])
             boxes[:, 2:] -= boxes[:, :2]                                     # x, y, width, height
             found += [
                 dict(image_id=target["image_id"], category_id=dataset.classes[label]["id"], bbox=box, score=score)
@@ -1030,17 +1025,14 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     size = (args.image_size, args.image_size)
     with run.json_list(args) as printed:
         for path, image in run.read_each(args.image):
-            # Find boxes in the resized image
             pixels = v2.functional.pil_to_tensor(image)
             resized = v2.functional.resize(pixels, size, antialias=False)
             logits, bins, points = model(to_model_input(resized[None], device, args.channels_last))
-            found = detections(logits[0], bins[0], points, size, min_score=args.min_score)
-            boxes, scores, labels = (x.cpu() for x in found)
-            # Give them in pixels of the file
-            boxes, labels = restored(boxes, size, pixels.shape[1:]).tolist(), labels.tolist()
+            found = detections(logits[0], bins[0], points, size, pixels.shape[1:], min_score=args.min_score)
+            boxes, scores, labels = (x.tolist() for x in found)
             rows = [
                 dict(label=classes[label]["name"], score=score, box=box)
-                for label, score, box in zip(labels, scores.tolist(), boxes, strict=True)
+                for label, score, box in zip(labels, scores, boxes, strict=True)
             ]
             printed.append(dict(image=str(path), boxes=rows))
             if drawn:
