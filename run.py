@@ -372,23 +372,19 @@ FREE = {"output", "overwrite", "save_minutes", "workers", "eval", "image", "expo
         "teacher_checkpoint", "eval_every", "split", "backbone", *INEXACT}  # fmt: skip
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a folder, or None if it holds no checkpoint.
+def newest(folder: Path) -> Path:
+    """The newest whole checkpoint of a folder. A newer one that is damaged is named in a warning.
 
-    A newer one that is damaged is named in a warning. Raises: ValueError if all are damaged.
+    Raises: ValueError if there is none.
     """
-    reasons = []
     for path in (folder / name for name in CHECKPOINTS):
         if path.exists():
             reason = damage(path)
             if reason is None:
                 return path
-            reasons.append(reason)
             if rank() == 0:
                 say(f"warning: {reason}", sys.stderr)
-    if reasons:
-        raise ValueError(f"{'; '.join(reasons)}: there is nothing to continue from; --overwrite starts a new run")
-    return None
+    raise ValueError(f"{folder} has nothing to continue from; --overwrite starts a new run")
 
 
 def begins_anew(args: argparse.Namespace) -> bool:
