@@ -59,17 +59,12 @@ from data import (
     read_image,
     to_model_input,
 )
-from models import DenseViT, build_model
+from models import VIT_DENSE, DenseViT, build_model
 from run import agreed, all_sum, at_least, autocast, rank, say, share, world_size
 
 METRICS = {"mIoU": "mIoU", "mAcc": "mAcc", "pAcc": "pAcc"}  # printed; the first one chooses best.pt
 
-SEGMENTERS = {  # name: its backbone
-    "vit_base": "vit_base_dense",
-    "vit_small": "vit_small_dense",
-    "vit_tiny": "vit_tiny_dense",
-    "vit_mini": "vit_mini_dense",
-}
+SEGMENTERS = {name.removesuffix("_dense"): name for name in VIT_DENSE}  # name: its backbone
 
 IGNORE = 255  # label of pixels that belong to no class
 WEIGHTS = dict(label=2.0, bce=5.0, dice=5.0)  # of the three losses, and of the three matching costs
