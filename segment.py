@@ -167,10 +167,7 @@ def tokens_of(x: Tensor) -> Tensor:
 
 
 def init_xavier(module: nn.Module) -> None:
-    """Initialise matrices as Xavier-uniform, and leave vectors as they are.
-
-    Mask2Former does so for attention and feed-forward layers.
-    """
+    """Initialise matrices as Xavier-uniform, and leave vectors as they are, as in Mask2Former."""
     for parameter in module.parameters():
         if parameter.ndim > 1:
             nn.init.xavier_uniform_(parameter)
@@ -336,10 +333,7 @@ class DeformableAttention(nn.Module):
 
 
 class DeformableLayer(EncoderLayer):
-    """EncoderLayer with deformable attention. `position` is added to queries only.
-
-    x is (B, T, C), the tokens of all maps.
-    """
+    """EncoderLayer of tokens of all maps, (B, T, C). `position` is added to queries only."""
 
     def attend(self, x: Tensor, position: Tensor, references: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         return self.attn(x + position, x, references, grids)
@@ -424,10 +418,7 @@ def attention_mask(masks: Tensor, grid: tuple[int, int], heads: int) -> Tensor:
 
 
 class DecoderLayer(nn.Module):
-    """Masked cross-attention, self-attention and feed-forward layer on queries (B, Q, C).
-
-    LayerNorm follows each of the three.
-    """
+    """Masked cross-attention, self-attention and feed-forward layer, each followed by LayerNorm."""
 
     def __init__(self, dim: int, heads: int, hidden: int):
         super().__init__()
@@ -438,6 +429,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, key: Tensor, value: Tensor, blocked: Tensor) -> Tensor:
         """Args:
+            x: (B, Q, C), the queries.
             position: (Q, C), added to queries, and to the keys of self-attention.
             key, value: (B, N, C), the tokens of one map.
             blocked: (B H, Q, N), from `attention_mask`.
@@ -450,10 +442,9 @@ class DecoderLayer(nn.Module):
 class MaskedDecoder(nn.Module):
     """Queries look at one map after the other.  Mask2Former, arXiv:2112.01527, section 3.2
 
-    The maps are those of strides 32, 16, 8, in turn. A query sees only the tokens in its latest mask.
-    Returns one prediction of the first queries, and one after each layer. A prediction is a pair:
-    class logits (B, Q, K + 1), where the last class is "no object", and mask logits (B, Q, y, x) at
-    stride 4.
+    A query sees only the tokens in its latest mask. Returns one prediction of the first queries, and
+    one after each layer. A prediction is a pair: class logits (B, Q, K + 1), where the last class is
+    "no object", and mask logits (B, Q, y, x) at stride 4.
     """
 
     def __init__(self, width: int, num_classes: int, heads: int = 8, queries: int = 100, layers: int = 9):
@@ -535,8 +526,7 @@ def build_segmenter(
     Args:
         name: a key of SEGMENTERS.
         attention: of the backbone, as in `build_model`. The decoders have softmax attention.
-        pixel_decoder: "fpn_transformer", which the paper's counts fit, or "msdeform", which is
-            Mask2Former's default (D8).
+        pixel_decoder: a key of PIXEL_DECODERS (D8).
         image_size: pixels; the position embeddings are made for it.
         width: C of the pyramid and the decoders. heads: of the decoders. queries: Q.
         layers: how many the masked decoder has. encoder_layers: how many the pixel decoder has.
@@ -559,11 +549,9 @@ def build_segmenter(
 
 
 def load_start(model: Segmenter, path: str | Path) -> LoadReport:
-    """Load weights to start from, and report what was loaded.
+    """`load_pretrained` of a segmenter, or of a ViT (MAE, DeiT, timm) into the backbone.
 
-    The file holds a segmenter, or a ViT (MAE, DeiT, timm) for its backbone. A class layer of another
-    number of classes keeps its initial values.
-    Raises: ValueError as `load_pretrained` does.
+    A class layer of another number of classes keeps its initial values.
     """
     if any(name.startswith("backbone.") for name in weights_in(read_checkpoint(path))):
         return load_pretrained(model, path, class_layers=("decoder.class_head.",))
@@ -718,11 +706,8 @@ def set_loss(outputs: list[tuple[Tensor, Tensor]], targets: Targets, num_masks: 
 def class_scores(output: tuple[Tensor, Tensor], padded: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Class scores of each pixel, (B, K, *size): the sum over queries of p(class) sigmoid(mask).
 
-    "No object" is left out. Masks are resized to the padded image before the sigmoid. Then the
-    padding is cut off.
-
     Args:
-        output: one prediction of `MaskedDecoder`.
+        output: one prediction of `MaskedDecoder`. "No object" gets no scores.
         padded, size: (height, width) of the image, with and without padding.
     """
     classes, masks = (widened(x) for x in output)
@@ -837,10 +822,7 @@ def evaluate(model: Segmenter, loader: DataLoader, args: argparse.Namespace, dev
 
 
 class ShapeScenes(Shapes):
-    """Rendered scenes of one shape each: image (3, S, S) and labels (S, S), both uint8.
-
-    Class 0 is the background.
-    """
+    """Rendered scenes of one shape each: image (3, S, S) and labels (S, S), both uint8."""
 
     classes = ["background", *SHAPES]
 
@@ -928,12 +910,10 @@ class SegmentationFolder(Dataset):
 
 
 def class_names(root: Path, num_classes: int | None) -> list[str]:
-    """The names of a folder's classes.
+    """Names of a folder's classes: in classes.txt, one a line, or in ADE20K's objectInfo*.txt.
 
-    They are in classes.txt, one a line, or in ADE20K's objectInfo*.txt. Without such a file they are
-    numbers, `num_classes` of them, by default 150.
-    Raises: ValueError for a list that is empty, too long, or has a name twice, or whose length is
-        not num_classes.
+    Without such a file they are numbers, `num_classes` of them, by default 150.
+    Raises: ValueError for a list of repeated names, or of another length.
     """
     found = [path for path in (root / "classes.txt", *sorted(root.glob("objectInfo*.txt"))) if path.is_file()]
     if not found:
@@ -1035,13 +1015,10 @@ def colour_jitter() -> v2.Transform:
 
 
 def train_transform(args: argparse.Namespace) -> Callable:
-    """The augmentation: image (3, H, W) uint8, labels (H, W) -> (3, S, S), (S, S).
-
-    Rendered scenes have the wanted size already. They are only flipped.
-    """
+    """The augmentation: image (3, H, W) uint8, labels (H, W) -> (3, S, S), (S, S)."""
     flip = v2.RandomHorizontalFlip()
     steps = [flip]
-    if args.data != "shapes":
+    if args.data != "shapes":  # rendered scenes have the wanted size already
         resize, crop, pad = (partial(step, size=args.image_size) for step in (random_resize, random_crop, pad_to))
         steps = [resize, crop, shift_brightness, colour_jitter(), flip, pad]
     return v2.Compose(steps)
@@ -1099,10 +1076,7 @@ def kind_of(args: argparse.Namespace) -> str:
 
 
 def interval_and_run(args: argparse.Namespace, images: int) -> tuple[int, int]:
-    """The number of steps between two log records, and that of the whole run.
-
-    The log calls the steps between two records an epoch.
-    """
+    """The number of steps between two log records, and that of the whole run."""
     bounds = [args.max_steps] if args.max_steps else []
     if args.epochs:
         bounds.append(max(1, args.epochs * images // args.global_batch))
@@ -1152,10 +1126,9 @@ def learning_rate(args: argparse.Namespace, step: int, total_steps: int) -> floa
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    """Train to the end, then print the castling report: what castling costs and saves.
+    """Train, with a checkpoint and a log line every --eval-steps steps, which the log calls an epoch.
 
-    Every --eval-steps steps there is a checkpoint and a log line. The log calls these steps an
-    epoch. The model is evaluated every --eval-every such epochs, and at the end.
+    Then print the castling report.
     """
     with run.checked(args):  # an error in here ends the script with one line
         # Data
@@ -1251,11 +1224,8 @@ decoder: {a.pixel_decoder}, {a.queries} queries, {a.layers} layers, losses at {a
 
 
 def colour_of(index: int) -> tuple[int, int, int]:
-    """The colour of a class, one of 180: 30 hues, in three brightnesses and two saturations.
-
-    The hues of neighbouring classes are far apart.
-    """
-    hue, shade = index * 7 % 30 / 30, index // 30
+    """The colour of a class, one of 180: 30 hues, in three brightnesses and two saturations."""
+    hue, shade = index * 7 % 30 / 30, index // 30  # hues of neighbouring classes are far apart
     saturation, value = (1.0, 0.5)[shade % 2], (1.0, 0.75, 0.5)[shade % 3]
     return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
 
@@ -1327,8 +1297,8 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
 def predict(args: argparse.Namespace, device: torch.device) -> None:
     """--image: draw the classes of each file over it, and print their shares of its pixels.
 
-    With --json one list is printed: {"image": file, "shares": {class: share}} for each file that can
-    be read. Then files are drawn only if --output is given.
+    With --json the output is one list of {"image": file, "shares": {class: 0..1}}, and files are
+    drawn only if --output is given.
     """
     with run.checked(args):
         targets = run.drawing_paths(args.image, args.output, "overlay")
