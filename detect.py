@@ -102,7 +102,6 @@ DATA_DEFAULTS = {
 class CSPBlock(nn.Module):
     """(B, 2C, y, x) -> (B, C, y, x). Two branches give C / 2 channels each.
 
-    One of them has more convolutions than the other.
     Source: CSP-PAN, arXiv:2111.00902.
     """
 
@@ -221,8 +220,7 @@ def decode(bins: Tensor, points: Tensor) -> Tensor:
 class Detector(nn.Module):
     """Normalised pixels (B, 3, H, W) -> logits (B, P, K), bins (B, P, 4, 8), points (P, 3).
 
-    Any H x W. `Head` explains the logits and bins, `make_points` the points. `detections` turns
-    them into boxes.
+    See `Head` and `make_points`. `detections` turns them into boxes.
     """
 
     def __init__(self, backbone: ConvBackbone, neck: str, channels: int, convs: int, num_classes: int):
@@ -249,9 +247,9 @@ def build_detector(
     Args:
         name: a key of DETECTORS.
         attention: as in `build_model`.
-        overrides: options of `build_model`, or neck ("csp" or "lc"), channels, convs (see SIZES).
         num_classes: K.
         image_size: pixels. No weight depends on it, but all builders have this argument.
+        overrides: options of `build_model`, or neck ("csp" or "lc"), channels, convs (see SIZES).
     Raises: ValueError for num_classes below 1, or an unknown name, attention or override. It
         suggests known names.
     """
@@ -783,9 +781,8 @@ def coco_metrics(ground_truth: dict, results: list[dict], library: tuple[type, t
 def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, device: torch.device) -> dict:
     """COCO's metrics over the whole set, as `coco_metrics` gives them. All processes call this.
 
-    The processes share the images, and each image is counted once. The process with rank 0 writes
-    the boxes to coco_results.json in COCO's format. Those of a castled model go to
-    coco_results_castled.json.
+    The processes share the images, and each image is counted once. Rank 0 writes the boxes to
+    coco_results.json in COCO's format, those of a castled model to coco_results_castled.json.
     """
     model.eval()
     dataset, found = loader.dataset.base, []
@@ -839,11 +836,7 @@ def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> D
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    """Train to the end, then print the castling report: what castling costs and saves.
-
-    Each epoch ends with a checkpoint and a log line. The model is evaluated every --eval-every
-    epochs, and at the end.
-    """
+    """Train, with a checkpoint and a line of the log per epoch. Then print the castling report."""
     with run.checked(args):  # an error in here ends the script with one line
         # Data
         resolve(args)
@@ -921,10 +914,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def check_sides(args: argparse.Namespace) -> None:
-    """Raise ValueError for images too small to train on.
-
-    Those are images below 32 px, and images whose coarsest map gives BatchNorm a single value.
-    """
+    """Raise ValueError for images below 32 px, or whose coarsest map gives BatchNorm one value."""
     least = 32 + 32 * args.multi_scale
     if args.image_size < least:
         raise ValueError(f"--image-size must be at least {least} with --multi-scale {args.multi_scale}, got "
@@ -1010,10 +1000,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
 
 @torch.inference_mode()
 def predict(args: argparse.Namespace, device: torch.device) -> None:
-    """--image: draw the boxes of each file.
-
-    With --json they are printed, and drawn only if --output is given.
-    """
+    """--image: draw the boxes of each file. With --json print them, and draw only into --output."""
     with run.checked(args):
         run.check_images(args.image)
         drawn = args.output is not None or not args.json
@@ -1082,9 +1069,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
-    """Fill in every flag that was not given.
+    """Fill in flags that were not given: from `trained`, a checkpoint's settings, else from tables.
 
-    Values come from `trained`, the settings of a checkpoint, and then from the tables of defaults.
     Raises: ValueError for an unknown --model.
     """
     run.take_over(args, trained or {})
