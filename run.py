@@ -192,10 +192,7 @@ def agreed(device: torch.device, *values: float | Tensor) -> list[float]:
 
 
 def parallel(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """The model as a training loop calls it.
-
-    With --compile it is compiled. For several processes it is wrapped in DistributedDataParallel.
-    """
+    """The model as a training loop calls it: for --compile, and for several processes."""
     net = torch.compile(model) if args.compile else model
     if world_size() > 1:  # not with static_graph: its first step must synchronise every batch
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
@@ -231,10 +228,7 @@ def ema_decay_for(steps: int) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Set the learning rate of every parameter group, and return `lr`.
-
-    A group that has an `lr_scale` gets lr times that.
-    """
+    """Set the learning rate of each parameter group: `lr` times its `lr_scale`. Returns `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
@@ -261,10 +255,7 @@ class Progress:
             self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
 
     def step(self, images: int, **values: float) -> None:
-        """Count one step, of `images` images over all ranks, and show `values`.
-
-        Images per second are shown too. They are averaged over the latest steps.
-        """
+        """Count a step of `images` images over all ranks. Show `values` and images per second."""
         now = time.monotonic()
         rate, self.last = images / max(now - self.last, 1e-9), now
         self.rate = rate if self.done == self.first else 0.95 * self.rate + 0.05 * rate
@@ -300,11 +291,8 @@ class Progress:
 def save(path: Path, state: dict, previous: Path | None = None) -> None:
     """Write a checkpoint. If the run is killed while it is written, the older one stays whole.
 
-    The state is written to a file beside `path`, flushed to disk, read back, and then renamed. The
-    file that was at `path` becomes `previous`.
-
-    Args:
-        state: tensors and plain data. torch.load refuses anything else (weights_only=True).
+    state: tensors and plain data. torch.load refuses anything else (weights_only=True).
+    previous: where the file that was at `path` goes.
     Raises: RunError, which names the older checkpoint.
     """
     temporary = path.with_name(path.name + ".tmp")
@@ -351,10 +339,7 @@ def hold(folder: Path) -> IO:
 
 
 def rewrite(path: Path, text: str) -> None:
-    """Replace a text file so that it is whole at any time. Its folder is made if there is none.
-
-    Raises: RunError.
-    """
+    """Replace a text file, which is whole at any time. Make its folder. Raises: RunError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -466,10 +451,7 @@ class Run:
     # ---- the loop
 
     def epochs(self) -> Iterator[int]:
-        """Numbers of the epochs that are left, from 0.
-
-        The first of them may be trained in part already, or may need only its evaluation.
-        """
+        """Numbers of the epochs that are left. The first may be trained, in part or whole."""
         yield from range(len(self.records), math.ceil(self.total_steps / self.steps_per_epoch))
 
     def steps(self, loader: DataLoader) -> Iterator[list]:
@@ -563,8 +545,7 @@ class Run:
     def log(self, metrics: dict) -> None:
         """End an epoch: write its record to the log, and best.pt if its score is the best so far.
 
-        Args:
-            metrics: as of `evaluate_castling`, or {} if the epoch was not evaluated.
+        metrics: as of `evaluate_castling`, or {} if the epoch was not evaluated.
         Raises: RunError; Stopped if a signal came during the evaluation.
         """
         record, scores = self.trained | metrics, ""
@@ -589,10 +570,7 @@ class Run:
             raise Stopped
 
     def report(self) -> None:
-        """Print and log what castling the averaged weights costs and saves, and write castled.pt.
-
-        The scores are those of the last evaluation.
-        """
+        """Print and log the castling report of the averaged weights, and write castled.pt."""
         self.bar.close()
         if rank() == 0:
             metric = castling_report(self.args, self.ema.module, self.records[-1], self.device)
@@ -645,10 +623,7 @@ class Run:
         )
 
     def save_last(self) -> None:
-        """Rank 0 writes a checkpoint to continue from.
-
-        Raises: RunError, also if a weight is not finite.
-        """
+        """Rank 0 writes a checkpoint. Raises: RunError, also if a weight is not finite."""
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise self.not_finite("a weight is not finite")
         if rank() == 0:
@@ -749,10 +724,7 @@ class Run:
 
 
 def first_masks(model: nn.Module, masks: dict[str, tuple[float, float, float]]) -> str:
-    """Text about the entries that the auxiliary masks keep in the first step of a run.
-
-    masks: as of `mask_statistics`.
-    """
+    """What the masks keep in the first step of a run, as text. masks: of `mask_statistics`."""
     kinds, never = {}, []  # {number of tokens and threshold: densities of its layers, %}
     for name, (density, _, tokens) in masks.items():
         core = cores(model)[name]
@@ -812,10 +784,8 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
 
 @torch.inference_mode()
 def images_per_second(models: dict[str, nn.Module], images: Tensor) -> dict[str, float]:
-    """Median number of images per second of each model, on the same batch.
-
-    The models take turns, so that other work on the machine slows all of them alike.
-    """
+    """Median number of images per second of each model, on the same batch."""
+    # The models take turns, so that other work on the machine slows all of them alike.
     times = {name: [] for name in models}
     for turn in range(8):
         for name, model in models.items():
@@ -831,9 +801,8 @@ def images_per_second(models: dict[str, nn.Module], images: Tensor) -> dict[str,
 def castling_report(args: argparse.Namespace, model: nn.Module, record: dict, device: torch.device) -> dict:
     """What castling costs and saves, by model: with the branch and castled, or one as deployed.
 
-    Args:
-        record: as of `evaluate_castling`; other keys are left out.
-    Returns: its scores; "macs" of one image; "inference_images_per_s".
+    record: holds what `evaluate_castling` returned.
+    Returns: that; "macs" of one image; "inference_images_per_s".
     """
     wanted = ("test_", "castling_", "mask_density", "mask_mass")
     metric = {key: value for key, value in record.items() if key.startswith(wanted)}
@@ -851,10 +820,7 @@ def castling_report(args: argparse.Namespace, model: nn.Module, record: dict, de
 
 
 def print_report(args: argparse.Namespace, metric: dict, titles: dict[str, str]) -> None:
-    """Print the castling report: one column of numbers, or two if there was a branch to castle.
-
-    metric: as of `castling_report`. Rows of what it does not hold are left out.
-    """
+    """Print a castling report: one column of numbers, or two if there was a branch to castle."""
     say(f"\ncastling report: {args.model}, {args.attention}, {args.data} at {args.image_size} px")
     branch = "castling_gap" in metric
     rows = {"": ["with branch", "castled"] if branch else ["as deployed"]}
@@ -898,8 +864,6 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that refuses empty values. A mistake gets two lines, not all flags.
 
     The parsed flags have the script's name as `script`, which its checkpoints keep.
-
-    usage: what the first line of --help has after the script's name.
     """
 
     def __init__(self, script: str, doc: str, usage: str = "[flags]", **options):
@@ -933,9 +897,6 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
     """Add the flags that train.py, detect.py and segment.py have in common.
 
     A flag that is not given and has no default here is None. `fill_in` sets it later.
-
-    Args:
-        defaults: {kind of data: {flag: default}}.
     Returns: the group of flags "model and recipe", to which a script adds its own.
     """
     on_off = argparse.BooleanOptionalAction
@@ -1015,7 +976,7 @@ def take_over(args: argparse.Namespace, trained: Mapping) -> None:
 def fill_in(args: argparse.Namespace, defaults: Mapping) -> None:
     """Set flags that are still None: to `defaults`, or else to the defaults that all scripts share.
 
-    Also set the output folder, and `global_batch`: images of one step over all processes.
+    Also set `global_batch`, the images of one step over all processes.
     """
     shared = dict(attention="castling", data="shapes", epsilon=0.02, mask_schedule="ramp", seed=0, eval_every=1)
     # A process may be limited to some of the machine's cores. macOS cannot say which.
@@ -1048,10 +1009,7 @@ def asked(args: argparse.Namespace) -> str:
 
 
 def epoch_and_run(args: argparse.Namespace, images: int) -> tuple[int, int]:
-    """Number of optimiser steps of an epoch, and of the run.
-
-    Raises: ValueError if there are fewer images than one step needs.
-    """
+    """Optimiser steps of an epoch, and of the run. Raises: ValueError if there is none."""
     if images < args.global_batch:
         raise ValueError(f"{args.data} has {images} training images, but one step over all processes takes "
                          f"{args.global_batch}: lower --batch-size")  # fmt: skip
@@ -1126,10 +1084,7 @@ def renamed(settings: dict) -> dict:
 
 
 def count_classes(path: str, heads: Iterable[str]) -> int:
-    """Number of rows of a checkpoint's class head, the first of `heads` that it has.
-
-    Raises: ValueError if it has none of them.
-    """
+    """Rows of a checkpoint's class head, the first of `heads` in it. Raises: ValueError."""
     weights = weights_in(read_checkpoint(path))
     for name in heads:
         if name in weights:
@@ -1138,10 +1093,9 @@ def count_classes(path: str, heads: Iterable[str]) -> int:
 
 
 def start_from(model: nn.Module, args: argparse.Namespace, load: Callable) -> None:
-    """Set the first weights of a run.
+    """Set the first weights of a run: zeros for --zero-dconv, then those of --checkpoint.
 
-    With --zero-dconv the DWConv on V gets zeros. Then --checkpoint is loaded if the run is new. A
-    run that continues takes all weights from its own checkpoint later.
+    A run that continues takes all weights from its own checkpoint later.
     """
     for core in cores(model).values() if args.zero_dconv else ():
         if core.dconv is not None:
@@ -1171,10 +1125,7 @@ def load_trained(model: nn.Module, args: argparse.Namespace) -> nn.Module:
 
 
 def print_evaluation(args: argparse.Namespace, record: dict, titles: dict[str, str]) -> None:
-    """--eval: rank 0 prints the scores, as a table or with --json as one JSON object.
-
-    Raises: DataError for a loss that is nan or infinite.
-    """
+    """--eval: rank 0 prints the scores. Raises: DataError for a loss that is nan or infinite."""
     if not math.isfinite(record.get("test_loss", 0.0)):
         raise DataError(f"{args.checkpoint}: the loss is {record['test_loss']}")
     if rank() == 0 and args.json:
@@ -1274,10 +1225,7 @@ def magnified(image: Image.Image) -> tuple[Image.Image, int]:
 
 
 def write_image(image: Image.Image, target: Path) -> None:
-    """Save a drawing. Its folder is made if there is none.
-
-    Raises: DataError, which names the file, if it cannot be written.
-    """
+    """Save a drawing, and make its folder. Raises: DataError, which names the file."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         image.save(target)
