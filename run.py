@@ -935,7 +935,8 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
         "default the paper's (D7, D8), for softmax 0")  # fmt: skip
     add("--zero-dconv", action="store_true", help="start the DWConv on V from zeros, not from random numbers; for a "
         "--checkpoint without DWConv")  # fmt: skip
-    add = parser.add_argument_group("run").add_argument
+    group = parser.add_argument_group("run")
+    add, add_task = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--output", help="folder for checkpoints and log; a run that is there is continued. Default "
         "runs/MODEL-ATTENTION-DATA. With --image: the file or folder to which "
         "detect.py and segment.py draw")  # fmt: skip
@@ -944,15 +945,15 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
         "default 10. There is also one after each epoch; 0 for only these")  # fmt: skip
     add("--eval-every", type=at_least(1), help="evaluate once in this many epochs, and after the last one; default 1, "
         "for COCO 10")  # fmt: skip
-    add("--eval", action="store_true", help="do not train: print the scores of --checkpoint")
+    add_task("--eval", action="store_true", help="do not train: print the scores of --checkpoint")
     add("--split", choices=("val", "train"), default="val", help="the images that --eval uses, those for validation or "
         "those for training; default val")  # fmt: skip
-    add("--image", nargs="+", metavar="FILE", help="do not train: print or draw what --checkpoint finds in "
-        "these image files")  # fmt: skip
+    add_task("--image", nargs="+", metavar="FILE", help="do not train: print or draw what --checkpoint finds "
+             "in these image files")  # fmt: skip
     add("--json", action="store_true", help="print the result of --eval or --image as JSON. detect.py and "
         "segment.py then draw only if --output is given")  # fmt: skip
-    add("--export", help="do not train: write the castled model of --checkpoint to this .onnx or .pt2 file. It takes "
-        "normalised images of any size")  # fmt: skip
+    add_task("--export", help="do not train: write the castled model of --checkpoint to this .onnx or .pt2 file. It "
+             "takes normalised images of any size")  # fmt: skip
     add = parser.add_argument_group("processes").add_argument
     bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     add("--workers", type=at_least(0, most=128), help="number of processes that load images; 0: the training process "
@@ -996,16 +997,14 @@ def fill_in(args: argparse.Namespace, defaults: Mapping) -> None:
 def asked(args: argparse.Namespace) -> str:
     """The task of a script: "train", "eval", "image" or "export".
 
-    Raises: ValueError for flags that do not go together, or an --export that cannot be written.
+    Raises: ValueError for a task without --checkpoint, or an --export that cannot be written.
     """
-    wanted = [flag for flag in ("eval", "image", "export") if getattr(args, flag)]
-    if wanted and not args.checkpoint:
+    task = "eval" if args.eval else "image" if args.image else "export" if args.export else "train"
+    if task != "train" and not args.checkpoint:
         raise ValueError("--eval, --image and --export need --checkpoint")
-    if len(wanted) > 1:
-        raise ValueError(f"--{' and --'.join(wanted)} are different things to do: give one of them")
     if args.export:
         check_export(args.export)
-    return wanted[0] if wanted else "train"
+    return task
 
 
 def epoch_and_run(args: argparse.Namespace, images: int) -> tuple[int, int]:
