@@ -138,10 +138,7 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int, tot
 
 
 def train_transform(args: argparse.Namespace) -> Callable:
-    """A function: image (PIL or uint8 tensor) -> augmented uint8 tensor (3, S, S).
-
-    Normalising, MixUp and CutMix follow later, on the device.
-    """
+    """A function: image (PIL or uint8 tensor) -> augmented uint8 tensor (3, S, S)."""
     mean = [round(255 * m) for m in MEAN]
     steps = [v2.RandomHorizontalFlip()]
     if args.data != "shapes":  # shapes are drawn at image_size: nothing to crop
@@ -235,10 +232,7 @@ def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> n
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The optimiser's parameter groups: with `weight_decay`, and without.
-
-    Biases, norms and the parameters that model.no_weight_decay() names have none.
-    """
+    """Two groups: with `weight_decay`; and biases, norms and what model.no_weight_decay() names."""
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     decayed, others = [], []
     for name, parameter in model.named_parameters():
@@ -401,8 +395,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 def check_batch_norm(args: argparse.Namespace, model: nn.Module) -> None:
     """Raise ValueError if BatchNorm would get one value per channel, which is an error in training.
 
-    BatchNorm1d gets one value from a batch of one image. BatchNorm2d does if that image has at most
-    32 px, because then the last feature map may be 1 x 1.
+    BatchNorm2d does if an image has at most 32 px: then the last feature map may be 1 x 1.
     """
     refusing = (nn.BatchNorm1d, nn.BatchNorm2d) if args.image_size <= 32 else nn.BatchNorm1d
     if args.batch_size == 1 and any(isinstance(module, refusing) for module in model.modules()):
