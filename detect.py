@@ -1002,9 +1002,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
 def predict(args: argparse.Namespace, device: torch.device) -> None:
     """--image: draw the boxes of each file. With --json print them, and draw only into --output."""
     with run.checked(args):
-        run.check_images(args.image)
-        drawn = args.output is not None or not args.json
-        targets = run.drawing_paths(args.image, args.output, "boxes") if drawn else {}
+        targets = run.drawing_paths(args, "boxes")
         if args.data is None and not run.settings_for(args):
             args.data = "coco"  # not our checkpoint: the image size of photographs
         model, classes = load(args)
@@ -1022,7 +1020,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
                 for label, score, box in zip(labels, scores, boxes, strict=True)
             ]
             printed.append(dict(image=str(path), boxes=rows))
-            if drawn:
+            if targets:
                 colours = [COLOURS[label % len(COLOURS)] for label in labels]
                 run.write_image(draw_boxes(image, rows, colours), targets[path])
             if not args.json:

@@ -1157,17 +1157,19 @@ def check_images(paths: list[str]) -> None:
             raise ValueError(f"no image file {path!r}")
 
 
-def drawing_paths(images: list[str], output: str | None, suffix: str) -> dict[Path, Path]:
-    """{image file: file to draw it to}.
+def drawing_paths(args: argparse.Namespace, suffix: str) -> dict[Path, Path]:
+    """{file of --image: file to draw it to}. It is {} with --json alone, which draws nothing.
 
-    Without `output`, image NAME is drawn to NAME_suffix.png in the current folder. With it, one
-    image is drawn to the file `output`, and several to NAME.png in the folder `output`.
+    Without --output, image NAME is drawn to NAME_suffix.png in the current folder. With it, one
+    image is drawn to that file, and several to NAME.png in that folder.
 
-    Raises: ValueError for an image that does not exist, an `output` that cannot be drawn to, two
+    Raises: ValueError for an image that does not exist, an --output that cannot be drawn to, two
         images of the same name, or a drawing that would overwrite an image.
     """
-    check_images(images)
-    paths = [Path(image) for image in images]
+    check_images(args.image)
+    paths, output = [Path(image) for image in args.image], args.output
+    if output is None and args.json:
+        return {}
     if output is None:
         targets = [Path(f"{path.stem}_{suffix}.png") for path in paths]
     elif len(paths) == 1:

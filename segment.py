@@ -1301,18 +1301,18 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     drawn only if --output is given.
     """
     with run.checked(args):
-        targets = run.drawing_paths(args.image, args.output, "overlay")
+        targets = run.drawing_paths(args, "overlay")
         if args.data is None and not run.settings_for(args):
             args.data = "folder"  # not our checkpoint: the image size of photographs
         model, classes = load(args)
     model.to(device)
     with run.json_list(args) as found:
-        for path, image in run.read_each(targets):
+        for path, image in run.read_each(args.image):
             pixels, _ = resized_whole(v2.functional.pil_to_tensor(image), None, args.image_size)
             labels = segment(model, pixels[None], (image.height, image.width), args, device)[0].cpu().numpy()
             shares = shares_of(labels, classes)
             found.append(dict(image=str(path), shares=shares))
-            if args.output is not None or not args.json:
+            if targets:
                 run.write_image(overlay(image, labels, classes), targets[path])
             if not args.json:
                 text = ", ".join(f"{name} {part:.1%}" for name, part in shares.items())
