@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.models.convnext import LayerNorm2d
 from torchvision.transforms import v2
 
 import fast
@@ -97,16 +98,6 @@ def widened(x: Tensor) -> Tensor:
 # ---- backbone: dense ViT and simple feature pyramid ----------------------------------------------
 
 
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels at each pixel, (B, C, y, x) -> same."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 class PyramidBackbone(nn.Module):
     """Pixels (B, 3, H, W) -> four maps of `width` channels, at strides 4, 8, 16, 32.
 
@@ -117,17 +108,18 @@ class PyramidBackbone(nn.Module):
     def __init__(self, vit: DenseViT, width: int):
         super().__init__()
         half, quarter = vit.dim // 2, vit.dim // 4
+        norm = partial(LayerNorm2d, eps=1e-6)  # over the channels of each pixel
 
         def level(channels: int, *resize: nn.Module) -> nn.Sequential:
             convolutions = nn.Conv2d(channels, width, 1, bias=False), nn.Conv2d(width, width, 3, padding=1, bias=False)
-            return nn.Sequential(*resize, *(layer for conv in convolutions for layer in (conv, ChannelNorm(width))))
+            return nn.Sequential(*resize, *(layer for conv in convolutions for layer in (conv, norm(width))))
 
         def twice(channels: int, out: int) -> nn.ConvTranspose2d:
             return nn.ConvTranspose2d(channels, out, 2, stride=2)
 
         self.vit = vit
         self.pyramid = nn.ModuleList([
-            level(quarter, twice(vit.dim, half), ChannelNorm(half), nn.GELU(), twice(half, quarter)),
+            level(quarter, twice(vit.dim, half), norm(half), nn.GELU(), twice(half, quarter)),
             level(half, twice(vit.dim, half)),
             level(vit.dim),
             level(vit.dim, nn.MaxPool2d(2)),
