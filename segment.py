@@ -1180,12 +1180,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
-    """This process's share of the validation set.
-
-    Images of a folder come one by one, since their sizes differ.
-    """
+    """This process's share of the validation set."""
     sampler = EpochSampler(len(val_set), rank=rank(), world=world_size())
-    batch_size = args.batch_size if args.data == "shapes" else 1
+    batch_size = args.batch_size if args.data == "shapes" else 1  # images of a folder differ in size
     pairs = Pairs(val_set, partial(resized_whole, size=args.image_size), args.seed)
     return make_loader(pairs, sampler, batch_size, args.workers)
 
@@ -1346,10 +1343,7 @@ without --epochs and --max-steps a run has {', '.join(f'{steps} steps for {data}
 
 
 def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
-    """Fill in every flag that was not given.
-
-    Values come from `trained`, the settings of a checkpoint, and then from the tables of defaults.
-    """
+    """Fill in flags that were not given: from `trained`, a checkpoint's settings, else from tables."""
     run.take_over(args, trained or {})
     run.fill_in(args, dict(pixel_decoder="fpn_transformer") | DATA_DEFAULTS[kind_of(args)])
 

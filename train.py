@@ -573,10 +573,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
-    """Fill in every flag that was not given.
-
-    Its value comes from `trained`, the settings of a checkpoint, or else from the tables above.
-    """
+    """Fill in flags that were not given: from `trained`, a checkpoint's settings, else from tables."""
     run.take_over(args, trained or {})
     args.model = args.model or "levit128"
     row = {"batch_size": batch_per_gpu(args.model)} | DATA_DEFAULTS[kind_of(args.data)]
