@@ -401,8 +401,8 @@ def detection_losses(
 
 @torch.no_grad()
 def detections(
-    logits: Tensor, bins: Tensor, points: Tensor, size: tuple[int, int], original: tuple[int, int] | None = None,
-    *, min_score: float = MIN_SCORE,
+    logits: Tensor, bins: Tensor, points: Tensor, size: tuple[int, int],
+    original: tuple[int, int] | None = None, *, min_score: float = MIN_SCORE,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The objects found in one image: boxes (n, 4), scores (n,) and labels (n,), best first.
 
@@ -790,8 +790,9 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
     for images, targets in loader:
         with autocast(args, device):
             logits, bins, points = model(to_model_input(images, device, args.channels_last))
+        size = images.shape[2:]
         for i, target in enumerate(targets):
-            boxes, scores, labels = detections(logits[i], bins[i], points, images.shape[2:], target["size"])
+            boxes, scores, labels = detections(logits[i], bins[i], points, size, target["size"])
             boxes[:, 2:] -= boxes[:, :2]                                     # x, y, width, height
             found += [
                 dict(image_id=target["image_id"], category_id=dataset.classes[label]["id"], bbox=box, score=score)
@@ -841,7 +842,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         # Data
         resolve(args)
         train_set, val_set = open_split(args, "train"), open_split(args, "val")
-        run.same_classes(train_set.classes, val_set.classes, f"training and validation images of {args.data}")
+        run.same_classes(train_set.classes, val_set.classes, f"train and val of {args.data}")
         steps_per_epoch, total_steps = run.epoch_and_run(args, len(train_set))
         args.warmup_steps = min(args.warmup_steps, total_steps // 10)
         check_sides(args)
@@ -1013,7 +1014,8 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
             pixels = v2.functional.pil_to_tensor(image)
             resized = v2.functional.resize(pixels, size, antialias=False)
             logits, bins, points = model(to_model_input(resized[None], device, args.channels_last))
-            found = detections(logits[0], bins[0], points, size, pixels.shape[1:], min_score=args.min_score)
+            own = pixels.shape[1:]
+            found = detections(logits[0], bins[0], points, size, own, min_score=args.min_score)
             boxes, scores, labels = (x.tolist() for x in found)
             rows = [
                 dict(label=classes[label]["name"], score=score, box=box)

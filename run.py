@@ -83,14 +83,16 @@ def start_processes() -> torch.device:
     variables = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="", MASTER_PORT="")
     variables = {name: os.environ.get(name, default) for name, default in variables.items()}
     try:
-        number, processes, local_rank = (int(variables[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        number, processes = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+        local_rank = int(variables["LOCAL_RANK"])
         if not 0 <= number < processes:
             raise ValueError("RANK is not within 0..WORLD_SIZE - 1")
         device, backend, options = torch.device("cpu"), "gloo", {}
         if torch.cuda.is_available():
             gpus = torch.cuda.device_count()
             if local_rank >= gpus:
-                raise ValueError(f"process {local_rank} of this machine has no GPU: there are {gpus}")
+                raise ValueError(f"process {local_rank} of this machine has no GPU: "
+                                 f"there are {gpus}")  # fmt: skip
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
             backend, options = "nccl", dict(device_id=device)
@@ -98,7 +100,8 @@ def start_processes() -> torch.device:
             dist.init_process_group(backend, **options)
     except (RuntimeError, ValueError) as error:
         given = ", ".join(f"{name}={value}" for name, value in variables.items() if value)
-        raise ValueError(f"cannot join the processes of {given}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot join the processes of {given}: {reason}") from None
     return device
 
 
@@ -948,12 +951,12 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
     add_task("--eval", action="store_true", help="do not train: print the scores of --checkpoint")
     add("--split", choices=("val", "train"), default="val", help="the images that --eval uses, those for validation or "
         "those for training; default val")  # fmt: skip
-    add_task("--image", nargs="+", metavar="FILE", help="do not train: print or draw what --checkpoint finds "
-             "in these image files")  # fmt: skip
+    add_task("--image", nargs="+", metavar="FILE",
+             help="do not train: print or draw what --checkpoint finds in these image files")
     add("--json", action="store_true", help="print the result of --eval or --image as JSON. detect.py and "
         "segment.py then draw only if --output is given")  # fmt: skip
-    add_task("--export", help="do not train: write the castled model of --checkpoint to this .onnx or .pt2 file. It "
-             "takes normalised images of any size")  # fmt: skip
+    add_task("--export", help="do not train: write the castled model of --checkpoint to this .onnx "
+             "or .pt2 file. It takes normalised images of any size")  # fmt: skip
     add = parser.add_argument_group("processes").add_argument
     bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     add("--workers", type=at_least(0, most=128), help="number of processes that load images; 0: the training process "
@@ -1017,7 +1020,7 @@ def epoch_and_run(args: argparse.Namespace, images: int) -> tuple[int, int]:
 
 
 def same_classes(one: list, other: list, what: str) -> None:
-    """Raise ValueError unless both lists hold the same classes in one order. what: whose they are."""
+    """Raise ValueError unless both lists of classes are the same. what: whose they are."""
     if one != other:
         differing = [c for c in one if c not in other] + [c for c in other if c not in one]
         raise ValueError(f"{what} have different classes, {len(one)} and {len(other)}: "

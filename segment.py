@@ -434,9 +434,9 @@ class DecoderLayer(nn.Module):
 class MaskedDecoder(nn.Module):
     """Queries look at one map after the other.  Mask2Former, arXiv:2112.01527, section 3.2
 
-    A query sees only the tokens in its latest mask. Returns one prediction of the first queries, and
-    one after each layer. A prediction is a pair: class logits (B, Q, K + 1), where the last class is
-    "no object", and mask logits (B, Q, y, x) at stride 4.
+    A query sees only the tokens in its latest mask. Returns one prediction of the first queries,
+    and one after each layer. A prediction is a pair: class logits (B, Q, K + 1), where the last
+    class is "no object", and mask logits (B, Q, y, x) at stride 4.
     """
 
     def __init__(self, width: int, num_classes: int, heads: int = 8, queries: int = 100, layers: int = 9):
@@ -1109,15 +1109,15 @@ def learning_rate(args: argparse.Namespace, step: int, total_steps: int) -> floa
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    """Train, with a checkpoint and a log line every --eval-steps steps, which the log calls an epoch.
+    """Train, then print the castling report.
 
-    Then print the castling report.
+    Every --eval-steps steps, which the log calls an epoch, there is a checkpoint and a log line.
     """
     with run.checked(args):  # an error in here ends the script with one line
         # Data
         resolve(args)
         train_set, val_set = open_split(args, "train"), open_split(args, "val")
-        run.same_classes(train_set.classes, val_set.classes, f"training and validation images of {args.data}")
+        run.same_classes(train_set.classes, val_set.classes, f"train and val of {args.data}")
         interval, total_steps = interval_and_run(args, len(train_set))
         if args.ema_decay is None:
             args.ema_decay = run.ema_decay_for(total_steps)
@@ -1182,7 +1182,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
     """This process's share of the validation set."""
     sampler = EpochSampler(len(val_set), rank=rank(), world=world_size())
-    batch_size = args.batch_size if args.data == "shapes" else 1  # images of a folder differ in size
+    batch_size = args.batch_size if args.data == "shapes" else 1  # else their sizes differ
     pairs = Pairs(val_set, partial(resized_whole, size=args.image_size), args.seed)
     return make_loader(pairs, sampler, batch_size, args.workers)
 
@@ -1343,7 +1343,7 @@ without --epochs and --max-steps a run has {', '.join(f'{steps} steps for {data}
 
 
 def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
-    """Fill in flags that were not given: from `trained`, a checkpoint's settings, else from tables."""
+    """Fill in flags not given: from `trained`, a checkpoint's settings, else from the tables."""
     run.take_over(args, trained or {})
     run.fill_in(args, dict(pixel_decoder="fpn_transformer") | DATA_DEFAULTS[kind_of(args)])
 

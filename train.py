@@ -304,7 +304,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         # Defaults and data. Some defaults depend on the length of the run.
         resolve(args)
         train_set, val_set = open_split(args, "train"), open_split(args, "val")
-        run.same_classes(train_set.classes, val_set.classes, f"training and validation images of {args.data}")
+        run.same_classes(train_set.classes, val_set.classes, f"train and val of {args.data}")
         steps_per_epoch, total_steps = run.epoch_and_run(args, len(train_set))
         if args.warmup_epochs is None:
             full = OPTIMIZERS[args.optimizer]["warmup_epochs"]
@@ -573,7 +573,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
-    """Fill in flags that were not given: from `trained`, a checkpoint's settings, else from tables."""
+    """Fill in flags not given: from `trained`, a checkpoint's settings, else from the tables."""
     run.take_over(args, trained or {})
     args.model = args.model or "levit128"
     row = {"batch_size": batch_per_gpu(args.model)} | DATA_DEFAULTS[kind_of(args.data)]
