@@ -874,7 +874,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             steps_per_epoch=steps_per_epoch, total_steps=total_steps, metrics=METRICS,
         )  # fmt: skip
 
-    net, scaler = run.parallel(model, args, device), state.scaler
+    net = run.parallel(model, args, device)
     with state:
         state.bar.say(run.describe(state, describe_recipe(args), val_set))
         for epoch in state.epochs():
@@ -894,18 +894,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                     with autocast(args, device):
                         outputs = net(images)
                     part = sum(detection_losses(*outputs, targets).values()) / len(batches)
-                    scaler.scale(part).backward()
+                    state.scaler.scale(part).backward()
                     loss += part.detach()
 
-                # Weights and averaged weights
-                state.agree(loss, lr)                                      # NaN stops every process
-                if args.clip_grad > 0:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                ema.update_parameters(model)
+                # Weights and averaged weights; NaN stops every process before that
+                state.update(loss, lr)
 
             metrics = {}
             if state.evaluation_due():                                     # with and without branch

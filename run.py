@@ -392,8 +392,7 @@ class Run:
             for epoch in state.epochs():
                 for batches in state.steps(loader):     # also saves when due, and stops when asked
                     ...                                 # forward and backward of each batch
-                    state.agree(loss, lr)               # before the weights change
-                    ...                                 # optimizer, averaged weights
+                    state.update(loss, lr)              # the weights and their average change
                 state.log(metrics)
             state.report()
 
@@ -482,7 +481,7 @@ class Run:
             begun = time.monotonic()
             torch.manual_seed(mixed_seed(args.seed, self.step, rank()))
             record_masks(self.model, self.step % between == 0)
-            yield step_batches  # the script trains on them, and calls `agree`
+            yield step_batches  # the script trains on them, and calls `update`
 
             # Account for the step: masks, loss, time.
             if self.step % between == 0 and (masks := mask_statistics(self.model)):
@@ -526,12 +525,22 @@ class Run:
             raise Stopped
         set_threshold(self.ema.module, self.progress)
 
-    def agree(self, loss: Tensor, lr: float) -> None:
-        """Agree between ranks on three things: the mean loss, whether to save, whether to stop.
+    def update(self, loss: Tensor, lr: float) -> None:
+        """Change the weights and their average. Gradients longer than --clip-grad are cut to it.
 
-        Call it in every step, before the weights change.
-        Raises: RunError, in the same step on every rank.
+        Raises: RunError, in the same step on every rank, before the weights change.
         """
+        self.agree(loss, lr)
+        if self.args.clip_grad > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update_parameters(self.model)
+
+    def agree(self, loss: Tensor, lr: float) -> None:
+        """Agree between ranks on three things: the mean loss, whether to save, whether to stop."""
         due = rank() == 0 and 0 < 60 * self.args.save_minutes < time.monotonic() - self.saved
         self.loss, self.due, self.stop = agreed(self.device, loss, due, self.signalled)
         self.lr = lr

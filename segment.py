@@ -1141,7 +1141,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             steps_per_epoch=interval, total_steps=total_steps, metrics=METRICS,
         )  # fmt: skip
 
-    net, scaler = run.parallel(model, args, device), state.scaler
+    net = run.parallel(model, args, device)
     with state:
         state.bar.say(run.describe(state, describe_recipe(state), val_set))
         for _ in state.epochs():  # each is --eval-steps steps
@@ -1159,18 +1159,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                     with autocast(args, device):
                         outputs = net(images)
                     part = set_loss(outputs, targets, num_masks, args.points) / len(batches)
-                    scaler.scale(part).backward()
+                    state.scaler.scale(part).backward()
                     loss += part.detach()
 
-                # Weights and averaged weights
-                state.agree(loss, lr)                                      # NaN stops every process
-                if args.clip_grad > 0:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                ema.update_parameters(model)
+                # Weights and averaged weights; NaN stops every process before that
+                state.update(loss, lr)
 
             metrics = {}
             if state.evaluation_due():                                     # with and without branch

@@ -344,7 +344,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     mix = v2.RandomChoice(mixes) if mixes else lambda images, targets: (images, targets)
 
     # `net` is `model` wrapped for training (DDP, torch.compile). It has the same parameters.
-    net, scaler = run.parallel(model, args, device), state.scaler
+    net = run.parallel(model, args, device)
     with state:
         state.bar.say(run.describe(state, describe_recipe(args), val_set))
         for _ in state.epochs():
@@ -368,20 +368,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                             outputs, targets, smoothing=args.smoothing, teacher=taught,
                             distillation=args.distillation, alpha=args.alpha, tau=args.tau,
                         ) / len(batches)  # fmt: skip
-                    scaler.scale(part).backward()
+                    state.scaler.scale(part).backward()
                     loss += part.detach()
 
-                # 3. Ranks exchange the loss, and whether to save or stop. NaN on one stops all.
-                state.agree(loss, lr)
-
-                # 4. Change the weights and their average.
-                if args.clip_grad > 0:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                ema.update_parameters(model)
+                # 3. Change the weights and their average. NaN on one rank stops all before that.
+                state.update(loss, lr)
 
             # The epoch is trained and saved. Evaluate the averaged weights, with the branch and
             # without.
