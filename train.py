@@ -41,18 +41,14 @@ from run import at_least, autocast, ema_decay_for, rank, say, share, world_size
 
 METRICS = {"acc1": "Acc@1", "acc5": "Acc@5"}  # scores of `evaluate`; the first one chooses best.pt
 
-# Defaults for each kind of data. A folder gets the paper's epochs and batch (`batch_per_gpu`), and
-# DeiT's augmentation without its repeated augmentation. DeiT's magnitude of RandAugment is 9 of 10,
-# which is 27 of 30 in torchvision. The shapes have a short recipe, made for two CPU cores.
+# DeiT's, without its repeated augmentation. Its RandAugment of magnitude 9 of 10 is 27 of 30 here.
+AUGMENTATION = dict(randaugment=27, mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1)
+
+# Defaults for each kind of data. A folder gets the paper's epochs and batch (`batch_per_gpu`). The
+# shapes have a short recipe, made for two CPU cores.
 DATA_DEFAULTS = {
-    "folder": dict(
-        image_size=224, epochs=1000, optimizer="sgd",
-        randaugment=27, mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1,
-    ),
-    "cifar": dict(
-        image_size=64, epochs=100, batch_size=128, optimizer="sgd",
-        randaugment=27, mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1,
-    ),
+    "folder": dict(image_size=224, epochs=1000, optimizer="sgd", **AUGMENTATION),
+    "cifar": dict(image_size=64, epochs=100, batch_size=128, optimizer="sgd", **AUGMENTATION),
     "shapes": dict(
         image_size=64, epochs=4, batch_size=128, optimizer="sgd", schedule="cosine", lr=3.2, shapes_length=30000,
         randaugment=0, mixup=0.0, cutmix=0.0, erasing=0.0, smoothing=0.0, drop_path=0.0,
