@@ -643,10 +643,7 @@ def collate(items: list[dict]) -> tuple[Tensor, list[dict]]:
 
 
 class CropWithBoxes(v2.RandomIoUCrop):
-    """torchvision's random crop around boxes.
-
-    It leaves images without boxes as they are, and those so small that a crop could be empty.
-    """
+    """RandomIoUCrop that leaves images without boxes, and very small ones, as they are."""
 
     def forward(self, item: dict) -> dict:
         large = min(item["image"].shape[1:]) * self.min_scale >= 1

@@ -195,7 +195,7 @@ def agreed(device: torch.device, *values: float | Tensor) -> list[float]:
 
 
 def parallel(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """The model as a training loop calls it: for --compile, and for several processes."""
+    """The model as a training loop calls it: with --compile, and with several processes."""
     net = torch.compile(model) if args.compile else model
     if world_size() > 1:  # not with static_graph: its first step must synchronise every batch
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)

@@ -325,7 +325,7 @@ class DeformableAttention(nn.Module):
 
 
 class DeformableLayer(EncoderLayer):
-    """EncoderLayer of tokens of all maps, (B, T, C). `position` is added to queries only."""
+    """EncoderLayer with deformable attention, x: (B, T, C). Only queries get `position`."""
 
     def attend(self, x: Tensor, position: Tensor, references: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         return self.attn(x + position, x, references, grids)
