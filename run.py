@@ -883,13 +883,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.set_defaults(script=script)
 
-    def parse_known_args(self, args=None, namespace=None):
-        words = list(sys.argv[1:] if args is None else args)
-        for before, word in zip(["", *words], words, strict=False):
-            flag, equals, value = word.partition("=")
-            if not word or (flag.startswith("--") and equals and not value):
-                self.error(f"{flag or before} has an empty value")
-        return super().parse_known_args(words, namespace)
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
+        for flag, value in vars(parsed).items():
+            if value == "" or isinstance(value, list) and "" in value:
+                self.error(f"--{flag.replace('_', '-')} has an empty value")
+        return parsed
 
     def error(self, message: str) -> None:
         for word in message.split():
