@@ -137,8 +137,8 @@ def session(args: argparse.Namespace) -> Iterator[tuple[str, torch.device]]:
 
     Yields: the task, as `asked` names it, and this process's device.
     A DataError, such as a damaged image, and a RunError end the script with one line and status 1.
-    A process that fails exits at once and does not wait for its group, as the others
-    may be waiting for it. torchrun then ends them.
+    A process that fails exits at once and does not wait for its group, as the others may be waiting
+    for it. torchrun then ends them.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes need not be text
     with checked(args):
@@ -1091,7 +1091,7 @@ def renamed(settings: dict) -> dict:
 
 
 def count_classes(path: str, heads: Iterable[str]) -> int:
-    """Rows of a checkpoint's class head, the first of `heads` in it. Raises: ValueError."""
+    """Rows of a checkpoint's class head, one of `heads`. Raises: ValueError if it has none."""
     weights = weights_in(read_checkpoint(path))
     for name in heads:
         if name in weights:

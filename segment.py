@@ -905,7 +905,7 @@ def class_names(root: Path, num_classes: int | None) -> list[str]:
     """Names of a folder's classes: in classes.txt, one a line, or in ADE20K's objectInfo*.txt.
 
     Without such a file they are numbers, `num_classes` of them, by default 150.
-    Raises: ValueError for a list of repeated names, or of another length.
+    Raises: ValueError for a name twice, no names, more than 255, or not `num_classes`.
     """
     found = [path for path in (root / "classes.txt", *sorted(root.glob("objectInfo*.txt"))) if path.is_file()]
     if not found:
