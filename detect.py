@@ -718,7 +718,7 @@ def open_split(args: argparse.Namespace, split: str) -> Dataset:
                          "annotations/instances_train*.json")  # fmt: skip
     annotations, images = coco_files(Path(args.data), split)
     dataset = CocoFolder(annotations, images, training=split == "train" and not args.eval)
-    if dataset.dropped and rank() == 0:
+    if dataset.dropped:
         say(f"{annotations}: left out {dataset.dropped} boxes without area or outside their image", sys.stderr)
     return dataset
 
@@ -849,9 +849,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         model = make_model(args, len(train_set.classes), args.image_size)
         run.start_from(model, args, partial(load_pretrained, class_layers=("head.predict.",)))
         if args.backbone and run.begins_anew(args):
-            report = load_pretrained(model.backbone, args.backbone)
-            if rank() == 0:
-                say(f"{args.backbone}\n{report}")
+            say(f"{args.backbone}\n{load_pretrained(model.backbone, args.backbone)}")
         model.to(device)
         ema = run.averaged(model, args.ema_decay)
         # All parameters decay, those of norms too, as in Picodet_Pytorch.

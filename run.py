@@ -5,7 +5,8 @@ run's checkpoints and log and continues it at any step; evaluation with and with
 branch, and the castling report; the command line; models from checkpoints; pictures in and out.
 This file imports none of the scripts.
 
-A rank is the number of a process, from 0. Rank 0 alone prints and writes.
+A rank is the number of a process, from 0. Rank 0 alone prints and writes. Errors that end a process
+are printed by each.
 """
 
 import argparse
@@ -49,12 +50,14 @@ from models import ATTENTIONS
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def say(text: str, file: IO | None = None) -> None:
-    """Print a line to standard output, or to `file`.
+def say(text: str, file: IO | None = None, every_rank: bool = False) -> None:
+    """Rank 0, or every rank, prints a line to standard output, or to `file`.
 
     If the reader of the output has left, as `head` does, this line and all later ones are lost. The
     work goes on.
     """
+    if rank() > 0 and not every_rank:
+        return
     file = file or sys.stdout
     try:
         print(text, file=file, flush=True)
@@ -127,7 +130,7 @@ def checked(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        say(f"{args.script}: error: {error}", sys.stderr)
+        say(f"{args.script}: error: {error}", sys.stderr, every_rank=True)
         sys.exit(2)
 
 
@@ -149,7 +152,8 @@ def session(args: argparse.Namespace) -> Iterator[tuple[str, torch.device]]:
             yield task, device
     except (DataError, RunError) as error:
         # The message from a loader process is a whole traceback, and ends with the error itself.
-        say(f"{args.script}: {str(error).strip().rpartition('DataError: ')[2]}", sys.stderr)
+        reason = str(error).strip().rpartition("DataError: ")[2]
+        say(f"{args.script}: {reason}", sys.stderr, every_rank=True)
         sys.exit(1)
     if dist.is_initialized():
         gc.collect()  # a DistributedDataParallel that outlives its group may abort the process
@@ -282,9 +286,8 @@ class Progress:
                          "--max-steps or --image-size make it shorter")  # fmt: skip
 
     def say(self, text: str) -> None:
-        if rank() == 0:
-            with contextlib.nullcontext() if self.bar is None else self.bar.external_write_mode():
-                say(text)
+        with contextlib.nullcontext() if self.bar is None else self.bar.external_write_mode():
+            say(text)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -370,8 +373,7 @@ def newest(folder: Path) -> Path:
             reason = damage(path)
             if reason is None:
                 return path
-            if rank() == 0:
-                say(f"warning: {reason}", sys.stderr)
+            say(f"warning: {reason}", sys.stderr)
     raise ValueError(f"{folder} has nothing to continue from; --overwrite starts a new run")
 
 
@@ -438,7 +440,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.bar.close()
-        if kind is Stopped and rank() == 0:
+        if kind is Stopped:
             launcher = "the same torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else Path(sys.executable).name
             again = f"{launcher} {shlex.join(word for word in sys.argv if word != '--overwrite')}"
             say(f"stopped at step {self.step} of {self.total_steps}; continue with: {again}")
@@ -688,7 +690,7 @@ class Run:
             rewrite(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         self.write_log()
         barrier()
-        if path is not None and rank() == 0:
+        if path is not None:
             say(f"resumed from {path} at step {self.step} of {self.total_steps}")
 
     def continue_from(self, path: Path) -> None:
@@ -730,7 +732,7 @@ class Run:
         then, now = then | {"processes": state["processes"]}, now | {"processes": world_size()}
         inexact = [key for key in ("processes", *INEXACT) if now.get(key) != then.get(key)]
         changed = [f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in inexact]
-        if changed and rank() == 0:
+        if changed:
             say(f"from here on the run is not bit for bit what it would have been ({', '.join(changed)}): BatchNorm, "
                 "mixing and dropout depend on the processes and their batches, and rounding changes")  # fmt: skip
 
@@ -1108,9 +1110,7 @@ def start_from(model: nn.Module, args: argparse.Namespace, load: Callable) -> No
         if core.dconv is not None:
             nn.init.zeros_(core.dconv.weight)
     if args.checkpoint and begins_anew(args):
-        report = load(model, args.checkpoint)
-        if rank() == 0:
-            say(f"{args.checkpoint}\n{report}")
+        say(f"{args.checkpoint}\n{load(model, args.checkpoint)}")
 
 
 def load_trained(model: nn.Module, args: argparse.Namespace) -> nn.Module:
@@ -1132,12 +1132,12 @@ def load_trained(model: nn.Module, args: argparse.Namespace) -> nn.Module:
 
 
 def print_evaluation(args: argparse.Namespace, record: dict, titles: dict[str, str]) -> None:
-    """--eval: rank 0 prints the scores. Raises: DataError for a loss that is nan or infinite."""
+    """--eval: print the scores. Raises: DataError for a loss that is nan or infinite."""
     if not math.isfinite(record.get("test_loss", 0.0)):
         raise DataError(f"{args.checkpoint}: the loss is {record['test_loss']}")
-    if rank() == 0 and args.json:
+    if args.json:
         say(json.dumps(record))
-    elif rank() == 0:
+    else:
         say(f"{args.checkpoint}, {args.split} images")
         print_report(args, record, titles)
 
@@ -1215,12 +1215,12 @@ def read_each(paths: Iterable[str | Path]) -> Iterator[tuple[Path, Image.Image]]
 
 @contextlib.contextmanager
 def json_list(args: argparse.Namespace) -> Iterator[list]:
-    """A list to fill. With --json rank 0 prints it at the end, also if an error ended the work."""
+    """A list to fill. With --json it is printed at the end, also if an error ended the work."""
     found = []
     try:
         yield found
     finally:
-        if args.json and rank() == 0:
+        if args.json:
             say(json.dumps(found, indent=1))
 
 
