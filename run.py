@@ -1064,14 +1064,17 @@ def settings_for(args: argparse.Namespace) -> dict:
     """The settings that --checkpoint was trained with, and its `classes`.
 
     They are read from the file, or else from the config.json beside it. {} if neither has any.
-    Raises: ValueError if another script wrote them.
+    Raises: ValueError if another script wrote them, or config.json is damaged.
     """
     checkpoint, settings = read_checkpoint(args.checkpoint), {}
     config = Path(args.checkpoint).with_name("config.json")
     if isinstance(checkpoint.get("args"), dict):
         settings = checkpoint["args"] | {"classes": checkpoint.get("classes")}
     elif config.is_file():
-        settings = json.loads(config.read_text())
+        try:
+            settings = json.loads(config.read_text())
+        except ValueError as error:
+            raise ValueError(f"{config} is damaged: {error}") from None
     if not isinstance(settings, dict) or settings.get("attention") not in ATTENTIONS:
         return {}  # files of other projects may have `args` too, or a config.json beside them
     if settings.get("script", args.script) != args.script:
