@@ -1077,7 +1077,16 @@ def interval_and_run(args: argparse.Namespace, images: int) -> tuple[int, int]:
 
 
 def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> Segmenter:
-    """The model that the flags describe. Raises ValueError as `build_segmenter` does."""
+    """The model that the flags describe.
+
+    Raises: ValueError as `build_segmenter` does, and if a GroupNorm would normalise single numbers.
+    """
+    coarsest = 2 * args.patch_size  # stride of the coarsest map, pixels
+    if args.width == 32 and image_size <= coarsest:
+        raise ValueError(
+            f"--width 32 with --patch-size {args.patch_size} needs an --image-size above "
+            f"{coarsest}, got {image_size}: a GroupNorm would normalise single numbers"
+        )
     named = ("width", "queries", "layers", "encoder_layers", "patch_size", "drop_path")
     options = {name: getattr(args, name) for name in named} | run.core_options(args)
     return build_segmenter(args.model, args.attention, num_classes, args.pixel_decoder, image_size, **options)

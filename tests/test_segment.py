@@ -266,6 +266,17 @@ def test_segmenter_names_and_options_are_checked():
             segment.build_segmenter(**options)
 
 
+@pytest.mark.parametrize("pixel_decoder", DECODERS)
+def test_a_norm_has_more_than_one_number(tmp_path, capsys, pixel_decoder):
+    """GroupNorm of one channel a group (width 32) on a coarsest map of one pixel (image as large as
+    two patches) fails in evaluation: refused at the start. A larger image or width runs."""
+    options = (f"--pixel-decoder={pixel_decoder}", "--width=32", "--patch-size=16", "--max-steps=1")
+    said = refused(capsys, 2, run_segment, tmp_path / "no", *options, "--image-size=32")
+    assert "--width 32 with --patch-size 16 needs an --image-size above 32" in said and not (tmp_path / "no").exists()
+    run_segment(tmp_path / "yes", *options, "--image-size=48")
+    run_segment(tmp_path / "wider", *options, "--image-size=32", "--width=64")
+
+
 def test_segmentation_recipe():
     """Norms, embeddings and positions do not decay, everything else does; the pyramid belongs to the backbone; the rate
     falls as (1 - t) ** 0.9 without warm-up and scales with the batch."""
