@@ -92,7 +92,6 @@ def flags(*options, **extra):
     """Resolved arguments, as a run would have them."""
     args = train.parser().parse_args([*options, *(f"--{k.replace('_', '-')}={v}" for k, v in extra.items())])
     train.resolve(args)
-    args.script = "train.py"
     return args
 
 

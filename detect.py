@@ -102,7 +102,6 @@ DATA_DEFAULTS = {
 class CSPBlock(nn.Module):
     """(B, 2C, y, x) -> (B, C, y, x). Two branches give C / 2 channels each.
 
-    One of them has more convolutions than the other.
     Source: CSP-PAN, arXiv:2111.00902.
     """
 
@@ -150,22 +149,14 @@ class PAN(nn.Module):
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         # C channels for each map
         t3, t4, t5 = (reduce(x) for reduce, x in zip(self.reduce, maps, strict=True))
-        # Top-down
-        m4 = self.top_down[0](torch.cat([enlarged(t5, t4), t4], dim=1))
-        p3 = self.top_down[1](torch.cat([enlarged(m4, t3), t3], dim=1))
+        # Top-down, by nearest-neighbour upsampling
+        m4 = self.top_down[0](torch.cat([F.interpolate(t5, size=t4.shape[2:]), t4], dim=1))
+        p3 = self.top_down[1](torch.cat([F.interpolate(m4, size=t3.shape[2:]), t3], dim=1))
         # Bottom-up
         p4 = self.bottom_up[0](torch.cat([self.down[0](p3), m4], dim=1))
         p5 = self.bottom_up[1](torch.cat([self.down[1](p4), t5], dim=1))
         p6 = self.extra_in(t5) + self.extra_out(p5)
         return [p3, p4, p5, p6]
-
-
-def enlarged(x: Tensor, like: Tensor) -> Tensor:
-    """Nearest-neighbour upsampling to the size of `like`.
-
-    The factor is 2 if the sides of the image are multiples of 32.
-    """
-    return F.interpolate(x, size=like.shape[2:], mode="nearest")
 
 
 # ---- head and detector ---------------------------------------------------------------------------
@@ -229,8 +220,7 @@ def decode(bins: Tensor, points: Tensor) -> Tensor:
 class Detector(nn.Module):
     """Normalised pixels (B, 3, H, W) -> logits (B, P, K), bins (B, P, 4, 8), points (P, 3).
 
-    Any H x W. `Head` explains the logits and bins, `make_points` the points. `detections` turns
-    them into boxes.
+    See `Head` and `make_points`. `detections` turns them into boxes.
     """
 
     def __init__(self, backbone: ConvBackbone, neck: str, channels: int, convs: int, num_classes: int):
@@ -257,9 +247,9 @@ def build_detector(
     Args:
         name: a key of DETECTORS.
         attention: as in `build_model`.
-        overrides: options of `build_model`, or neck ("csp" or "lc"), channels, convs (see SIZES).
         num_classes: K.
         image_size: pixels. No weight depends on it, but all builders have this argument.
+        overrides: options of `build_model`, or neck ("csp" or "lc"), channels, convs (see SIZES).
     Raises: ValueError for num_classes below 1, or an unknown name, attention or override. It
         suggests known names.
     """
@@ -411,16 +401,19 @@ def detection_losses(
 
 @torch.no_grad()
 def detections(
-    logits: Tensor, bins: Tensor, points: Tensor, size: tuple[int, int], *, min_score: float = MIN_SCORE
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, bins: Tensor, points: Tensor, size: tuple[int, int],
+    original: tuple[int, int] | None = None, *, min_score: float = MIN_SCORE,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The objects found in one image: boxes (n, 4), scores (n,) and labels (n,), best first.
 
     A point may give several objects, each of another class. n is at most MAX_BOXES.
 
     Args:
         logits: (P, K). bins: (P, 4, 8). points: (P, 3).
-        size: (H, W) of the model's input. Boxes are in its pixels, and clipped to it.
+        size: (H, W) of the model's input. Boxes are clipped to it.
+        original: (H, W) of the image before resizing. Boxes are in its pixels. Default `size`.
         min_score: objects have a score above it, 0..1.
+    Returns: tensors on the CPU.
     """
     logits, bins = logits.float(), bins.float()
     boxes, scores = decode(bins, points), logits.sigmoid()
@@ -435,7 +428,9 @@ def detections(
     boxes = clip_boxes_to_image(boxes[kept // logits.shape[1]], size)
     # Of boxes that overlap in a class, the best one
     best = batched_nms(boxes, scores, labels, NMS_IOU)[:MAX_BOXES]
-    return boxes[best], scores[best], labels[best]
+    boxes, scores, labels = (x[best].cpu() for x in (boxes, scores, labels))
+    (height, width), (full_height, full_width) = size, original or size
+    return boxes * torch.tensor([full_width / width, full_height / height] * 2), scores, labels
 
 
 class Boxes(nn.Module):
@@ -648,10 +643,7 @@ def collate(items: list[dict]) -> tuple[Tensor, list[dict]]:
 
 
 class CropWithBoxes(v2.RandomIoUCrop):
-    """torchvision's random crop around boxes.
-
-    It leaves images without boxes as they are, and those so small that a crop could be empty.
-    """
+    """RandomIoUCrop that leaves images without boxes, and very small ones, as they are."""
 
     def forward(self, item: dict) -> dict:
         large = min(item["image"].shape[1:]) * self.min_scale >= 1
@@ -726,7 +718,7 @@ def open_split(args: argparse.Namespace, split: str) -> Dataset:
                          "annotations/instances_train*.json")  # fmt: skip
     annotations, images = coco_files(Path(args.data), split)
     dataset = CocoFolder(annotations, images, training=split == "train" and not args.eval)
-    if dataset.dropped and rank() == 0:
+    if dataset.dropped:
         say(f"{annotations}: left out {dataset.dropped} boxes without area or outside their image", sys.stderr)
     return dataset
 
@@ -782,22 +774,12 @@ def coco_metrics(ground_truth: dict, results: list[dict], library: tuple[type, t
     return {name: 100 * value if value >= 0 else None for name, value in zip(STATISTICS, stats, strict=True)}
 
 
-def restored(boxes: Tensor, size: tuple[int, int], original: tuple[int, int]) -> Tensor:
-    """Boxes (n, 4), changed from pixels of an input of `size` to those of its `original` size.
-
-    Args: size, original: (H, W).
-    """
-    (height, width), (full_height, full_width) = size, original
-    return boxes * torch.tensor([full_width / width, full_height / height] * 2)
-
-
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, device: torch.device) -> dict:
     """COCO's metrics over the whole set, as `coco_metrics` gives them. All processes call this.
 
-    The processes share the images, and each image is counted once. The process with rank 0 writes
-    the boxes to coco_results.json in COCO's format. Those of a castled model go to
-    coco_results_castled.json.
+    The processes share the images, and each image is counted once. Rank 0 writes the boxes to
+    coco_results.json in COCO's format, those of a castled model to coco_results_castled.json.
     """
     model.eval()
     dataset, found = loader.dataset.base, []
@@ -805,9 +787,9 @@ def evaluate(model: nn.Module, loader: DataLoader, args: argparse.Namespace, dev
     for images, targets in loader:
         with autocast(args, device):
             logits, bins, points = model(to_model_input(images, device, args.channels_last))
+        size = images.shape[2:]
         for i, target in enumerate(targets):
-            boxes, scores, labels = (x.cpu() for x in detections(logits[i], bins[i], points, images.shape[2:]))
-            boxes = restored(boxes, images.shape[2:], target["size"])
+            boxes, scores, labels = detections(logits[i], bins[i], points, size, target["size"])
             boxes[:, 2:] -= boxes[:, :2]                                     # x, y, width, height
             found += [
                 dict(image_id=target["image_id"], category_id=dataset.classes[label]["id"], bbox=box, score=score)
@@ -852,16 +834,12 @@ def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> D
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    """Train to the end, then print the castling report: what castling costs and saves.
-
-    Each epoch ends with a checkpoint and a log line. The model is evaluated every --eval-every
-    epochs, and at the end.
-    """
+    """Train, with a checkpoint and a line of the log per epoch. Then print the castling report."""
     with run.checked(args):  # an error in here ends the script with one line
         # Data
         resolve(args)
         train_set, val_set = open_split(args, "train"), open_split(args, "val")
-        run.same_classes(args, train_set, val_set)
+        run.same_classes(train_set.classes, val_set.classes, f"train and val of {args.data}")
         steps_per_epoch, total_steps = run.epoch_and_run(args, len(train_set))
         args.warmup_steps = min(args.warmup_steps, total_steps // 10)
         check_sides(args)
@@ -871,9 +849,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         model = make_model(args, len(train_set.classes), args.image_size)
         run.start_from(model, args, partial(load_pretrained, class_layers=("head.predict.",)))
         if args.backbone and run.begins_anew(args):
-            report = load_pretrained(model.backbone, args.backbone)
-            if rank() == 0:
-                say(f"{args.backbone}\n{report}")
+            say(f"{args.backbone}\n{load_pretrained(model.backbone, args.backbone)}")
         model.to(device)
         ema = run.averaged(model, args.ema_decay)
         # All parameters decay, those of norms too, as in Picodet_Pytorch.
@@ -893,7 +869,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             steps_per_epoch=steps_per_epoch, total_steps=total_steps, metrics=METRICS,
         )  # fmt: skip
 
-    net, scaler = run.parallel(model, args, device), state.scaler
+    net = run.parallel(model, args, device)
     with state:
         state.bar.say(run.describe(state, describe_recipe(args), val_set))
         for epoch in state.epochs():
@@ -913,18 +889,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                     with autocast(args, device):
                         outputs = net(images)
                     part = sum(detection_losses(*outputs, targets).values()) / len(batches)
-                    scaler.scale(part).backward()
+                    state.scaler.scale(part).backward()
                     loss += part.detach()
 
-                # Weights and averaged weights
-                state.agree(loss, lr)                                      # NaN stops every process
-                if args.clip_grad > 0:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                ema.update_parameters(model)
+                # Weights and averaged weights; NaN stops every process before that
+                state.update(loss, lr)
 
             metrics = {}
             if state.evaluation_due():                                     # with and without branch
@@ -934,10 +903,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def check_sides(args: argparse.Namespace) -> None:
-    """Raise ValueError for images too small to train on.
-
-    Those are images below 32 px, and images whose coarsest map gives BatchNorm a single value.
-    """
+    """Raise ValueError for images below 32 px, or whose coarsest map gives BatchNorm one value."""
     least = 32 + 32 * args.multi_scale
     if args.image_size < least:
         raise ValueError(f"--image-size must be at least {least} with --multi-scale {args.multi_scale}, got "
@@ -1015,7 +981,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
         resolve(args, run.settings_for(args))
         val_set = open_split(args, args.split)
         model, classes = load(args, val_set.classes)
-        run.check_classes(args, classes, val_set.classes)
+        run.same_classes(classes, val_set.classes, f"{args.checkpoint} and {args.data}")
         loader = validation_loader(args, val_set)
     record = run.evaluate_castling(lambda m: evaluate(m, loader, args, device), model.to(device), "AP")
     run.print_evaluation(args, record, METRICS)
@@ -1023,14 +989,9 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
 
 @torch.inference_mode()
 def predict(args: argparse.Namespace, device: torch.device) -> None:
-    """--image: draw the boxes of each file.
-
-    With --json they are printed, and drawn only if --output is given.
-    """
+    """--image: draw the boxes of each file. With --json print them, and draw only into --output."""
     with run.checked(args):
-        run.check_images(args.image)
-        drawn = args.output is not None or not args.json
-        targets = run.drawing_paths(args.image, args.output, "boxes") if drawn else {}
+        targets = run.drawing_paths(args, "boxes")
         if args.data is None and not run.settings_for(args):
             args.data = "coco"  # not our checkpoint: the image size of photographs
         model, classes = load(args)
@@ -1038,20 +999,18 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     size = (args.image_size, args.image_size)
     with run.json_list(args) as printed:
         for path, image in run.read_each(args.image):
-            # Find boxes in the resized image
             pixels = v2.functional.pil_to_tensor(image)
             resized = v2.functional.resize(pixels, size, antialias=False)
             logits, bins, points = model(to_model_input(resized[None], device, args.channels_last))
-            found = detections(logits[0], bins[0], points, size, min_score=args.min_score)
-            boxes, scores, labels = (x.cpu() for x in found)
-            # Give them in pixels of the file
-            boxes, labels = restored(boxes, size, pixels.shape[1:]).tolist(), labels.tolist()
+            own = pixels.shape[1:]
+            found = detections(logits[0], bins[0], points, size, own, min_score=args.min_score)
+            boxes, scores, labels = (x.tolist() for x in found)
             rows = [
                 dict(label=classes[label]["name"], score=score, box=box)
-                for label, score, box in zip(labels, scores.tolist(), boxes, strict=True)
+                for label, score, box in zip(labels, scores, boxes, strict=True)
             ]
             printed.append(dict(image=str(path), boxes=rows))
-            if drawn:
+            if targets:
                 colours = [COLOURS[label % len(COLOURS)] for label in labels]
                 run.write_image(draw_boxes(image, rows, colours), targets[path])
             if not args.json:
@@ -1099,9 +1058,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
-    """Fill in every flag that was not given.
+    """Fill in flags that were not given: from `trained`, a checkpoint's settings, else from tables.
 
-    Values come from `trained`, the settings of a checkpoint, and then from the tables of defaults.
     Raises: ValueError for an unknown --model.
     """
     run.take_over(args, trained or {})
@@ -1113,7 +1071,7 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
 
 def main(args: argparse.Namespace) -> None:
     fast.enable()
-    with run.session(args, "detect.py") as (task, device):
+    with run.session(args) as (task, device):
         if task == "train":
             train(args, device)
         elif task == "eval":

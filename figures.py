@@ -619,7 +619,6 @@ def attention(path: Path, args: argparse.Namespace) -> None:
     Raises: ValueError for an unknown checkpoint, layer or token; DataError for the image.
     """
     options = train.parser().parse_args([f"--checkpoint={args.checkpoint}"])
-    options.script = "train.py"
     model, _, transform = train.load_predictor(options)
     pixels = transform(read_image(args.image, upright=True))                            # (3, size, size) uint8
     if args.progress is not None:

@@ -5,7 +5,8 @@ run's checkpoints and log and continues it at any step; evaluation with and with
 branch, and the castling report; the command line; models from checkpoints; pictures in and out.
 This file imports none of the scripts.
 
-A rank is the number of a process, from 0. Rank 0 alone prints and writes.
+A rank is the number of a process, from 0. Rank 0 alone prints and writes. Errors that end a process
+are printed by each.
 """
 
 import argparse
@@ -49,12 +50,14 @@ from models import ATTENTIONS
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def say(text: str, file: IO | None = None) -> None:
-    """Print a line to standard output, or to `file`.
+def say(text: str, file: IO | None = None, every_rank: bool = False) -> None:
+    """Rank 0, or every rank, prints a line to standard output, or to `file`.
 
     If the reader of the output has left, as `head` does, this line and all later ones are lost. The
     work goes on.
     """
+    if rank() > 0 and not every_rank:
+        return
     file = file or sys.stdout
     try:
         print(text, file=file, flush=True)
@@ -62,17 +65,10 @@ def say(text: str, file: IO | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss, a weight or every gradient became nan or infinite.
+class RunError(RuntimeError):
+    """A run cannot go on: a number is not finite, or a file could not be written.
 
-    The message has the step, the learning rate and the last checkpoint before it.
-    """
-
-
-class SaveError(RuntimeError):
-    """A checkpoint or a log could not be written.
-
-    The message has the file and the reason; for a checkpoint, also the earlier one that remains.
+    The message says which, and names the last checkpoint before it.
     """
 
 
@@ -84,35 +80,31 @@ def start_processes() -> torch.device:
     """Join the process group if torchrun started several processes: nccl on GPUs, gloo on CPUs.
 
     Returns: this process's device.
-    Raises: ValueError for a variable of the environment that makes no sense, for a process that has
-        no GPU on a machine with GPUs, or if the other processes cannot be reached.
+    Raises: ValueError if the variables that torchrun sets make no sense, if a process has no GPU on
+        a machine with GPUs, or if the other processes cannot be reached.
     """
-    counts = {}
-    for name, least in dict(WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, RANK=0, LOCAL_RANK=0).items():
-        text = os.environ.get(name, str(least))
-        if not text.isdecimal() or int(text) < least:
-            wanted = f"a whole number of at least {least}"
-            raise ValueError(f"{name}={text} in the environment: expected {wanted}")
-        counts[name] = int(text)
-    local_rank, several = counts["LOCAL_RANK"], counts["WORLD_SIZE"] > 1
-    if several and counts["RANK"] >= counts["WORLD_SIZE"]:
-        wanted = f"less than WORLD_SIZE={counts['WORLD_SIZE']}"
-        raise ValueError(f"RANK={counts['RANK']} in the environment: expected {wanted}")
-    device, backend, options = torch.device("cpu"), "gloo", {}
-    if torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise ValueError(f"process {local_rank} of this machine has no GPU: there are {gpus}")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        backend, options = "nccl", dict(device_id=device)
-    if several:
-        try:
+    variables = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="", MASTER_PORT="")
+    variables = {name: os.environ.get(name, default) for name, default in variables.items()}
+    try:
+        number, processes = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+        local_rank = int(variables["LOCAL_RANK"])
+        if not 0 <= number < processes:
+            raise ValueError("RANK is not within 0..WORLD_SIZE - 1")
+        device, backend, options = torch.device("cpu"), "gloo", {}
+        if torch.cuda.is_available():
+            gpus = torch.cuda.device_count()
+            if local_rank >= gpus:
+                raise ValueError(f"process {local_rank} of this machine has no GPU: "
+                                 f"there are {gpus}")  # fmt: skip
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+            backend, options = "nccl", dict(device_id=device)
+        if processes > 1:
             dist.init_process_group(backend, **options)
-        except (RuntimeError, ValueError) as error:
-            names, reason = ("MASTER_ADDR", "MASTER_PORT"), str(error).splitlines()[0]
-            place = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
-            raise ValueError(f"cannot reach the other processes at {place}: {reason}") from None
+    except (RuntimeError, ValueError) as error:
+        given = ", ".join(f"{name}={value}" for name, value in variables.items() if value)
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot join the processes of {given}: {reason}") from None
     return device
 
 
@@ -138,20 +130,19 @@ def checked(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        say(f"{args.script}: error: {error}", sys.stderr)
+        say(f"{args.script}: error: {error}", sys.stderr, every_rank=True)
         sys.exit(2)
 
 
 @contextlib.contextmanager
-def session(args: argparse.Namespace, script: str) -> Iterator[tuple[str, torch.device]]:
+def session(args: argparse.Namespace) -> Iterator[tuple[str, torch.device]]:
     """Use around all work of a script: joins the process group before it, and leaves it after.
 
     Yields: the task, as `asked` names it, and this process's device.
-    A DataError, such as a damaged image, NonFiniteLoss and SaveError end the script with one line
-    and status 1. A process that fails exits at once and does not wait for its group, as the others
-    may be waiting for it. torchrun then ends them.
+    A DataError, such as a damaged image, and a RunError end the script with one line and status 1.
+    A process that fails exits at once and does not wait for its group, as the others may be waiting
+    for it. torchrun then ends them.
     """
-    args.script = script  # for its checkpoints
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes need not be text
     with checked(args):
         device = start_processes()
@@ -159,9 +150,10 @@ def session(args: argparse.Namespace, script: str) -> Iterator[tuple[str, torch.
     try:
         with contextlib.suppress(Stopped):
             yield task, device
-    except (DataError, NonFiniteLoss, SaveError) as error:
+    except (DataError, RunError) as error:
         # The message from a loader process is a whole traceback, and ends with the error itself.
-        say(f"{script}: {str(error).strip().rpartition('DataError: ')[2]}", sys.stderr)
+        reason = str(error).strip().rpartition("DataError: ")[2]
+        say(f"{args.script}: {reason}", sys.stderr, every_rank=True)
         sys.exit(1)
     if dist.is_initialized():
         gc.collect()  # a DistributedDataParallel that outlives its group may abort the process
@@ -207,10 +199,7 @@ def agreed(device: torch.device, *values: float | Tensor) -> list[float]:
 
 
 def parallel(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """The model as a training loop calls it.
-
-    With --compile it is compiled. For several processes it is wrapped in DistributedDataParallel.
-    """
+    """The model as a training loop calls it: with --compile, and with several processes."""
     net = torch.compile(model) if args.compile else model
     if world_size() > 1:  # not with static_graph: its first step must synchronise every batch
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
@@ -246,10 +235,7 @@ def ema_decay_for(steps: int) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Set the learning rate of every parameter group, and return `lr`.
-
-    A group that has an `lr_scale` gets lr times that.
-    """
+    """Set the learning rate of each parameter group: `lr` times its `lr_scale`. Returns `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
@@ -276,10 +262,7 @@ class Progress:
             self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
 
     def step(self, images: int, **values: float) -> None:
-        """Count one step, of `images` images over all ranks, and show `values`.
-
-        Images per second are shown too. They are averaged over the latest steps.
-        """
+        """Count a step of `images` images over all ranks. Show `values` and images per second."""
         now = time.monotonic()
         rate, self.last = images / max(now - self.last, 1e-9), now
         self.rate = rate if self.done == self.first else 0.95 * self.rate + 0.05 * rate
@@ -303,9 +286,8 @@ class Progress:
                          "--max-steps or --image-size make it shorter")  # fmt: skip
 
     def say(self, text: str) -> None:
-        if rank() == 0:
-            with contextlib.nullcontext() if self.bar is None else self.bar.external_write_mode():
-                say(text)
+        with contextlib.nullcontext() if self.bar is None else self.bar.external_write_mode():
+            say(text)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -315,12 +297,9 @@ class Progress:
 def save(path: Path, state: dict, previous: Path | None = None) -> None:
     """Write a checkpoint. If the run is killed while it is written, the older one stays whole.
 
-    The state is written to a file beside `path`, flushed to disk, read back, and then renamed. The
-    file that was at `path` becomes `previous`.
-
-    Args:
-        state: tensors and plain data. torch.load refuses anything else (weights_only=True).
-    Raises: SaveError, which names the older checkpoint.
+    state: tensors and plain data. torch.load refuses anything else (weights_only=True).
+    previous: where the file that was at `path` goes.
+    Raises: RunError, which names the older checkpoint.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -338,7 +317,7 @@ def save(path: Path, state: dict, previous: Path | None = None) -> None:
             temporary.unlink(missing_ok=True)
         kept = [str(one) for one in (path, previous) if one is not None and one.exists()]
         left = f"an earlier checkpoint is still there: {kept[0]}" if kept else "there is no earlier checkpoint"
-        raise SaveError(f"cannot save the checkpoint {path}: {str(error).splitlines()[0]}; {left}") from None
+        raise RunError(f"cannot save the checkpoint {path}: {str(error).splitlines()[0]}; {left}") from None
 
 
 def hold(folder: Path) -> IO:
@@ -366,17 +345,14 @@ def hold(folder: Path) -> IO:
 
 
 def rewrite(path: Path, text: str) -> None:
-    """Replace a text file so that it is whole at any time. Its folder is made if there is none.
-
-    Raises: SaveError.
-    """
+    """Replace a text file, which is whole at any time. Make its folder. Raises: RunError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text)
         os.replace(temporary, path)
     except OSError as error:
-        raise SaveError(f"cannot write {path}: {error}") from None
+        raise RunError(f"cannot write {path}: {error}") from None
 
 
 CHECKPOINTS = ("last.pt", "previous.pt")  # in a run's folder, newest first
@@ -387,23 +363,18 @@ FREE = {"output", "overwrite", "save_minutes", "workers", "eval", "image", "expo
         "teacher_checkpoint", "eval_every", "split", "backbone", *INEXACT}  # fmt: skip
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a folder, or None if it holds no checkpoint.
+def newest(folder: Path) -> Path:
+    """The newest whole checkpoint of a folder. A newer one that is damaged is named in a warning.
 
-    A newer one that is damaged is named in a warning. Raises: ValueError if all are damaged.
+    Raises: ValueError if there is none.
     """
-    reasons = []
     for path in (folder / name for name in CHECKPOINTS):
         if path.exists():
             reason = damage(path)
             if reason is None:
                 return path
-            reasons.append(reason)
-            if rank() == 0:
-                say(f"warning: {reason}", sys.stderr)
-    if reasons:
-        raise ValueError(f"{'; '.join(reasons)}: there is nothing to continue from; --overwrite starts a new run")
-    return None
+            say(f"warning: {reason}", sys.stderr)
+    raise ValueError(f"{folder} has nothing to continue from; --overwrite starts a new run")
 
 
 def begins_anew(args: argparse.Namespace) -> bool:
@@ -423,8 +394,7 @@ class Run:
             for epoch in state.epochs():
                 for batches in state.steps(loader):     # also saves when due, and stops when asked
                     ...                                 # forward and backward of each batch
-                    state.agree(loss, lr)               # before the weights change
-                    ...                                 # optimizer, averaged weights
+                    state.update(loss, lr)              # the weights and their average change
                 state.log(metrics)
             state.report()
 
@@ -437,7 +407,7 @@ class Run:
         metrics: {key: title} of the scores that the script's evaluation returns. best.pt is the
             checkpoint with the highest score of the first key.
         loader: batches of the training set. Its sampler is an EpochSampler.
-    Raises: ValueError if --output holds another run or only damaged checkpoints; SaveError.
+    Raises: ValueError if --output holds another run or only damaged checkpoints; RunError.
     """
 
     def __init__(
@@ -470,7 +440,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.bar.close()
-        if kind is Stopped and rank() == 0:
+        if kind is Stopped:
             launcher = "the same torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else Path(sys.executable).name
             again = f"{launcher} {shlex.join(word for word in sys.argv if word != '--overwrite')}"
             say(f"stopped at step {self.step} of {self.total_steps}; continue with: {again}")
@@ -485,10 +455,7 @@ class Run:
     # ---- the loop
 
     def epochs(self) -> Iterator[int]:
-        """Numbers of the epochs that are left, from 0.
-
-        The first of them may be trained in part already, or may need only its evaluation.
-        """
+        """Numbers of the epochs that are left. The first may be trained, in part or whole."""
         yield from range(len(self.records), math.ceil(self.total_steps / self.steps_per_epoch))
 
     def steps(self, loader: DataLoader) -> Iterator[list]:
@@ -498,7 +465,7 @@ class Run:
         step of a shorter run. In the log it is the `mask_curve` of each epoch.
 
         Yields: the batches of each step, a list of --accumulate.
-        Raises: Stopped, after the step in which a signal came; NonFiniteLoss; SaveError.
+        Raises: Stopped, after the step in which a signal came; RunError.
         """
         if self.trained is not None:  # only the evaluation is left
             set_threshold(self.ema.module, self.progress)
@@ -516,7 +483,7 @@ class Run:
             begun = time.monotonic()
             torch.manual_seed(mixed_seed(args.seed, self.step, rank()))
             record_masks(self.model, self.step % between == 0)
-            yield step_batches  # the script trains on them, and calls `agree`
+            yield step_batches  # the script trains on them, and calls `update`
 
             # Account for the step: masks, loss, time.
             if self.step % between == 0 and (masks := mask_statistics(self.model)):
@@ -560,12 +527,22 @@ class Run:
             raise Stopped
         set_threshold(self.ema.module, self.progress)
 
-    def agree(self, loss: Tensor, lr: float) -> None:
-        """Agree between ranks on three things: the mean loss, whether to save, whether to stop.
+    def update(self, loss: Tensor, lr: float) -> None:
+        """Change the weights and their average. Gradients longer than --clip-grad are cut to it.
 
-        Call it in every step, before the weights change.
-        Raises: NonFiniteLoss, in the same step on every rank.
+        Raises: RunError, in the same step on every rank, before the weights change.
         """
+        self.agree(loss, lr)
+        if self.args.clip_grad > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update_parameters(self.model)
+
+    def agree(self, loss: Tensor, lr: float) -> None:
+        """Agree between ranks on three things: the mean loss, whether to save, whether to stop."""
         due = rank() == 0 and 0 < 60 * self.args.save_minutes < time.monotonic() - self.saved
         self.loss, self.due, self.stop = agreed(self.device, loss, due, self.signalled)
         self.lr = lr
@@ -582,9 +559,8 @@ class Run:
     def log(self, metrics: dict) -> None:
         """End an epoch: write its record to the log, and best.pt if its score is the best so far.
 
-        Args:
-            metrics: as of `evaluate_castling`, or {} if the epoch was not evaluated.
-        Raises: NonFiniteLoss; SaveError; Stopped if a signal came during the evaluation.
+        metrics: as of `evaluate_castling`, or {} if the epoch was not evaluated.
+        Raises: RunError; Stopped if a signal came during the evaluation.
         """
         record, scores = self.trained | metrics, ""
         if metrics:
@@ -608,10 +584,7 @@ class Run:
             raise Stopped
 
     def report(self) -> None:
-        """Print and log what castling the averaged weights costs and saves, and write castled.pt.
-
-        The scores are those of the last evaluation.
-        """
+        """Print and log the castling report of the averaged weights, and write castled.pt."""
         self.bar.close()
         if rank() == 0:
             metric = castling_report(self.args, self.ema.module, self.records[-1], self.device)
@@ -645,11 +618,11 @@ class Run:
             lines = [json.dumps(record) + "\n" for record in (*self.records, *more)]
             rewrite(self.folder / "log.jsonl", "".join(lines))
 
-    def not_finite(self, what: str, kept: str = "last.pt") -> NonFiniteLoss:
+    def not_finite(self, what: str, kept: str = "last.pt") -> RunError:
         """The error to raise. It names the checkpoint `kept` if that exists."""
         path = self.folder / kept
         left = f"the last checkpoint before it is {path}" if path.exists() else "there is no checkpoint before it"
-        return NonFiniteLoss(f"{what} at step {self.step}, learning rate {self.lr:.3g}; {left}")
+        return RunError(f"{what} at step {self.step}, learning rate {self.lr:.3g}; {left}")
 
     def weights_and_settings(self) -> dict:
         """The content of best.pt: all that an evaluation needs."""
@@ -664,10 +637,7 @@ class Run:
         )
 
     def save_last(self) -> None:
-        """Rank 0 writes a checkpoint to continue from.
-
-        Raises: NonFiniteLoss if a weight is not finite; SaveError.
-        """
+        """Rank 0 writes a checkpoint. Raises: RunError, also if a weight is not finite."""
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise self.not_finite("a weight is not finite")
         if rank() == 0:
@@ -720,7 +690,7 @@ class Run:
             rewrite(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         self.write_log()
         barrier()
-        if path is not None and rank() == 0:
+        if path is not None:
             say(f"resumed from {path} at step {self.step} of {self.total_steps}")
 
     def continue_from(self, path: Path) -> None:
@@ -762,7 +732,7 @@ class Run:
         then, now = then | {"processes": state["processes"]}, now | {"processes": world_size()}
         inexact = [key for key in ("processes", *INEXACT) if now.get(key) != then.get(key)]
         changed = [f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in inexact]
-        if changed and rank() == 0:
+        if changed:
             say(f"from here on the run is not bit for bit what it would have been ({', '.join(changed)}): BatchNorm, "
                 "mixing and dropout depend on the processes and their batches, and rounding changes")  # fmt: skip
 
@@ -774,10 +744,7 @@ def span(shares: list[float]) -> str:
 
 
 def first_masks(model: nn.Module, masks: dict[str, tuple[float, float, float]]) -> str:
-    """Text about the entries that the auxiliary masks keep in the first step of a run.
-
-    masks: as of `mask_statistics`.
-    """
+    """What the masks keep in the first step of a run, as text. masks: of `mask_statistics`."""
     kinds, never = {}, []  # {number of tokens and threshold: densities of its layers}
     for name, (density, _, tokens) in masks.items():
         core = cores(model)[name]
@@ -838,10 +805,8 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
 
 @torch.inference_mode()
 def images_per_second(models: dict[str, nn.Module], images: Tensor) -> dict[str, float]:
-    """Median number of images per second of each model, on the same batch.
-
-    The models take turns, so that other work on the machine slows all of them alike.
-    """
+    """Median number of images per second of each model, on the same batch."""
+    # The models take turns, so that other work on the machine slows all of them alike.
     times = {name: [] for name in models}
     for turn in range(8):
         for name, model in models.items():
@@ -857,9 +822,8 @@ def images_per_second(models: dict[str, nn.Module], images: Tensor) -> dict[str,
 def castling_report(args: argparse.Namespace, model: nn.Module, record: dict, device: torch.device) -> dict:
     """What castling costs and saves, by model: with the branch and castled, or one as deployed.
 
-    Args:
-        record: as of `evaluate_castling`; other keys are left out.
-    Returns: its scores; "macs" of one image; "inference_images_per_s".
+    record: holds what `evaluate_castling` returned.
+    Returns: that; "macs" of one image; "inference_images_per_s".
     """
     wanted = ("test_", "castling_", "mask_density", "mask_mass")
     metric = {key: value for key, value in record.items() if key.startswith(wanted)}
@@ -877,10 +841,7 @@ def castling_report(args: argparse.Namespace, model: nn.Module, record: dict, de
 
 
 def print_report(args: argparse.Namespace, metric: dict, titles: dict[str, str]) -> None:
-    """Print the castling report: one column of numbers, or two if there was a branch to castle.
-
-    metric: as of `castling_report`. Rows of what it does not hold are left out.
-    """
+    """Print a castling report: one column of numbers, or two if there was a branch to castle."""
     say(f"\ncastling report: {args.model}, {args.attention}, {args.data} at {args.image_size} px")
     branch = "castling_gap" in metric
     rows = {"": ["with branch", "castled"] if branch else ["as deployed"]}
@@ -924,20 +885,20 @@ share = at_least(0, float, most=1)
 class Parser(argparse.ArgumentParser):
     """An argparse parser that refuses empty values. A mistake gets two lines, not all flags.
 
-    usage: what the first line of --help has after the script's name.
+    The parsed flags have the script's name as `script`, which its checkpoints keep.
     """
 
     def __init__(self, script: str, doc: str, usage: str = "[flags]", **options):
         options |= dict(prog=script, usage=f"python {script} {usage}", description=doc)
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.set_defaults(script=script)
 
-    def parse_known_args(self, args=None, namespace=None):
-        words = list(sys.argv[1:] if args is None else args)
-        for before, word in zip(["", *words], words, strict=False):
-            flag, equals, value = word.partition("=")
-            if not word or (flag.startswith("--") and equals and not value):
-                self.error(f"{flag or before} has an empty value")
-        return super().parse_known_args(words, namespace)
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
+        for flag, value in vars(parsed).items():
+            if value == "" or isinstance(value, list) and "" in value:
+                self.error(f"--{flag.replace('_', '-')} has an empty value")
+        return parsed
 
     def error(self, message: str) -> None:
         for word in message.split():
@@ -961,9 +922,6 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
     """Add the flags that train.py, detect.py and segment.py have in common.
 
     A flag that is not given and has no default here is None. `fill_in` sets it later.
-
-    Args:
-        defaults: {kind of data: {flag: default}}.
     Returns: the group of flags "model and recipe", to which a script adds its own.
     """
     on_off = argparse.BooleanOptionalAction
@@ -1002,7 +960,8 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
         "default the paper's (D7, D8), for softmax 0")  # fmt: skip
     add("--zero-dconv", action="store_true", help="start the DWConv on V from zeros, not from random numbers; for a "
         "--checkpoint without DWConv")  # fmt: skip
-    add = parser.add_argument_group("run").add_argument
+    group = parser.add_argument_group("run")
+    add, add_task = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--output", help="folder for checkpoints and log; a run that is there is continued. Default "
         "runs/MODEL-ATTENTION-DATA. With --image: the file or folder to which "
         "detect.py and segment.py draw")  # fmt: skip
@@ -1011,15 +970,15 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
         "default 10. There is also one after each epoch; 0 for only these")  # fmt: skip
     add("--eval-every", type=at_least(1), help="evaluate once in this many epochs, and after the last one; default 1, "
         "for COCO 10")  # fmt: skip
-    add("--eval", action="store_true", help="do not train: print the scores of --checkpoint")
+    add_task("--eval", action="store_true", help="do not train: print the scores of --checkpoint")
     add("--split", choices=("val", "train"), default="val", help="the images that --eval uses, those for validation or "
         "those for training; default val")  # fmt: skip
-    add("--image", nargs="+", metavar="FILE", help="do not train: print or draw what --checkpoint finds in "
-        "these image files")  # fmt: skip
+    add_task("--image", nargs="+", metavar="FILE",
+             help="do not train: print or draw what --checkpoint finds in these image files")
     add("--json", action="store_true", help="print the result of --eval or --image as JSON. detect.py and "
         "segment.py then draw only if --output is given")  # fmt: skip
-    add("--export", help="do not train: write the castled model of --checkpoint to this .onnx or .pt2 file. It takes "
-        "normalised images of any size")  # fmt: skip
+    add_task("--export", help="do not train: write the castled model of --checkpoint to this .onnx "
+             "or .pt2 file. It takes normalised images of any size")  # fmt: skip
     add = parser.add_argument_group("processes").add_argument
     bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     add("--workers", type=at_least(0, most=128), help="number of processes that load images; 0: the training process "
@@ -1043,7 +1002,7 @@ def take_over(args: argparse.Namespace, trained: Mapping) -> None:
 def fill_in(args: argparse.Namespace, defaults: Mapping) -> None:
     """Set flags that are still None: to `defaults`, or else to the defaults that all scripts share.
 
-    Also set the output folder, and `global_batch`: images of one step over all processes.
+    Also set `global_batch`, the images of one step over all processes.
     """
     shared = dict(attention="castling", data="shapes", epsilon=0.02, mask_schedule="ramp", seed=0, eval_every=1)
     # A process may be limited to some of the machine's cores. macOS cannot say which.
@@ -1063,23 +1022,18 @@ def fill_in(args: argparse.Namespace, defaults: Mapping) -> None:
 def asked(args: argparse.Namespace) -> str:
     """The task of a script: "train", "eval", "image" or "export".
 
-    Raises: ValueError for flags that do not go together, or an --export that cannot be written.
+    Raises: ValueError for a task without --checkpoint, or an --export that cannot be written.
     """
-    wanted = [flag for flag in ("eval", "image", "export") if getattr(args, flag)]
-    if wanted and not args.checkpoint:
+    task = "eval" if args.eval else "image" if args.image else "export" if args.export else "train"
+    if task != "train" and not args.checkpoint:
         raise ValueError("--eval, --image and --export need --checkpoint")
-    if len(wanted) > 1:
-        raise ValueError(f"--{' and --'.join(wanted)} are different things to do: give one of them")
     if args.export:
         check_export(args.export)
-    return wanted[0] if wanted else "train"
+    return task
 
 
 def epoch_and_run(args: argparse.Namespace, images: int) -> tuple[int, int]:
-    """Number of optimiser steps of an epoch, and of the run.
-
-    Raises: ValueError if there are fewer images than one step needs.
-    """
+    """Optimiser steps of an epoch, and of the run. Raises: ValueError if there is none."""
     if images < args.global_batch:
         raise ValueError(f"{args.data} has {images} training images, but one step over all processes takes "
                          f"{args.global_batch}: lower --batch-size")  # fmt: skip
@@ -1087,12 +1041,11 @@ def epoch_and_run(args: argparse.Namespace, images: int) -> tuple[int, int]:
     return steps_per_epoch, min(steps_per_epoch * args.epochs, args.max_steps or math.inf)
 
 
-def same_classes(args: argparse.Namespace, train_set: Dataset, val_set: Dataset) -> None:
-    """Raise ValueError unless training and validation set have the same classes in one order."""
-    one, other = train_set.classes, val_set.classes
+def same_classes(one: list, other: list, what: str) -> None:
+    """Raise ValueError unless both lists of classes are the same. what: whose they are."""
     if one != other:
         differing = [c for c in one if c not in other] + [c for c in other if c not in one]
-        raise ValueError(f"the training and validation images of {args.data} have different classes: "
+        raise ValueError(f"{what} have different classes, {len(one)} and {len(other)}: "
                          f"{', '.join(map(str, differing[:5])) or 'the same in another order'}")  # fmt: skip
 
 
@@ -1156,10 +1109,7 @@ def renamed(settings: dict) -> dict:
 
 
 def count_classes(path: str, heads: Iterable[str]) -> int:
-    """Number of rows of a checkpoint's class head, the first of `heads` that it has.
-
-    Raises: ValueError if it has none of them.
-    """
+    """Rows of a checkpoint's class head, one of `heads`. Raises: ValueError if it has none."""
     weights = weights_in(read_checkpoint(path))
     for name in heads:
         if name in weights:
@@ -1168,18 +1118,15 @@ def count_classes(path: str, heads: Iterable[str]) -> int:
 
 
 def start_from(model: nn.Module, args: argparse.Namespace, load: Callable) -> None:
-    """Set the first weights of a run.
+    """Set the first weights of a run: zeros for --zero-dconv, then those of --checkpoint.
 
-    With --zero-dconv the DWConv on V gets zeros. Then --checkpoint is loaded if the run is new. A
-    run that continues takes all weights from its own checkpoint later.
+    A run that continues takes all weights from its own checkpoint later.
     """
     for core in cores(model).values() if args.zero_dconv else ():
         if core.dconv is not None:
             nn.init.zeros_(core.dconv.weight)
     if args.checkpoint and begins_anew(args):
-        report = load(model, args.checkpoint)
-        if rank() == 0:
-            say(f"{args.checkpoint}\n{report}")
+        say(f"{args.checkpoint}\n{load(model, args.checkpoint)}")
 
 
 def load_trained(model: nn.Module, args: argparse.Namespace) -> nn.Module:
@@ -1200,24 +1147,13 @@ def load_trained(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     return model.eval()
 
 
-def check_classes(args: argparse.Namespace, known: list, found: list) -> None:
-    """Raise ValueError unless `known`, the checkpoint's classes, are `found`, those of the data."""
-    if known != found:
-        some = [", ".join(map(str, classes[:3])) for classes in (known, found)]
-        raise ValueError(f"{args.checkpoint} knows {len(known)} classes ({some[0]}, ...), "
-                         f"{args.data} has {len(found)} ({some[1]}, ...)")  # fmt: skip
-
-
 def print_evaluation(args: argparse.Namespace, record: dict, titles: dict[str, str]) -> None:
-    """--eval: rank 0 prints the scores, as a table or with --json as one JSON object.
-
-    Raises: DataError for a loss that is nan or infinite.
-    """
+    """--eval: print the scores. Raises: DataError for a loss that is nan or infinite."""
     if not math.isfinite(record.get("test_loss", 0.0)):
         raise DataError(f"{args.checkpoint}: the loss is {record['test_loss']}")
-    if rank() == 0 and args.json:
+    if args.json:
         say(json.dumps(record))
-    elif rank() == 0:
+    else:
         say(f"{args.checkpoint}, {args.split} images")
         print_report(args, record, titles)
 
@@ -1245,17 +1181,19 @@ def check_images(paths: list[str]) -> None:
             raise ValueError(f"no image file {path!r}")
 
 
-def drawing_paths(images: list[str], output: str | None, suffix: str) -> dict[Path, Path]:
-    """{image file: file to draw it to}.
+def drawing_paths(args: argparse.Namespace, suffix: str) -> dict[Path, Path]:
+    """{file of --image: file to draw it to}. It is {} with --json alone, which draws nothing.
 
-    Without `output`, image NAME is drawn to NAME_suffix.png in the current folder. With it, one
-    image is drawn to the file `output`, and several to NAME.png in the folder `output`.
+    Without --output, image NAME is drawn to NAME_suffix.png in the current folder. With it, one
+    image is drawn to that file, and several to NAME.png in that folder.
 
-    Raises: ValueError for an image that does not exist, an `output` that cannot be drawn to, two
+    Raises: ValueError for an image that does not exist, an --output that cannot be drawn to, two
         images of the same name, or a drawing that would overwrite an image.
     """
-    check_images(images)
-    paths = [Path(image) for image in images]
+    check_images(args.image)
+    paths, output = [Path(image) for image in args.image], args.output
+    if output is None and args.json:
+        return {}
     if output is None:
         targets = [Path(f"{path.stem}_{suffix}.png") for path in paths]
     elif len(paths) == 1:
@@ -1293,12 +1231,12 @@ def read_each(paths: Iterable[str | Path]) -> Iterator[tuple[Path, Image.Image]]
 
 @contextlib.contextmanager
 def json_list(args: argparse.Namespace) -> Iterator[list]:
-    """A list to fill. With --json rank 0 prints it at the end, also if an error ended the work."""
+    """A list to fill. With --json it is printed at the end, also if an error ended the work."""
     found = []
     try:
         yield found
     finally:
-        if args.json and rank() == 0:
+        if args.json:
             say(json.dumps(found, indent=1))
 
 
@@ -1312,10 +1250,7 @@ def magnified(image: Image.Image) -> tuple[Image.Image, int]:
 
 
 def write_image(image: Image.Image, target: Path) -> None:
-    """Save a drawing. Its folder is made if there is none.
-
-    Raises: DataError, which names the file, if it cannot be written.
-    """
+    """Save a drawing, and make its folder. Raises: DataError, which names the file."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         image.save(target)

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.models.convnext import LayerNorm2d
 from torchvision.transforms import v2
 
 import fast
@@ -59,17 +60,12 @@ from data import (
     read_image,
     to_model_input,
 )
-from models import DenseViT, build_model
+from models import VIT_DENSE, DenseViT, build_model
 from run import agreed, all_sum, at_least, autocast, rank, say, share, world_size
 
 METRICS = {"mIoU": "mIoU", "mAcc": "mAcc", "pAcc": "pAcc"}  # printed; the first one chooses best.pt
 
-SEGMENTERS = {  # name: its backbone
-    "vit_base": "vit_base_dense",
-    "vit_small": "vit_small_dense",
-    "vit_tiny": "vit_tiny_dense",
-    "vit_mini": "vit_mini_dense",
-}
+SEGMENTERS = {name.removesuffix("_dense"): name for name in VIT_DENSE}  # name: its backbone
 
 IGNORE = 255  # label of pixels that belong to no class
 WEIGHTS = dict(label=2.0, bce=5.0, dice=5.0)  # of the three losses, and of the three matching costs
@@ -102,16 +98,6 @@ def widened(x: Tensor) -> Tensor:
 # ---- backbone: dense ViT and simple feature pyramid ----------------------------------------------
 
 
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels at each pixel, (B, C, y, x) -> same."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 class PyramidBackbone(nn.Module):
     """Pixels (B, 3, H, W) -> four maps of `width` channels, at strides 4, 8, 16, 32.
 
@@ -122,17 +108,18 @@ class PyramidBackbone(nn.Module):
     def __init__(self, vit: DenseViT, width: int):
         super().__init__()
         half, quarter = vit.dim // 2, vit.dim // 4
+        norm = partial(LayerNorm2d, eps=1e-6)  # over the channels of each pixel
 
         def level(channels: int, *resize: nn.Module) -> nn.Sequential:
             convolutions = nn.Conv2d(channels, width, 1, bias=False), nn.Conv2d(width, width, 3, padding=1, bias=False)
-            return nn.Sequential(*resize, *(layer for conv in convolutions for layer in (conv, ChannelNorm(width))))
+            return nn.Sequential(*resize, *(layer for conv in convolutions for layer in (conv, norm(width))))
 
         def twice(channels: int, out: int) -> nn.ConvTranspose2d:
             return nn.ConvTranspose2d(channels, out, 2, stride=2)
 
         self.vit = vit
         self.pyramid = nn.ModuleList([
-            level(quarter, twice(vit.dim, half), ChannelNorm(half), nn.GELU(), twice(half, quarter)),
+            level(quarter, twice(vit.dim, half), norm(half), nn.GELU(), twice(half, quarter)),
             level(half, twice(vit.dim, half)),
             level(vit.dim),
             level(vit.dim, nn.MaxPool2d(2)),
@@ -172,10 +159,7 @@ def tokens_of(x: Tensor) -> Tensor:
 
 
 def init_xavier(module: nn.Module) -> None:
-    """Initialise matrices as Xavier-uniform, and leave vectors as they are.
-
-    Mask2Former does so for attention and feed-forward layers.
-    """
+    """Initialise matrices as Xavier-uniform, and leave vectors as they are, as in Mask2Former."""
     for parameter in module.parameters():
         if parameter.ndim > 1:
             nn.init.xavier_uniform_(parameter)
@@ -341,10 +325,7 @@ class DeformableAttention(nn.Module):
 
 
 class DeformableLayer(EncoderLayer):
-    """EncoderLayer with deformable attention. `position` is added to queries only.
-
-    x is (B, T, C), the tokens of all maps.
-    """
+    """EncoderLayer with deformable attention, x: (B, T, C). Only queries get `position`."""
 
     def attend(self, x: Tensor, position: Tensor, references: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         return self.attn(x + position, x, references, grids)
@@ -429,10 +410,7 @@ def attention_mask(masks: Tensor, grid: tuple[int, int], heads: int) -> Tensor:
 
 
 class DecoderLayer(nn.Module):
-    """Masked cross-attention, self-attention and feed-forward layer on queries (B, Q, C).
-
-    LayerNorm follows each of the three.
-    """
+    """Masked cross-attention, self-attention and feed-forward layer, each followed by LayerNorm."""
 
     def __init__(self, dim: int, heads: int, hidden: int):
         super().__init__()
@@ -443,6 +421,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, key: Tensor, value: Tensor, blocked: Tensor) -> Tensor:
         """Args:
+            x: (B, Q, C), the queries.
             position: (Q, C), added to queries, and to the keys of self-attention.
             key, value: (B, N, C), the tokens of one map.
             blocked: (B H, Q, N), from `attention_mask`.
@@ -455,10 +434,9 @@ class DecoderLayer(nn.Module):
 class MaskedDecoder(nn.Module):
     """Queries look at one map after the other.  Mask2Former, arXiv:2112.01527, section 3.2
 
-    The maps are those of strides 32, 16, 8, in turn. A query sees only the tokens in its latest mask.
-    Returns one prediction of the first queries, and one after each layer. A prediction is a pair:
-    class logits (B, Q, K + 1), where the last class is "no object", and mask logits (B, Q, y, x) at
-    stride 4.
+    A query sees only the tokens in its latest mask. Returns one prediction of the first queries,
+    and one after each layer. A prediction is a pair: class logits (B, Q, K + 1), where the last
+    class is "no object", and mask logits (B, Q, y, x) at stride 4.
     """
 
     def __init__(self, width: int, num_classes: int, heads: int = 8, queries: int = 100, layers: int = 9):
@@ -540,8 +518,7 @@ def build_segmenter(
     Args:
         name: a key of SEGMENTERS.
         attention: of the backbone, as in `build_model`. The decoders have softmax attention.
-        pixel_decoder: "fpn_transformer", which the paper's counts fit, or "msdeform", which is
-            Mask2Former's default (D8).
+        pixel_decoder: a key of PIXEL_DECODERS (D8).
         image_size: pixels; the position embeddings are made for it.
         width: C of the pyramid and the decoders. heads: of the decoders. queries: Q.
         layers: how many the masked decoder has. encoder_layers: how many the pixel decoder has.
@@ -564,11 +541,9 @@ def build_segmenter(
 
 
 def load_start(model: Segmenter, path: str | Path) -> LoadReport:
-    """Load weights to start from, and report what was loaded.
+    """`load_pretrained` of a segmenter, or of a ViT (MAE, DeiT, timm) into the backbone.
 
-    The file holds a segmenter, or a ViT (MAE, DeiT, timm) for its backbone. A class layer of another
-    number of classes keeps its initial values.
-    Raises: ValueError as `load_pretrained` does.
+    A class layer of another number of classes keeps its initial values.
     """
     if any(name.startswith("backbone.") for name in weights_in(read_checkpoint(path))):
         return load_pretrained(model, path, class_layers=("decoder.class_head.",))
@@ -723,11 +698,8 @@ def set_loss(outputs: list[tuple[Tensor, Tensor]], targets: Targets, num_masks: 
 def class_scores(output: tuple[Tensor, Tensor], padded: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Class scores of each pixel, (B, K, *size): the sum over queries of p(class) sigmoid(mask).
 
-    "No object" is left out. Masks are resized to the padded image before the sigmoid. Then the
-    padding is cut off.
-
     Args:
-        output: one prediction of `MaskedDecoder`.
+        output: one prediction of `MaskedDecoder`. "No object" gets no scores.
         padded, size: (height, width) of the image, with and without padding.
     """
     classes, masks = (widened(x) for x in output)
@@ -842,10 +814,7 @@ def evaluate(model: Segmenter, loader: DataLoader, args: argparse.Namespace, dev
 
 
 class ShapeScenes(Shapes):
-    """Rendered scenes of one shape each: image (3, S, S) and labels (S, S), both uint8.
-
-    Class 0 is the background.
-    """
+    """Rendered scenes of one shape each: image (3, S, S) and labels (S, S), both uint8."""
 
     classes = ["background", *SHAPES]
 
@@ -933,12 +902,10 @@ class SegmentationFolder(Dataset):
 
 
 def class_names(root: Path, num_classes: int | None) -> list[str]:
-    """The names of a folder's classes.
+    """Names of a folder's classes: in classes.txt, one a line, or in ADE20K's objectInfo*.txt.
 
-    They are in classes.txt, one a line, or in ADE20K's objectInfo*.txt. Without such a file they are
-    numbers, `num_classes` of them, by default 150.
-    Raises: ValueError for a list that is empty, too long, or has a name twice, or whose length is
-        not num_classes.
+    Without such a file they are numbers, `num_classes` of them, by default 150.
+    Raises: ValueError for a name twice, no names, more than 255, or not `num_classes`.
     """
     found = [path for path in (root / "classes.txt", *sorted(root.glob("objectInfo*.txt"))) if path.is_file()]
     if not found:
@@ -1040,13 +1007,10 @@ def colour_jitter() -> v2.Transform:
 
 
 def train_transform(args: argparse.Namespace) -> Callable:
-    """The augmentation: image (3, H, W) uint8, labels (H, W) -> (3, S, S), (S, S).
-
-    Rendered scenes have the wanted size already. They are only flipped.
-    """
+    """The augmentation: image (3, H, W) uint8, labels (H, W) -> (3, S, S), (S, S)."""
     flip = v2.RandomHorizontalFlip()
     steps = [flip]
-    if args.data != "shapes":
+    if args.data != "shapes":  # rendered scenes have the wanted size already
         resize, crop, pad = (partial(step, size=args.image_size) for step in (random_resize, random_crop, pad_to))
         steps = [resize, crop, shift_brightness, colour_jitter(), flip, pad]
     return v2.Compose(steps)
@@ -1104,10 +1068,7 @@ def kind_of(args: argparse.Namespace) -> str:
 
 
 def interval_and_run(args: argparse.Namespace, images: int) -> tuple[int, int]:
-    """The number of steps between two log records, and that of the whole run.
-
-    The log calls the steps between two records an epoch.
-    """
+    """The number of steps between two log records, and that of the whole run."""
     bounds = [args.max_steps] if args.max_steps else []
     if args.epochs:
         bounds.append(max(1, args.epochs * images // args.global_batch))
@@ -1157,16 +1118,15 @@ def learning_rate(args: argparse.Namespace, step: int, total_steps: int) -> floa
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    """Train to the end, then print the castling report: what castling costs and saves.
+    """Train, then print the castling report.
 
-    Every --eval-steps steps there is a checkpoint and a log line. The log calls these steps an
-    epoch. The model is evaluated every --eval-every such epochs, and at the end.
+    Every --eval-steps steps, which the log calls an epoch, there is a checkpoint and a log line.
     """
     with run.checked(args):  # an error in here ends the script with one line
         # Data
         resolve(args)
         train_set, val_set = open_split(args, "train"), open_split(args, "val")
-        run.same_classes(args, train_set, val_set)
+        run.same_classes(train_set.classes, val_set.classes, f"train and val of {args.data}")
         interval, total_steps = interval_and_run(args, len(train_set))
         if args.ema_decay is None:
             args.ema_decay = run.ema_decay_for(total_steps)
@@ -1190,7 +1150,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             steps_per_epoch=interval, total_steps=total_steps, metrics=METRICS,
         )  # fmt: skip
 
-    net, scaler = run.parallel(model, args, device), state.scaler
+    net = run.parallel(model, args, device)
     with state:
         state.bar.say(run.describe(state, describe_recipe(args), val_set))
         for _ in state.epochs():  # each is --eval-steps steps
@@ -1208,18 +1168,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                     with autocast(args, device):
                         outputs = net(images)
                     part = set_loss(outputs, targets, num_masks, args.points) / len(batches)
-                    scaler.scale(part).backward()
+                    state.scaler.scale(part).backward()
                     loss += part.detach()
 
-                # Weights and averaged weights
-                state.agree(loss, lr)                                      # NaN stops every process
-                if args.clip_grad > 0:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                ema.update_parameters(model)
+                # Weights and averaged weights; NaN stops every process before that
+                state.update(loss, lr)
 
             metrics = {}
             if state.evaluation_due():                                     # with and without branch
@@ -1229,12 +1182,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
-    """This process's share of the validation set.
-
-    Images of a folder come one by one, since their sizes differ.
-    """
+    """This process's share of the validation set."""
     sampler = EpochSampler(len(val_set), rank=rank(), world=world_size())
-    batch_size = args.batch_size if args.data == "shapes" else 1
+    batch_size = args.batch_size if args.data == "shapes" else 1  # else their sizes differ
     pairs = Pairs(val_set, partial(resized_whole, size=args.image_size), args.seed)
     return make_loader(pairs, sampler, batch_size, args.workers)
 
@@ -1254,11 +1204,8 @@ decoder: {a.pixel_decoder}, {a.queries} queries, {a.layers} layers, losses at {a
 
 
 def colour_of(index: int) -> tuple[int, int, int]:
-    """The colour of a class, one of 180: 30 hues, in three brightnesses and two saturations.
-
-    The hues of neighbouring classes are far apart.
-    """
-    hue, shade = index * 7 % 30 / 30, index // 30
+    """The colour of a class, one of 180: 30 hues, in three brightnesses and two saturations."""
+    hue, shade = index * 7 % 30 / 30, index // 30  # hues of neighbouring classes are far apart
     saturation, value = (1.0, 0.5)[shade % 2], (1.0, 0.75, 0.5)[shade % 3]
     return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
 
@@ -1320,7 +1267,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
         resolve(args, run.settings_for(args))
         val_set = open_split(args, args.split)
         model, classes = load(args, val_set.classes)
-        run.check_classes(args, classes, val_set.classes)
+        run.same_classes(classes, val_set.classes, f"{args.checkpoint} and {args.data}")
         loader = validation_loader(args, val_set)
     record = run.evaluate_castling(lambda m: evaluate(m, loader, args, device), model.to(device), "mIoU")
     run.print_evaluation(args, record, METRICS)
@@ -1330,22 +1277,22 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
 def predict(args: argparse.Namespace, device: torch.device) -> None:
     """--image: draw the classes of each file over it, and print their shares of its pixels.
 
-    With --json one list is printed: {"image": file, "shares": {class: share}} for each file that can
-    be read. Then files are drawn only if --output is given.
+    With --json the output is one list of {"image": file, "shares": {class: 0..1}}, and files are
+    drawn only if --output is given.
     """
     with run.checked(args):
-        targets = run.drawing_paths(args.image, args.output, "overlay")
+        targets = run.drawing_paths(args, "overlay")
         if args.data is None and not run.settings_for(args):
             args.data = "folder"  # not our checkpoint: the image size of photographs
         model, classes = load(args)
     model.to(device)
     with run.json_list(args) as found:
-        for path, image in run.read_each(targets):
+        for path, image in run.read_each(args.image):
             pixels, _ = resized_whole(v2.functional.pil_to_tensor(image), None, args.image_size)
             labels = segment(model, pixels[None], (image.height, image.width), args, device)[0].cpu().numpy()
             shares = shares_of(labels, classes)
             found.append(dict(image=str(path), shares=shares))
-            if args.output is not None or not args.json:
+            if targets:
                 run.write_image(overlay(image, labels, classes), targets[path])
             if not args.json:
                 text = ", ".join(f"{name} {part:.1%}" for name, part in shares.items())
@@ -1396,17 +1343,14 @@ without --epochs and --max-steps a run has {', '.join(f'{steps} steps for {data}
 
 
 def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
-    """Fill in every flag that was not given.
-
-    Values come from `trained`, the settings of a checkpoint, and then from the tables of defaults.
-    """
+    """Fill in flags not given: from `trained`, a checkpoint's settings, else from the tables."""
     run.take_over(args, trained or {})
     run.fill_in(args, dict(pixel_decoder="fpn_transformer") | DATA_DEFAULTS[kind_of(args)])
 
 
 def main(args: argparse.Namespace) -> None:
     fast.enable()
-    with run.session(args, "segment.py") as (task, device):
+    with run.session(args) as (task, device):
         if task == "train":
             train(args, device)
         elif task == "eval":

@@ -42,18 +42,14 @@ from run import at_least, autocast, ema_decay_for, rank, say, share, world_size
 
 METRICS = {"acc1": "Acc@1", "acc5": "Acc@5"}  # scores of `evaluate`; the first one chooses best.pt
 
-# Defaults for each kind of data. A folder gets the paper's epochs and batch (`batch_per_gpu`), and
-# DeiT's augmentation without its repeated augmentation. DeiT's magnitude of RandAugment is 9 of 10,
-# which is 27 of 30 in torchvision. The shapes have a short recipe, made for two CPU cores.
+# DeiT's, without its repeated augmentation. Its RandAugment of magnitude 9 of 10 is 27 of 30 here.
+AUGMENTATION = dict(randaugment=27, mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1)
+
+# Defaults for each kind of data. A folder gets the paper's epochs and batch (`batch_per_gpu`). The
+# shapes have a short recipe, made for two CPU cores.
 DATA_DEFAULTS = {
-    "folder": dict(
-        image_size=224, epochs=1000, optimizer="sgd",
-        randaugment=27, mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1,
-    ),
-    "cifar": dict(
-        image_size=64, epochs=100, batch_size=128, optimizer="sgd",
-        randaugment=27, mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1,
-    ),
+    "folder": dict(image_size=224, epochs=1000, optimizer="sgd", **AUGMENTATION),
+    "cifar": dict(image_size=64, epochs=100, batch_size=128, optimizer="sgd", **AUGMENTATION),
     "shapes": dict(
         image_size=64, epochs=4, batch_size=128, optimizer="sgd", schedule="cosine", lr=3.2, shapes_length=30000,
         randaugment=0, mixup=0.0, cutmix=0.0, erasing=0.0, smoothing=0.0, drop_path=0.0,
@@ -139,10 +135,7 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int, tot
 
 
 def train_transform(args: argparse.Namespace) -> Callable:
-    """A function: image (PIL or uint8 tensor) -> augmented uint8 tensor (3, S, S).
-
-    Normalising, MixUp and CutMix follow later, on the device.
-    """
+    """A function: image (PIL or uint8 tensor) -> augmented uint8 tensor (3, S, S)."""
     mean = [round(255 * m) for m in MEAN]
     steps = [v2.RandomHorizontalFlip()]
     if args.data != "shapes":  # shapes are drawn at image_size: nothing to crop
@@ -245,10 +238,7 @@ def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> n
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The optimiser's parameter groups: with `weight_decay`, and without.
-
-    Biases, norms and the parameters that model.no_weight_decay() names have none.
-    """
+    """Two groups: with `weight_decay`; and biases, norms and what model.no_weight_decay() names."""
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     decayed, others = [], []
     for name, parameter in model.named_parameters():
@@ -320,7 +310,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         # Defaults and data. Some defaults depend on the length of the run.
         resolve(args)
         train_set, val_set = open_split(args, "train"), open_split(args, "val")
-        run.same_classes(args, train_set, val_set)
+        run.same_classes(train_set.classes, val_set.classes, f"train and val of {args.data}")
         steps_per_epoch, total_steps = run.epoch_and_run(args, len(train_set))
         if args.warmup_epochs is None:
             full = OPTIMIZERS[args.optimizer]["warmup_epochs"]
@@ -360,7 +350,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     mix = v2.RandomChoice(mixes) if mixes else lambda images, targets: (images, targets)
 
     # `net` is `model` wrapped for training (DDP, torch.compile). It has the same parameters.
-    net, scaler = run.parallel(model, args, device), state.scaler
+    net = run.parallel(model, args, device)
     with state:
         state.bar.say(run.describe(state, describe_recipe(args), val_set))
         for _ in state.epochs():
@@ -384,20 +374,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                             outputs, targets, smoothing=args.smoothing, teacher=taught,
                             distillation=args.distillation, alpha=args.alpha, tau=args.tau,
                         ) / len(batches)  # fmt: skip
-                    scaler.scale(part).backward()
+                    state.scaler.scale(part).backward()
                     loss += part.detach()
 
-                # 3. Ranks exchange the loss, and whether to save or stop. NaN on one stops all.
-                state.agree(loss, lr)
-
-                # 4. Change the weights and their average.
-                if args.clip_grad > 0:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                ema.update_parameters(model)
+                # 3. Change the weights and their average. NaN on one rank stops all before that.
+                state.update(loss, lr)
 
             # The epoch is trained and saved. Evaluate the averaged weights, with the branch and
             # without.
@@ -411,8 +392,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 def check_batch_norm(args: argparse.Namespace, model: nn.Module) -> None:
     """Raise ValueError if BatchNorm would get one value per channel, which is an error in training.
 
-    BatchNorm1d gets one value from a batch of one image. BatchNorm2d does if that image has at most
-    32 px, because then the last feature map may be 1 x 1.
+    BatchNorm2d does if an image has at most 32 px: then the last feature map may be 1 x 1.
     """
     refusing = (nn.BatchNorm1d, nn.BatchNorm2d) if args.image_size <= 32 else nn.BatchNorm1d
     if args.batch_size == 1 and any(isinstance(module, refusing) for module in model.modules()):
@@ -443,12 +423,10 @@ def load_teacher(args: argparse.Namespace, classes: list[str], device: torch.dev
         # the file.
         size = f"--image-size={args.image_size}"
         own = parser().parse_args([f"--model={args.teacher}", f"--checkpoint={args.teacher_checkpoint}", size])
-        own.script = args.script
         if not run.settings_for(own):
             own.attention = "softmax"  # a file of another project
         teacher, known = load(own, classes)
-        if known != classes:
-            raise ValueError(f"the classes of {args.teacher_checkpoint} are not those of {args.data}")
+        run.same_classes(known, classes, f"{args.teacher_checkpoint} and {args.data}")
     elif args.teacher in torchvision.models.list_models(torchvision.models):
         teacher = torchvision.models.get_model(args.teacher, weights=None, num_classes=len(classes))
         load_pretrained(teacher, args.teacher_checkpoint)
@@ -489,7 +467,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
         resolve(args, run.settings_for(args))
         val_set = open_split(args, args.split)
         model, classes = load(args, val_set.classes)
-        run.check_classes(args, classes, val_set.classes)
+        run.same_classes(classes, val_set.classes, f"{args.checkpoint} and {args.data}")
         loader = validation_loader(args, val_set)
     record = run.evaluate_castling(lambda m: evaluate(m, loader, args, device), model.to(device), "acc1")
     run.print_evaluation(args, record, METRICS)
@@ -594,10 +572,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
-    """Fill in every flag that was not given.
-
-    Its value comes from `trained`, the settings of a checkpoint, or else from the tables above.
-    """
+    """Fill in flags not given: from `trained`, a checkpoint's settings, else from the tables."""
     run.take_over(args, trained or {})
     args.model = args.model or "levit128"
     row = {"batch_size": batch_per_gpu(args.model)} | DATA_DEFAULTS[kind_of(args.data)]
@@ -611,7 +586,7 @@ def resolve(args: argparse.Namespace, trained: dict | None = None) -> None:
 
 def main(args: argparse.Namespace) -> None:
     fast.enable()
-    with run.session(args, "train.py") as (task, device):
+    with run.session(args) as (task, device):
         if task == "train":
             train(args, device)
         elif task == "eval":

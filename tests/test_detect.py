@@ -216,7 +216,7 @@ ERRORS = [  # a change of the training annotations, or flags; what is said
     (lambda c: c["annotations"][1].update(iscrowd="0"), "'iscrowd' is '0', expected 0 or 1"),
     (lambda c: c["annotations"][1].update(area=-1), "'area' is -1, expected a number within 0..1e10"),
     (lambda c: c["annotations"][1].update(area=None), "'area' is None, expected a number"),
-    (lambda c: c["categories"][0].update(name="cat"), "different classes: .*'cat'"),
+    (lambda c: c["categories"][0].update(name="cat"), "different classes, 2 and 2: .*'cat'"),
     (("--model=lcnet_vit_x",), "lcnet_vit_s"),
     (("--data=nowhere",), "unknown data 'nowhere'"),
     (("--image-size=64", "--multi-scale=2"), "at least 96 with --multi-scale 2, got 64"),
@@ -609,7 +609,7 @@ def test_detection_on_coco_files(coco, tmp_path, capsys):
     classes = [dict(id=3, name="owl"), dict(id=7, name="kite")]
     assert convert.read_checkpoint(tmp_path / "run" / "best.pt")["classes"] == classes
     common = (f"--checkpoint={tmp_path}/run/best.pt", "--eval", f"--output={tmp_path}/e")
-    assert "knows 2 classes" in refused(capsys, 2, run_detect_with, *common, "--data=shapes")
+    assert "have different classes, 2 and 12" in refused(capsys, 2, run_detect_with, *common, "--data=shapes")
 
 
 def test_detection_trains_on_two_processes(tmp_path, capsys):

@@ -314,7 +314,6 @@ def test_a_step_of_segmentation_is_its_definition(tmp_path):
     options = ("--accumulate=2", "--seed=3", "--mask-schedule=anneal")
     record, _ = run_segment(tmp_path / "run", *options, "--max-steps=1", "--lr=0")
     args = segment.parser().parse_args([f"--checkpoint={tmp_path}/run/last.pt"])
-    args.script = "segment.py"
     model, classes = segment.load(args)
     set_threshold(model, 0.0)
     assert classes == segment.ShapeScenes.classes and min(record["mask_curve"]["backbone.vit.blocks.0.attn"]) > 0
@@ -605,7 +604,6 @@ def test_segmenter_is_exported_as_scores(tmp_path, monkeypatch, capsys):
     segment.main(segment.parser().parse_args(options))
     assert "run on 1x3x64x64; largest difference 1.0e-06" in capsys.readouterr().out
     args = segment.parser().parse_args(options)
-    args.script = "segment.py"
     model, x = segment.load(args)[0], randn(1, 3, 48, 64, dtype=torch.float32)
     with torch.no_grad():
         found, expected = written[0](x), segment.class_scores(model(x)[-1], (48, 64), (48, 64))
@@ -633,7 +631,6 @@ def test_segmentation_learns(tmp_path):
     first, second, _ = records_of(tmp_path / "run")
     assert second["train_loss"] < 0.6 * first["train_loss"]
     args = segment.parser().parse_args([f"--checkpoint={tmp_path}/run/last.pt", "--workers=0"])
-    args.script = "segment.py"
     model, _ = segment.load(args)
     data = segment.open_split(args, "train")
     found = segment.evaluate(model, segment.validation_loader(args, data), args, torch.device("cpu"))

@@ -289,9 +289,9 @@ ERRORS = [  # flags, what the one line about them holds
     (["--checkpoint=none.pt"], "none.pt"), (["--output=/dev/null/x"], "/dev/null/x"),
     (["--model=levit_mini", "--batch-size=1"], "BatchNorm"), (["--model=lcnet_s", "--batch-size=1"], "BatchNorm"),
     (["--randaugment=31"], "0..30"), (["--seed=99999999999999999999"], "seed"),
-    (["--eval", "--image=x", "--checkpoint=y"], "different things"), (["--export=x.pt2"], "need --checkpoint"),
+    (["--eval", "--image=x", "--checkpoint=y"], "not allowed with"), (["--export=x.pt2"], "need --checkpoint"),
     (["--export=x.pth", "--checkpoint=y"], "x.pth"),
-    (["--export=x.pt2", "--checkpoint=y", "--eval"], "different things"),
+    (["--export=x.pt2", "--checkpoint=y", "--eval"], "not allowed with"),
     # distillation, patches
     (["--distillation=hard"], "--teacher"), (["--teacher=deit_tiny"], "--distillation"),
     (["--distillation=hard", "--teacher=vgg99", "--teacher-checkpoint=x"], "vgg99"),
