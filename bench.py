@@ -18,6 +18,7 @@ MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 """
 
 import argparse
+import copy
 import functools
 import importlib.util
 import json
@@ -30,7 +31,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fast
@@ -157,32 +157,22 @@ def compiled(form: Callable, args: argparse.Namespace) -> Callable:
 @torch.no_grad()
 def core_row(B: int, H: int, N: int, D: int, args: argparse.Namespace) -> dict:
     """The core alone: from a qkv layer's output, (B, N, 3 H D), to the next input, (B, N, H D)."""
-    core, baseline = AttentionCore(H).eval(), AttentionCore(H, "softmax").eval()
-    qkv = torch.randn(B, N, 3 * H * D)
+    ours, softmax = AttentionCore(H).double().eval(), AttentionCore(H, "softmax").eval()
+    qkv, forms = torch.randn(B, N, 3 * H * D), {}
 
     def attend(core: AttentionCore, qkv: Tensor) -> Tensor:
         q, k, v = qkv.unflatten(2, (3, H, D)).permute(2, 0, 3, 1, 4)
         return core(q, k, v).transpose(1, 2).flatten(2)
 
-    exact = attend(core.double(), qkv.double())
-    exact_softmax = F.scaled_dot_product_attention(*qkv.double().unflatten(2, (3, H, D)).permute(2, 0, 3, 1, 4))
-    core.float().to(args.device, args.dtype), baseline.to(args.device)
-    x = qkv.to(args.device, args.dtype)
-
-    def attend_released(core: AttentionCore, qkv: Tensor) -> Tensor:
-        q, k, v = qkv.unflatten(2, (3, H, D)).permute(2, 0, 3, 1, 4)
-        return released_attention(core, q, k, v).transpose(1, 2).flatten(2)
-
-    ours, theirs, softmax = (compiled(form, args) for form in (attend, attend_released, attend))
-    forms = {
-        "castling": lambda: ours(core, x),
-        "released": lambda: theirs(core, x),
-        "softmax": lambda: softmax(baseline, x),
-    }
-    exact = {"castling": exact, "released": exact, "softmax": exact_softmax.transpose(1, 2).flatten(2)}
-    for name, form in forms.items():
-        rounded = exact[name] if args.dtype == torch.float32 else exact[name].to(args.dtype).double()
-        check(name, form().cpu(), rounded, args.dtype)
+    exact, exact_softmax = (attend(core, qkv.double()) for core in (ours, softmax))
+    for name, core, expected in (
+        ("castling", ours, exact), ("released", released(copy.deepcopy(ours)), exact),
+        ("softmax", softmax, exact_softmax),
+    ):  # fmt: skip
+        x = qkv.to(args.device, args.dtype)
+        forms[name] = functools.partial(compiled(attend, args), core.float().to(x.device, x.dtype), x)
+        rounded = expected if args.dtype == torch.float32 else expected.to(args.dtype).double()
+        check(name, forms[name]().cpu(), rounded, args.dtype)
     return measured(dict(shape=f"B{B} H{H} N{N} D{D}"), forms, args)
 
 
