@@ -32,9 +32,7 @@ from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path
 from attention import AttentionCore, castle, cores
 from models import (
     CastlingLeViTAttention,
-    ConvNorm,
     DenseViT,
-    DepthSeparable,
     LCNet,
     LeViT,
     LinearNorm,
@@ -60,10 +58,8 @@ def normed_layers(module: nn.Module) -> list[tuple[nn.Conv2d | nn.Linear, str]]:
     """[(layer, name of the norm applied right after it)] of a module whose forward is known."""
     if isinstance(module, MlpDWConv):
         return [(module, "norm")]
-    if isinstance(module, ConvNorm | LinearNorm):
+    if isinstance(module, LinearNorm):
         return [(module.linear, "bn")]
-    if isinstance(module, DepthSeparable):
-        return [(module.conv_dw, "bn1"), (module.conv_pw, "bn2")]
     if isinstance(module, LCNet):
         return [(module.conv_stem, "bn1")]
     if type(module).forward is not nn.Sequential.forward:

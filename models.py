@@ -466,18 +466,6 @@ class DenseViT(ViT):
 # ---- LeViT ---------------------------------------------------------------------------------------
 
 
-class ConvNorm(nn.Module):
-    """3x3 stride-2 convolution and BatchNorm."""
-
-    def __init__(self, channels_in: int, channels_out: int):
-        super().__init__()
-        self.linear = nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(channels_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.linear(x))
-
-
 class LinearNorm(nn.Module):
     """Linear layer and BatchNorm over all tokens of the batch, (B, N, C) -> (B, N, C')."""
 
@@ -726,7 +714,9 @@ class LeViT(nn.Module):
         grid = pair(image_size)
         self.stem = nn.Sequential()
         for i in range(4):
-            self.stem.add_module(f"conv{i + 1}", ConvNorm(widths[i], widths[i + 1]))
+            conv = nn.Conv2d(widths[i], widths[i + 1], 3, stride=2, padding=1, bias=False)
+            layers = OrderedDict(linear=conv, bn=nn.BatchNorm2d(widths[i + 1]))
+            self.stem.add_module(f"conv{i + 1}", nn.Sequential(layers))
             if i < 3:
                 self.stem.add_module(f"act{i + 1}", nn.Hardswish())
             grid = halved(grid)
@@ -957,7 +947,7 @@ class SqueezeExcitation(nn.Module):
         return x * F.hardsigmoid(self.conv_expand(F.relu(self.conv_reduce(mean))))
 
 
-class DepthSeparable(nn.Module):
+class DepthSeparable(nn.Sequential):
     """Depthwise and pointwise convolution, each with BatchNorm and Hardswish. timm's names."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, squeeze: bool = False):
@@ -965,10 +955,6 @@ class DepthSeparable(nn.Module):
         self.conv_dw, self.bn1, self.act1 = conv_norm(channels_in, channels_in, kernel, stride, groups=channels_in)
         self.se = SqueezeExcitation(channels_in) if squeeze else nn.Identity()
         self.conv_pw, self.bn2, self.act2 = conv_norm(channels_in, channels_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.se(self.act1(self.bn1(self.conv_dw(x))))
-        return self.act2(self.bn2(self.conv_pw(x)))
 
 
 class MapBlock(MViTBlock):
@@ -1141,12 +1127,10 @@ class ESNet(ConvBackbone):
         self.make_classifier(num_classes)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        x = self.stem(x)
-        maps = []
+        maps = [self.stem(x)]
         for blocks in self.stages:
-            x = blocks(x)
-            maps.append(x)
-        return maps
+            maps.append(blocks(maps[-1]))
+        return maps[1:]
 
 
 # ---- builders ------------------------------------------------------------------------------------
