@@ -326,7 +326,7 @@ def main(args: argparse.Namespace) -> None:
         if "core" in result and importlib.util.find_spec("matplotlib"):
             import figures
 
-            figures.crossover(result, args.json.with_suffix(".png"))
+            figures.crossover(args.json.with_suffix(".png"), args.json)
 
 
 if __name__ == "__main__":

@@ -484,11 +484,12 @@ def core_ratios(result: dict) -> dict[int, list[tuple[int, float]]]:
     return {D: [(N, statistics.median(lines[D][N])) for N in sorted(lines[D])] for D in sorted(lines, reverse=True)}
 
 
-def crossover(result: dict, path: Path) -> None:
+def crossover(path: Path, bench: Path = BENCH) -> None:
     """Time of the softmax core / time of the castling core, over N, a line per D.
 
-    Above 1, castling is faster. result: what bench.py --json writes, with a `core` table.
+    Above 1, castling is faster. bench: a file of bench.py --json with a `core` table.
     """
+    result = json.loads(bench.read_text())
     with drawing(path, width=6.0) as figure:
         plot = figure.subplots()
         for i, (D, points) in enumerate(core_ratios(result).items()):
@@ -818,14 +819,7 @@ def tables(args: argparse.Namespace) -> None:
 
 
 FIGURES: dict[str, Callable[[Path], None]] = {
-    "idea": idea,
-    "kernel": kernel,
-    "series": series,
-    "accuracy": accuracy,
-    "masks": masks,
-    "frequency": frequency,
-    "resolution": resolution,
-    "crossover": lambda path: crossover(json.loads(BENCH.read_text()), path),
+    draw.__name__: draw for draw in (idea, kernel, series, accuracy, masks, frequency, resolution, crossover)
 }
 
 
