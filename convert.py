@@ -318,28 +318,17 @@ LAYOUTS = (PackedAttention, FusedAttention, SeparateAttention)
 
 
 @dataclass
-class Conversion:
-    """What `convert` did to one layer: parameters kept, what it dropped, and new parameters."""
-
-    kept: list[str]
-    dropped: list[str]
-    new: list[str]
-
-
-@dataclass
 class ConversionReport:
-    """What `convert` did, by layer. When it is printed, equal layers are listed once."""
+    """What `convert` did: {layer: {"kept": parameters, "dropped": what, "new": parameters}}."""
 
-    layers: dict[str, Conversion]
+    layers: dict[str, dict[str, list[str]]]
 
     def __str__(self) -> str:
-        groups = {}
+        kinds = Counter()  # equal layers are listed once
         for name, layer in self.layers.items():
-            groups.setdefault((re.sub(r"\d+", "*", name), str(layer)), []).append(layer)
-        lines = []
-        for (kind, _), (layer, *others) in groups.items():
-            lines.append(f"{kind} x {len(others) + 1}")
-            lines += [f"  {group.name}: {', '.join(getattr(layer, group.name))}" for group in fields(layer)]
+            lines = [f"  {group}: {', '.join(items)}" for group, items in layer.items()]
+            kinds[re.sub(r"\d+", "*", name), "\n".join(lines)] += 1
+        lines = [f"{kind} x {count}\n{lines}" for (kind, lines), count in kinds.items()]
         advice = "The converted model is another function with the same weights: fine-tune it before you use it."
         return "\n".join([*lines, advice])
 
@@ -403,7 +392,7 @@ def convert(
         original = model.get_submodule(name)
         core = new[original] = layout(original, epsilon=epsilon, schedule=schedule, dconv=dconv)
         kept = [key for key, _ in original.named_parameters()]
-        report.layers[name] = Conversion(
+        report.layers[name] = dict(
             kept=kept,
             dropped=["softmax over all pairs of tokens; its entries above the threshold stay until castle()"],
             new=[key for key, _ in core.named_parameters() if key not in kept],

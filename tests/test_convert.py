@@ -407,7 +407,7 @@ def test_converted_models_are_wired_like_the_original(name, monkeypatch):
     added = {f"{layer}.{name}" for layer in report.layers for name in ("dconv.weight", "progress")}
     assert after.keys() - before.keys() == added
     assert report.layers.keys() == attention.cores(converted).keys() and "fine-tune" in str(report)
-    assert all(layer.new == ["dconv.weight"] and len(layer.kept) >= 3 for layer in report.layers.values())
+    assert all(layer["new"] == ["dconv.weight"] and len(layer["kept"]) >= 3 for layer in report.layers.values())
     dropout = 0.1 if name in ("older transformers", "transformers ViT") else 0.0
     assert {core.dropout for core in attention.cores(converted).values()} == {dropout}
     with torch.no_grad(), monkeypatch.context() as patched:
