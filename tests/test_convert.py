@@ -221,7 +221,7 @@ def test_bad_checkpoints_are_named(tmp_path):
     torch.save(tiny("levit").state_dict(), tmp_path / "levit.pt")
     torch.save(build_model("deit_tiny", num_classes=7, image_size=64, **TINY_DEIT).state_dict(), tmp_path / "seven.pt")
     cases = dict(none="none", cut="cut", empty="empty", text="text", list="list", evil="evil",
-                 levit="missing cls_token", numbered="by name", odd="head.weight is no tensor", flipped="damaged",
+                 levit="missing cls_token", numbered="by name", odd="head.weight is no dense tensor", flipped="damaged",
                  seven="7 classes in the file, 5 in the model")  # fmt: skip
     for name, message in cases.items():
         with pytest.raises(ValueError, match=message) as error:
@@ -234,7 +234,7 @@ def test_bad_checkpoints_are_named(tmp_path):
     for wrong, message in (
         (nan, "holds nan or inf"), (nan.to(torch.float8_e4m3fn), "holds nan or inf"),
         (head.to(torch.complex64), "complex64"), (head.long(), "int64"), (head > 0, "bool"),
-        (head.to_sparse(), "sparse"), (head.to("meta"), "meta"), (quantised, "quantised"),
+        (head.to_sparse(), "no dense"), (head.to("meta"), "no dense"), (quantised, "qint8"),
     ):  # fmt: skip
         torch.save({"model": model.state_dict() | {"head.weight": wrong}}, tmp_path / "kind.pt")
         with pytest.raises(ValueError, match=message) as error:
