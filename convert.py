@@ -284,11 +284,6 @@ class PackedAttention(ConvertedAttention):
     def heads_of(module: nn.Module) -> tuple[int, int]:
         return module.num_heads, module.head_dim
 
-    @classmethod
-    def problems(cls, module: nn.MultiheadAttention) -> list[str]:
-        zero = ["add_zero_attn has no place in linear-angular attention"] if module.add_zero_attn else []
-        return zero + super().problems(module)
-
     def forward(
         self,
         query: Tensor,
