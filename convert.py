@@ -123,10 +123,8 @@ class ConvertedAttention(AttentionCore):
         like = next(original.parameters())
         self.to(like.device, like.dtype)
         for name in self.parts:
-            if name in original._modules:
-                self.add_module(name, original._modules[name])
-            elif name in original._parameters:
-                self.register_parameter(name, original._parameters[name])
+            if hasattr(original, name):
+                setattr(self, name, getattr(original, name))
         self.train(original.training)
 
     @classmethod
@@ -346,36 +344,31 @@ def convert(
     """
     if cores(model):
         raise ValueError("the model has attention cores already: there is nothing to convert")
-    found, wrong = {}, {}
+    found, wrong = {}, {}  # {name: layout}; {(class, reasons): names}
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") or outer == "" for outer in found):
             continue  # inside a layer that was found
-        layout = next((layout for layout in LAYOUTS if layout.matches(module)), None)
-        parent = model.get_submodule(name.rpartition(".")[0])
+        layout, problems = next((layout for layout in LAYOUTS if layout.matches(module)), None), []
         if layout is None:
             called = name.rpartition(".")[2] in ("attn", "attention", "self_attn", "self_attention")
             called = called or "attention" in type(module).__name__.lower()
             known = any(layout.matches(part) for part in module.modules() for layout in LAYOUTS)
             if called and not known and [*module.parameters()]:
-                wrong[name] = ["its layout is none of those known here"]
-            continue
-        found[name] = layout
-        try:
-            problems = layout.problems(module)
-        except AttributeError as error:
-            problems = [f"it lacks an attribute of such layers: {error}"]
-        if isinstance(parent, nn.TransformerDecoderLayer):
-            problems.append("a decoder's attention is causal or to another sequence")
-        if name == "":
-            problems.append("the model itself is one attention layer: put it into a module")
+                problems.append("its layout is none of those known here")
+        else:
+            found[name] = layout
+            try:
+                problems += layout.problems(module)
+            except AttributeError as error:
+                problems.append(f"it lacks an attribute of such layers: {error}")
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerDecoderLayer):
+                problems.append("a decoder's attention is causal or to another sequence")
+            if name == "":
+                problems.append("the model itself is one attention layer: put it into a module")
         if problems:
-            wrong[name] = problems
+            wrong.setdefault((type(module).__name__, "; ".join(problems)), []).append(name or "model")
     if wrong:
-        alike = {}
-        for name, problems in wrong.items():
-            kind = type(model.get_submodule(name)).__name__
-            alike.setdefault((kind, "; ".join(problems)), []).append(name or "model")
-        reasons = [f"{', '.join(names)} ({kind}): {problems}" for (kind, problems), names in alike.items()]
+        reasons = [f"{', '.join(names)} ({kind}): {problems}" for (kind, problems), names in wrong.items()]
         raise ValueError(f"cannot convert {type(model).__name__}\n" + "\n".join(reasons))
     if not found:
         raise ValueError(
