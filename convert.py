@@ -684,37 +684,32 @@ def load_pretrained(model: nn.Module, path: str | Path, class_layers: tuple[str,
     # `progress` is not a weight: each training run sets its own.
     weights, own = ({n: x for n, x in state.items() if not n.endswith("progress")} for state in (weights, own))
     file_weights, weights = weights, renamed_weights(weights, model)
-    kernels = {name: core.kernel for name, core in cores(model).items()}
-    castling = any(kernel != "softmax" for kernel in kernels.values())
+    castling = any(core.kernel != "softmax" for core in cores(model).values())
     published = not any(".dconv." in name for name in weights)
     file_has_dist = "dist_token" in weights or any(name.startswith("head_dist.") for name in weights)
 
-    def expected_new(name: str) -> bool:
-        """Whether the file may lack what the model has."""
-        if name.startswith(("head_dist.", "dist_token")):
-            return not file_has_dist
-        if name.startswith("head."):  # MAE's encoder has no classifier
-            return published and not any(other.startswith(("head.", "fc_norm.")) for other in weights)
-        if name.endswith(".dwconv.bias") and name.removesuffix("bias") + "weight" in weights:
-            return True  # the DWConv of a DeiT has no bias; ours starts at 0, which is the same
-        added = r"\.(dconv|dwconv|pool_[qkv]|norm_[qkv]|skip)\.|attn_downsample\.qkv\.bn\.num_batches_tracked"
-        return castling and published and bool(re.search(added, name))
-
-    def expected_rest(name: str) -> bool:
-        """Whether the model may lack what the file has."""
-        layer, kind = name.rpartition(".")[::2]
-        if kind == "attention_bias_idxs" or name.startswith(("decoder_", "mask_token")):
-            return True
-        if name.startswith(("head_dist.", "dist_token")):
-            return getattr(model, "head_dist", None) is None
-        if isinstance(model, DenseViT) and name.startswith(("cls_token", "norm.", "fc_norm.", "head.")):
-            return True
-        if kind in ("attention_biases", "rel_pos_h", "rel_pos_w"):
-            return kernels.get(layer, "softmax") != "softmax"
-        if name.startswith(("conv_head.", "classifier.")):
-            return getattr(model, "classifier", model) is None  # a detector's backbone
+    file_has_head = any(name.startswith(("head.", "fc_norm.")) for name in weights)
+    added = r"\.(dconv|dwconv|pool_[qkv]|norm_[qkv]|skip)\.|attn_downsample\.qkv\.bn\.num_batches_tracked"
+    # Names that the file may lack, or the model, and when.
+    new = [
+        (r"^(head_dist\.|dist_token)", not file_has_dist),
+        (r"^head\.", published and not file_has_head),  # MAE's encoder has no classifier
+        # the DWConv of a DeiT has no bias; ours starts at 0, which is the same
+        (r"\.dwconv\.bias$", True),
+        (added, castling and published),
+    ]
+    rest = [
+        (r"attention_bias_idxs$|^decoder_|^mask_token", True),
+        (r"^(head_dist\.|dist_token)", getattr(model, "head_dist", None) is None),
+        (r"^(cls_token|(norm|fc_norm|head)\.)", isinstance(model, DenseViT)),
+        (r"\.(attention_biases|rel_pos_[hw])$", castling),
+        (r"^(conv_head|classifier)\.", getattr(model, "classifier", model) is None),  # a detector's backbone
         # the published LeViT has separate layers to kv and to q in its down-sampling attention
-        return castling and bool(re.search(r"\.attn_downsample\.(kv|q\.ln)\.", name))
+        (r"\.attn_downsample\.(kv|q\.ln)\.", castling),
+    ]
+
+    def expected(name: str, table: list[tuple[str, bool]]) -> bool:
+        return any(allowed and re.search(pattern, name) for pattern, allowed in table)
 
     classes = {name: value.shape for name, value in own.items() if name.startswith(class_layers)}
     other_classes = any(getattr(weights.get(name), "shape", shape) != shape for name, shape in classes.items())
@@ -740,7 +735,7 @@ def load_pretrained(model: nn.Module, path: str | Path, class_layers: tuple[str,
         elif published and (rows := value_rows(name, weights, value, model)) is not None:
             final[name] = rows
             report.partly.append(name)
-        elif found is None and expected_new(name):
+        elif found is None and expected(name, new):
             report.new.append(name)
         elif found is None:
             wrong.append(f"missing {name}")
@@ -748,9 +743,9 @@ def load_pretrained(model: nn.Module, path: str | Path, class_layers: tuple[str,
             if name in HEADS and found.shape[:1] != value.shape[:1]:
                 wrong.insert(0, f"{(*found.shape, 0)[0]} classes in the file, {len(value)} in the model")
             wrong.append(f"{name} is {tuple(found.shape)} in the file, {tuple(value.shape)} in the model")
-    rest = [name for name in weights if name not in own]
-    report.ignored = [name for name in rest if expected_rest(name)]
-    wrong += [f"unknown {name}" for name in rest if not expected_rest(name)]
+    unknown = [name for name in weights if name not in own]
+    report.ignored = [name for name in unknown if expected(name, rest)]
+    wrong += [f"unknown {name}" for name in unknown if not expected(name, rest)]
     if wrong:
         more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
         other = likeliest_model(file_weights, model)
