@@ -230,8 +230,6 @@ def read_image(path: str | Path, upright: bool = False) -> Image.Image:
     Raises: DataError, which names the file, if it cannot be read.
     """
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise ValueError("it is not a file")
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError("it has more than 8 bits per channel, and values would be cut off")
