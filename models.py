@@ -480,7 +480,7 @@ class LinearNorm(nn.Module):
         return self.bn(x.flatten(0, 1)).view_as(x)
 
 
-class NormLinear(nn.Module):
+class NormLinear(nn.Sequential):
     """BatchNorm and linear layer, (B, C) -> (B, classes)."""
 
     def __init__(self, dim: int, num_classes: int):
@@ -489,9 +489,6 @@ class NormLinear(nn.Module):
         self.linear = nn.Linear(dim, num_classes)
         nn.init.trunc_normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.bn(x))
 
 
 def activated_projection(dim: int, out_dim: int, bn_weight: float = 1.0) -> nn.Sequential:
