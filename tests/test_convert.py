@@ -74,14 +74,11 @@ def official_levit(model):
 
 def official_mvit(model):
     """A published MViTv2's state dict under its authors' names."""
-    weights, i = {}, 0
-    flat = {}
-    for stage, blocks in enumerate(model.stages):
-        for block in range(len(blocks["blocks"])):
-            flat[f"stages.{stage}.blocks.{block}."], i = f"blocks.{i}.", i + 1
+    places = [f"stages.{i}.blocks.{j}." for i, stage in enumerate(model.stages) for j in range(len(stage["blocks"]))]
+    weights = {}
     for name, value in model.state_dict().items():
-        for place, number in flat.items():
-            name = name.replace(place, number) if name.startswith(place) else name
+        for number, place in enumerate(places):
+            name = name.replace(place, f"blocks.{number}.")
         weights[name.replace("shortcut_proj_attn", "proj").replace("head.fc", "head.projection")] = value
     return {"model_state": weights, "epoch": 3}
 
