@@ -141,6 +141,13 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def resample(table: Tensor, size: tuple[int, ...], mode: str, align_corners: bool | None = None) -> Tensor:
+    """A learned table (1, C, *old size), interpolated in float32 to `size`, unless it has this size."""
+    if not symbolic(size) and tuple(table.shape[2:]) == tuple(size):
+        return table
+    return F.interpolate(table.float(), size=size, mode=mode, align_corners=align_corners).to(table.dtype)
+
+
 class TokenConv(nn.Conv2d):
     """Depthwise convolution on token maps, (B, C, y, x) -> (B, C, y', x'), padded by kernel // 2.
 
@@ -250,11 +257,8 @@ class PooledAttention(AttentionCore):
 
 def resize_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
     """Position embeddings (1, y x, C) of grid `old`, resampled to grid `new` (bicubic)."""
-    if not symbolic(new) and old == new:
-        return table
-    table = rearrange(table, "1 (y x) c -> 1 c y x", y=old[0])
-    table = F.interpolate(table.float(), size=new, mode="bicubic", align_corners=False).to(table.dtype)
-    return rearrange(table, "1 c y x -> 1 (y x) c")
+    maps = resample(rearrange(table, "1 (y x) c -> 1 c y x", y=old[0]), new, "bicubic", align_corners=False)
+    return rearrange(maps, "1 c y x -> 1 (y x) c")
 
 
 class SelfAttention(AttentionCore):
@@ -498,9 +502,7 @@ def activated_projection(dim: int, out_dim: int, bn_weight: float = 1.0) -> nn.S
 
 def resize_offsets(table: Tensor, grid: Grid) -> Tensor:
     """Resample a table of absolute offsets, (H, y, x), to another grid: bilinear, corners kept."""
-    if not symbolic(grid) and tuple(table.shape[1:]) == tuple(grid):
-        return table
-    return F.interpolate(table[None].float(), size=grid, mode="bilinear", align_corners=True)[0].to(table.dtype)
+    return resample(table[None], grid, "bilinear", align_corners=True)[0]
 
 
 def offset_bias(table: Tensor, built: Grid, grid: Grid, stride: int) -> Tensor:
@@ -762,9 +764,7 @@ class LeViT(nn.Module):
 
 def resize_relative(table: Tensor, length: int) -> Tensor:
     """Resample a table of relative positions along one axis, (length', D), to another length."""
-    if not symbolic([length]) and len(table) == length:
-        return table
-    return F.interpolate(table.T[None].float(), size=length, mode="linear")[0].T.to(table.dtype)
+    return resample(table.T[None], (length,), "linear")[0].T
 
 
 def relative_rows(table: Tensor, queries: int, keys: int) -> Tensor:
