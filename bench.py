@@ -18,6 +18,7 @@ MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 """
 
 import argparse
+import copy
 import functools
 import importlib.util
 import json
@@ -30,7 +31,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fast
@@ -44,14 +44,14 @@ CORE_SHAPES = [  # B, H, N, D
     (8, 3, 784, 64), (1, 12, 784, 64), (4, 3, 1600, 64), (1, 3, 3136, 64), (8, 6, 49, 32), (8, 6, 100, 32),
     (8, 6, 196, 32), (8, 12, 16, 16), (8, 12, 49, 16), (8, 12, 100, 16), (8, 12, 196, 16),
 ]  # fmt: skip
-MODEL_ROWS = [  # name, B, pixels, the softmax network to compare with; False: without the DWConv in its MLPs
-    ("deit_tiny", 1, 224, "deit_tiny", True), ("deit_tiny", 8, 224, "deit_tiny", True),
-    ("deit_tiny", 1, 224, "deit_tiny", False), ("deit_tiny", 8, 224, "deit_tiny", False),
-    ("deit_tiny", 2, 448, "deit_tiny", True), ("deit_tiny", 1, 896, "deit_tiny", True),
-    ("levit128", 8, 224, "levit128", True), ("levit128", 2, 512, "levit128", True),
-    ("mvitv2_tiny", 1, 224, "mvitv2_tiny", True), ("levit256", 8, 224, "levit384", True),
+MODEL_ROWS = [  # name, B, pixels, the softmax network to compare with, mlp_dwconv: 0, or None for the default
+    ("deit_tiny", 1, 224, "deit_tiny", None), ("deit_tiny", 8, 224, "deit_tiny", None),
+    ("deit_tiny", 1, 224, "deit_tiny", 0), ("deit_tiny", 8, 224, "deit_tiny", 0),
+    ("deit_tiny", 2, 448, "deit_tiny", None), ("deit_tiny", 1, 896, "deit_tiny", None),
+    ("levit128", 8, 224, "levit128", None), ("levit128", 2, 512, "levit128", None),
+    ("mvitv2_tiny", 1, 224, "mvitv2_tiny", None), ("levit256", 8, 224, "levit384", None),
 ]  # fmt: skip
-TRAINING_ROWS = [("deit_tiny", 4, 224, True), ("deit_tiny", 4, 224, False), ("deit_tiny", 1, 448, True)]
+TRAINING_ROWS = [("deit_tiny", 4, 224, None), ("deit_tiny", 4, 224, 0), ("deit_tiny", 1, 448, None)]
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -157,43 +157,28 @@ def compiled(form: Callable, args: argparse.Namespace) -> Callable:
 @torch.no_grad()
 def core_row(B: int, H: int, N: int, D: int, args: argparse.Namespace) -> dict:
     """The core alone: from a qkv layer's output, (B, N, 3 H D), to the next input, (B, N, H D)."""
-    core, baseline = AttentionCore(H).eval(), AttentionCore(H, "softmax").eval()
-    qkv = torch.randn(B, N, 3 * H * D)
+    ours, softmax = AttentionCore(H).double().eval(), AttentionCore(H, "softmax").eval()
+    qkv, forms = torch.randn(B, N, 3 * H * D), {}
 
     def attend(core: AttentionCore, qkv: Tensor) -> Tensor:
         q, k, v = qkv.unflatten(2, (3, H, D)).permute(2, 0, 3, 1, 4)
         return core(q, k, v).transpose(1, 2).flatten(2)
 
-    exact = attend(core.double(), qkv.double())
-    exact_softmax = F.scaled_dot_product_attention(*qkv.double().unflatten(2, (3, H, D)).permute(2, 0, 3, 1, 4))
-    core.float().to(args.device, args.dtype), baseline.to(args.device)
-    x = qkv.to(args.device, args.dtype)
-
-    def attend_released(core: AttentionCore, qkv: Tensor) -> Tensor:
-        q, k, v = qkv.unflatten(2, (3, H, D)).permute(2, 0, 3, 1, 4)
-        return released_attention(core, q, k, v).transpose(1, 2).flatten(2)
-
-    ours, theirs, softmax = (compiled(form, args) for form in (attend, attend_released, attend))
-    forms = {
-        "castling": lambda: ours(core, x),
-        "released": lambda: theirs(core, x),
-        "softmax": lambda: softmax(baseline, x),
-    }
-    exact = {"castling": exact, "released": exact, "softmax": exact_softmax.transpose(1, 2).flatten(2)}
-    for name, form in forms.items():
-        rounded = exact[name] if args.dtype == torch.float32 else exact[name].to(args.dtype).double()
-        check(name, form().cpu(), rounded, args.dtype)
+    exact, exact_softmax = (attend(core, qkv.double()) for core in (ours, softmax))
+    for name, core, expected in (
+        ("castling", ours, exact), ("released", released(copy.deepcopy(ours)), exact),
+        ("softmax", softmax, exact_softmax),
+    ):  # fmt: skip
+        x = qkv.to(args.device, args.dtype)
+        forms[name] = functools.partial(compiled(attend, args), core.float().to(x.device, x.dtype), x)
+        rounded = expected if args.dtype == torch.float32 else expected.to(args.dtype).double()
+        check(name, forms[name]().cpu(), rounded, args.dtype)
     return measured(dict(shape=f"B{B} H{H} N{N} D{D}"), forms, args)
-
-
-def without(mlp_dwconv: bool) -> str:
-    """What the name of a row says of the DWConv in the MLPs."""
-    return "" if mlp_dwconv else ", no MLP DWConv"
 
 
 @torch.no_grad()
 def model_row(
-    name: str, B: int, pixels: int, baseline: str, mlp_dwconv: bool, args: argparse.Namespace
+    name: str, B: int, pixels: int, baseline: str, mlp_dwconv: int | None, args: argparse.Namespace
 ) -> dict:
     """A castled network, the same with the released formula, and a softmax network; norms fused.
 
@@ -204,8 +189,7 @@ def model_row(
         ("castling", name, "castling"), ("released", name, "castling"), ("softmax", baseline, "softmax"),
     ):  # fmt: skip
         torch.manual_seed(0)
-        options = {} if mlp_dwconv else dict(mlp_dwconv=0)
-        model = castle(build_model(network, kernel, image_size=pixels, **options)).eval()
+        model = castle(build_model(network, kernel, image_size=pixels, mlp_dwconv=mlp_dwconv)).eval()
         exact = model.double()(images[:1].double())
         model = fuse(model).float()
         if form == "released":
@@ -213,11 +197,12 @@ def model_row(
         check(f"{network} {form}", model(images[:1]), exact, torch.float32)
         net = compiled(model.to(args.device, args.dtype), args)
         forms[form] = functools.partial(net, images.to(args.device, args.dtype))
-    against = "" if baseline == name else f" / {baseline}"
-    return measured(dict(shape=f"{name}{against} {pixels} px, batch {B}" + without(mlp_dwconv)), forms, args)
+    shape = name if baseline == name else f"{name} / {baseline}"
+    shape += f" {pixels} px, batch {B}" + (", no MLP DWConv" if mlp_dwconv == 0 else "")
+    return measured(dict(shape=shape), forms, args)
 
 
-def training_row(name: str, B: int, pixels: int, mlp_dwconv: bool, args: argparse.Namespace) -> dict:
+def training_row(name: str, B: int, pixels: int, mlp_dwconv: int | None, args: argparse.Namespace) -> dict:
     """Forward and backward: our forms, the released formula without and with branch, and softmax.
 
     Branch: off; empty (a new network at threshold 0.02); alive (threshold 0: all entries are kept).
@@ -235,8 +220,8 @@ def training_row(name: str, B: int, pixels: int, mlp_dwconv: bool, args: argpars
     ):  # fmt: skip
         torch.manual_seed(0)
         options = {} if kernel == "softmax" else dict(epsilon=epsilon or 0.0, schedule="fixed")
-        options |= {} if mlp_dwconv else dict(mlp_dwconv=0)
-        model = build_model(name, kernel, image_size=pixels, drop_path=0.0, **options).to(args.device).train()
+        options |= dict(image_size=pixels, drop_path=0.0, mlp_dwconv=mlp_dwconv)
+        model = build_model(name, kernel, **options).to(args.device).train()
         set_threshold(model, 0.0)
         record_masks(model, False)
         if epsilon is None:
@@ -246,7 +231,8 @@ def training_row(name: str, B: int, pixels: int, mlp_dwconv: bool, args: argpars
         exact = model.double()(images[:1].double()).detach()
         check(f"{name} {form}", model.float()(images[:1]).detach(), exact, torch.float32)
         forms[form] = functools.partial(step, compiled(model, args))
-    return measured(dict(shape=f"{name} {pixels} px, batch {B}" + without(mlp_dwconv)), forms, args)
+    shape = f"{name} {pixels} px, batch {B}" + (", no MLP DWConv" if mlp_dwconv == 0 else "")
+    return measured(dict(shape=shape), forms, args)
 
 
 TABLES = {  # name: function of a row, rows, title
@@ -340,7 +326,7 @@ def main(args: argparse.Namespace) -> None:
         if "core" in result and importlib.util.find_spec("matplotlib"):
             import figures
 
-            figures.crossover(result, args.json.with_suffix(".png"))
+            figures.crossover(args.json.with_suffix(".png"), args.json)
 
 
 if __name__ == "__main__":

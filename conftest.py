@@ -126,13 +126,12 @@ def records_of(folder):
 
 
 def in_group(world, function):
-    """Exit codes of `world` forked processes that call function(rank) as torchrun would have them, on one thread."""
+    """Exit codes of `world` forked processes that call function(rank) as torchrun would have them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
     def call(rank):
-        torch.set_num_threads(1)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
         function(rank)
@@ -196,21 +195,16 @@ CLOCK = {"seconds", "images_per_s", "data_wait", "step_seconds", "inference_imag
 
 
 def run_tiny(script, folder, *options):
-    """A short run of a script's tiny model in this process, on one thread: bit for bit the same whenever.
+    """A short run of a script's tiny model in this process: bit for bit the same whenever.
 
     MACs are not counted: that would take half of the time, and other tests do.
     """
     module, make_model, flags = TINY_RUNS[script]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        args = [f"--output={folder}", "--workers=0", "--save-minutes=1e-9", *flags, *options]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "make_model", make_model)
-            patch.setattr(run, "count_macs", lambda *given: 0)
-            module.main(module.parser().parse_args(args))
-    finally:
-        torch.set_num_threads(threads)
+    args = [f"--output={folder}", "--workers=0", "--save-minutes=1e-9", *flags, *options]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "make_model", make_model)
+        patch.setattr(run, "count_macs", lambda *given: 0)
+        module.main(module.parser().parse_args(args))
 
 
 def without_clock(record):
@@ -227,8 +221,7 @@ def outcome(folder):
     for part in ("model", "ema"):
         for name, tensor in state[part].items():
             digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return digest.hexdigest(), [without_clock(record) for record in log]
+    return digest.hexdigest(), [without_clock(record) for record in records_of(folder)]
 
 
 @pytest.fixture(scope="session")

@@ -27,14 +27,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
-from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path
+from torch.utils._pytree import tree_leaves
 
 from attention import AttentionCore, castle, cores
 from models import (
     CastlingLeViTAttention,
-    ConvNorm,
     DenseViT,
-    DepthSeparable,
     LCNet,
     LeViT,
     LinearNorm,
@@ -60,10 +58,8 @@ def normed_layers(module: nn.Module) -> list[tuple[nn.Conv2d | nn.Linear, str]]:
     """[(layer, name of the norm applied right after it)] of a module whose forward is known."""
     if isinstance(module, MlpDWConv):
         return [(module, "norm")]
-    if isinstance(module, ConvNorm | LinearNorm):
+    if isinstance(module, LinearNorm):
         return [(module.linear, "bn")]
-    if isinstance(module, DepthSeparable):
-        return [(module.conv_dw, "bn1"), (module.conv_pw, "bn2")]
     if isinstance(module, LCNet):
         return [(module.conv_stem, "bn1")]
     if type(module).forward is not nn.Sequential.forward:
@@ -127,10 +123,8 @@ class ConvertedAttention(AttentionCore):
         like = next(original.parameters())
         self.to(like.device, like.dtype)
         for name in self.parts:
-            if name in original._modules:
-                self.add_module(name, original._modules[name])
-            elif name in original._parameters:
-                self.register_parameter(name, original._parameters[name])
+            if hasattr(original, name):
+                setattr(self, name, getattr(original, name))
         self.train(original.training)
 
     @classmethod
@@ -288,11 +282,6 @@ class PackedAttention(ConvertedAttention):
     def heads_of(module: nn.Module) -> tuple[int, int]:
         return module.num_heads, module.head_dim
 
-    @classmethod
-    def problems(cls, module: nn.MultiheadAttention) -> list[str]:
-        zero = ["add_zero_attn has no place in linear-angular attention"] if module.add_zero_attn else []
-        return zero + super().problems(module)
-
     def forward(
         self,
         query: Tensor,
@@ -322,28 +311,17 @@ LAYOUTS = (PackedAttention, FusedAttention, SeparateAttention)
 
 
 @dataclass
-class Conversion:
-    """What `convert` did to one layer: parameters kept, what it dropped, and new parameters."""
-
-    kept: list[str]
-    dropped: list[str]
-    new: list[str]
-
-
-@dataclass
 class ConversionReport:
-    """What `convert` did, by layer. When it is printed, equal layers are listed once."""
+    """What `convert` did: {layer: {"kept": parameters, "dropped": what, "new": parameters}}."""
 
-    layers: dict[str, Conversion]
+    layers: dict[str, dict[str, list[str]]]
 
     def __str__(self) -> str:
-        groups = {}
+        kinds = Counter()  # equal layers are listed once
         for name, layer in self.layers.items():
-            groups.setdefault((re.sub(r"\d+", "*", name), str(layer)), []).append(layer)
-        lines = []
-        for (kind, _), (layer, *others) in groups.items():
-            lines.append(f"{kind} x {len(others) + 1}")
-            lines += [f"  {group.name}: {', '.join(getattr(layer, group.name))}" for group in fields(layer)]
+            lines = [f"  {group}: {', '.join(items)}" for group, items in layer.items()]
+            kinds[re.sub(r"\d+", "*", name), "\n".join(lines)] += 1
+        lines = [f"{kind} x {count}\n{lines}" for (kind, lines), count in kinds.items()]
         advice = "The converted model is another function with the same weights: fine-tune it before you use it."
         return "\n".join([*lines, advice])
 
@@ -366,36 +344,31 @@ def convert(
     """
     if cores(model):
         raise ValueError("the model has attention cores already: there is nothing to convert")
-    found, wrong = {}, {}
+    found, wrong = {}, {}  # {name: layout}; {(class, reasons): names}
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") or outer == "" for outer in found):
             continue  # inside a layer that was found
-        layout = next((layout for layout in LAYOUTS if layout.matches(module)), None)
-        parent = model.get_submodule(name.rpartition(".")[0])
+        layout, problems = next((layout for layout in LAYOUTS if layout.matches(module)), None), []
         if layout is None:
             called = name.rpartition(".")[2] in ("attn", "attention", "self_attn", "self_attention")
             called = called or "attention" in type(module).__name__.lower()
             known = any(layout.matches(part) for part in module.modules() for layout in LAYOUTS)
             if called and not known and [*module.parameters()]:
-                wrong[name] = ["its layout is none of those known here"]
-            continue
-        found[name] = layout
-        try:
-            problems = layout.problems(module)
-        except AttributeError as error:
-            problems = [f"it lacks an attribute of such layers: {error}"]
-        if isinstance(parent, nn.TransformerDecoderLayer):
-            problems.append("a decoder's attention is causal or to another sequence")
-        if name == "":
-            problems.append("the model itself is one attention layer: put it into a module")
+                problems.append("its layout is none of those known here")
+        else:
+            found[name] = layout
+            try:
+                problems += layout.problems(module)
+            except AttributeError as error:
+                problems.append(f"it lacks an attribute of such layers: {error}")
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerDecoderLayer):
+                problems.append("a decoder's attention is causal or to another sequence")
+            if name == "":
+                problems.append("the model itself is one attention layer: put it into a module")
         if problems:
-            wrong[name] = problems
+            wrong.setdefault((type(module).__name__, "; ".join(problems)), []).append(name or "model")
     if wrong:
-        alike = {}
-        for name, problems in wrong.items():
-            kind = type(model.get_submodule(name)).__name__
-            alike.setdefault((kind, "; ".join(problems)), []).append(name or "model")
-        reasons = [f"{', '.join(names)} ({kind}): {problems}" for (kind, problems), names in alike.items()]
+        reasons = [f"{', '.join(names)} ({kind}): {problems}" for (kind, problems), names in wrong.items()]
         raise ValueError(f"cannot convert {type(model).__name__}\n" + "\n".join(reasons))
     if not found:
         raise ValueError(
@@ -407,7 +380,7 @@ def convert(
         original = model.get_submodule(name)
         core = new[original] = layout(original, epsilon=epsilon, schedule=schedule, dconv=dconv)
         kept = [key for key, _ in original.named_parameters()]
-        report.layers[name] = Conversion(
+        report.layers[name] = dict(
             kept=kept,
             dropped=["softmax over all pairs of tokens; its entries above the threshold stay until castle()"],
             new=[key for key, _ in core.named_parameters() if key not in kept],
@@ -517,7 +490,7 @@ def read_checkpoint(path: str | Path) -> dict:
     """The dictionary in a checkpoint file, on the CPU. Only tensors and plain data are unpickled.
 
     Raises: ValueError that names the file if it is missing or damaged, if loading it would run
-        code, if it is no dictionary, or if it has tensors that are not dense.
+        code, or if it is no dictionary.
     """
     path = Path(path)
     if not path.is_file():
@@ -533,11 +506,6 @@ def read_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path} is damaged or is no PyTorch checkpoint: {error!r}") from error
     if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dictionary by name")
-    for place, leaf in tree_leaves_with_path(checkpoint):
-        if isinstance(leaf, Tensor) and (
-            leaf.layout != torch.strided or leaf.is_meta or leaf.is_quantized or leaf.is_nested
-        ):
-            raise ValueError(f"{path} holds a sparse, meta, quantised or nested tensor, {keystr(place)}")
     return checkpoint
 
 
@@ -716,50 +684,46 @@ def load_pretrained(model: nn.Module, path: str | Path, class_layers: tuple[str,
     # `progress` is not a weight: each training run sets its own.
     weights, own = ({n: x for n, x in state.items() if not n.endswith("progress")} for state in (weights, own))
     file_weights, weights = weights, renamed_weights(weights, model)
-    kernels = {name: core.kernel for name, core in cores(model).items()}
-    castling = any(kernel != "softmax" for kernel in kernels.values())
+    castling = any(core.kernel != "softmax" for core in cores(model).values())
     published = not any(".dconv." in name for name in weights)
     file_has_dist = "dist_token" in weights or any(name.startswith("head_dist.") for name in weights)
 
-    def expected_new(name: str) -> bool:
-        """Whether the file may lack what the model has."""
-        if name.startswith(("head_dist.", "dist_token")):
-            return not file_has_dist
-        if name.startswith("head."):  # MAE's encoder has no classifier
-            return published and not any(other.startswith(("head.", "fc_norm.")) for other in weights)
-        if name.endswith(".dwconv.bias") and name.removesuffix("bias") + "weight" in weights:
-            return True  # the DWConv of a DeiT has no bias; ours starts at 0, which is the same
-        added = r"\.(dconv|dwconv|pool_[qkv]|norm_[qkv]|skip)\.|attn_downsample\.qkv\.bn\.num_batches_tracked"
-        return castling and published and bool(re.search(added, name))
-
-    def expected_rest(name: str) -> bool:
-        """Whether the model may lack what the file has."""
-        layer, kind = name.rpartition(".")[::2]
-        if kind == "attention_bias_idxs" or name.startswith(("decoder_", "mask_token")):
-            return True
-        if name.startswith(("head_dist.", "dist_token")):
-            return getattr(model, "head_dist", None) is None
-        if isinstance(model, DenseViT) and name.startswith(("cls_token", "norm.", "fc_norm.", "head.")):
-            return True
-        if kind in ("attention_biases", "rel_pos_h", "rel_pos_w"):
-            return kernels.get(layer, "softmax") != "softmax"
-        if name.startswith(("conv_head.", "classifier.")):
-            return getattr(model, "classifier", model) is None  # a detector's backbone
+    file_has_head = any(name.startswith(("head.", "fc_norm.")) for name in weights)
+    added = r"\.(dconv|dwconv|pool_[qkv]|norm_[qkv]|skip)\.|attn_downsample\.qkv\.bn\.num_batches_tracked"
+    # Names that the file may lack, or the model, and when.
+    new = [
+        (r"^(head_dist\.|dist_token)", not file_has_dist),
+        (r"^head\.", published and not file_has_head),  # MAE's encoder has no classifier
+        # the DWConv of a DeiT has no bias; ours starts at 0, which is the same
+        (r"\.dwconv\.bias$", True),
+        (added, castling and published),
+    ]
+    rest = [
+        (r"attention_bias_idxs$|^decoder_|^mask_token", True),
+        (r"^(head_dist\.|dist_token)", getattr(model, "head_dist", None) is None),
+        (r"^(cls_token|(norm|fc_norm|head)\.)", isinstance(model, DenseViT)),
+        (r"\.(attention_biases|rel_pos_[hw])$", castling),
+        (r"^(conv_head|classifier)\.", getattr(model, "classifier", model) is None),  # a detector's backbone
         # the published LeViT has separate layers to kv and to q in its down-sampling attention
-        return castling and bool(re.search(r"\.attn_downsample\.(kv|q\.ln)\.", name))
+        (r"\.attn_downsample\.(kv|q\.ln)\.", castling),
+    ]
+
+    def expected(name: str, table: list[tuple[str, bool]]) -> bool:
+        return any(allowed and re.search(pattern, name) for pattern, allowed in table)
 
     classes = {name: value.shape for name, value in own.items() if name.startswith(class_layers)}
     other_classes = any(getattr(weights.get(name), "shape", shape) != shape for name, shape in classes.items())
     final = {}
     tensors = {name: x for name, x in weights.items() if isinstance(x, Tensor)}
+    tensors = {name: x for name, x in tensors.items() if x.layout == torch.strided and not x.is_meta}
     numbers = {name: x.float() for name, x in tensors.items() if x.is_floating_point()}
     wrong = [f"{name} holds nan or inf" for name, x in numbers.items() if not x.isfinite().all()]
     for name, value in own.items():
         found = weights.get(name)
         if other_classes and name in classes:
             report.new.append(name)
-        elif found is not None and not isinstance(found, Tensor):
-            wrong.append(f"{name} is no tensor")
+        elif found is not None and name not in tensors:
+            wrong.append(f"{name} is no dense tensor")
         elif found is not None and value.is_floating_point() and name not in numbers:
             wrong.append(f"{name} is {found.dtype} in the file, {value.dtype} in the model")
         elif found is not None and found.shape == value.shape:
@@ -771,7 +735,7 @@ def load_pretrained(model: nn.Module, path: str | Path, class_layers: tuple[str,
         elif published and (rows := value_rows(name, weights, value, model)) is not None:
             final[name] = rows
             report.partly.append(name)
-        elif found is None and expected_new(name):
+        elif found is None and expected(name, new):
             report.new.append(name)
         elif found is None:
             wrong.append(f"missing {name}")
@@ -779,9 +743,9 @@ def load_pretrained(model: nn.Module, path: str | Path, class_layers: tuple[str,
             if name in HEADS and found.shape[:1] != value.shape[:1]:
                 wrong.insert(0, f"{(*found.shape, 0)[0]} classes in the file, {len(value)} in the model")
             wrong.append(f"{name} is {tuple(found.shape)} in the file, {tuple(value.shape)} in the model")
-    rest = [name for name in weights if name not in own]
-    report.ignored = [name for name in rest if expected_rest(name)]
-    wrong += [f"unknown {name}" for name in rest if not expected_rest(name)]
+    unknown = [name for name in weights if name not in own]
+    report.ignored = [name for name in unknown if expected(name, rest)]
+    wrong += [f"unknown {name}" for name in unknown if not expected(name, rest)]
     if wrong:
         more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
         other = likeliest_model(file_weights, model)

@@ -80,19 +80,13 @@ class Scene:
 
 
 def placed(outlines: list, centre: np.ndarray, half: np.ndarray, angle: float) -> list[np.ndarray]:
-    """Outlines in pixels: scaled by `half` (x, y), turned by `angle` (radians), moved to `centre`.
-
-    half, centre: (2,), in pixels.
-    """
+    """Outlines, scaled by `half`, turned by `angle` (radians), moved to `centre` (both (2,), pixels)."""
     cos, sin = math.cos(angle), math.sin(angle)
     return [np.asarray(points) * half @ np.array([[cos, sin], [-sin, cos]]) + centre for points in outlines]
 
 
 def coverage(outlines: list[np.ndarray], size: int) -> np.ndarray:
-    """The share of each pixel that is inside the first outline and outside the others.
-
-    Returns: (size, size) float32, 0..1.
-    """
+    """The share, 0..1, of each pixel inside the first outline and outside the others: (size, size)."""
     fine = 3
     canvas = Image.new("L", (fine * size, fine * size))
     draw = ImageDraw.Draw(canvas)
@@ -102,11 +96,7 @@ def coverage(outlines: list[np.ndarray], size: int) -> np.ndarray:
 
 
 def texture(rng: np.random.Generator, size: int, colour: np.ndarray) -> np.ndarray:
-    """A pattern around a colour: blotches, stripes or checks. Scale and contrast are random.
-
-    Stripes and checks have a random direction.
-    Returns: (size, size, 3) float32.
-    """
+    """Blotches, stripes or checks around a colour, random in all but that: (size, size, 3) float32."""
     kind = rng.integers(3)
     if kind == 0:
         coarse = rng.integers(0, 256, (rng.integers(3, 9),) * 2, dtype=np.uint8)
@@ -240,8 +230,6 @@ def read_image(path: str | Path, upright: bool = False) -> Image.Image:
     Raises: DataError, which names the file, if it cannot be read.
     """
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise ValueError("it is not a file")
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError("it has more than 8 bits per channel, and values would be cut off")
@@ -321,8 +309,8 @@ def seeded(*numbers: int) -> Iterator[None]:
 class Augmented(Dataset):
     """The data set `base`, transformed. Random numbers follow from (seed, epoch, index) alone.
 
-    The key of an item is (epoch, index), which is what `EpochSampler` yields. So loader processes
-    need not know the epoch, and their number changes nothing.
+    The key of an item is (epoch, index), as `EpochSampler` yields it: loader processes need not
+    know the epoch.
     """
 
     def __init__(self, base: Dataset, transform: Callable | None, seed: int):
@@ -389,10 +377,7 @@ def make_loader(
 
 
 def leave_group(worker: int) -> None:
-    """Put a loader process into a process group of its own.
-
-    So Ctrl-C and other signals to a run's group reach only the run. The run ends its loaders.
-    """
+    """Put a loader process into a group of its own: Ctrl-C reaches only the run, which ends it."""
     os.setpgrp()
 
 

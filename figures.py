@@ -287,10 +287,7 @@ def detector_points() -> list[dict]:
 
 
 def accuracy(path: Path) -> None:
-    """Fig. 1 and Fig. 5: the paper's accuracies at the MACs counted here, softmax beside castling.
-
-    Up and to the left is better. The accuracies are the paper's; only the MACs are our own.
-    """
+    """Fig. 1 and Fig. 5: the paper's accuracies at the MACs counted here, softmax beside castling."""
     with drawing(path, height=4.0) as figure:
         plots = figure.subplots(1, 2)
         for plot, rows in zip(plots, (classifier_points(), detector_points()), strict=True):
@@ -377,7 +374,6 @@ def frequency_study(steps: int = 4000, seed: int = 0) -> dict:
     Eq. (8), 1/2 + cos(theta) / pi, hold 79% of frequency 1 and nothing of the others.
 
     Network: (cos theta, sin theta) -> 256 tanh units -> 1. Adam, rate 1e-3, all 256 angles a step.
-    Args: steps: training steps; seed: of the initial weights.
     Returns: a dict. angle, target, linear, fit (256,): the angles and three functions of them.
         step, loss: the steps measured, and the squared errors. residual (steps, frequencies):
         |F[fit] - F[target]| / |F[target]|. linear_residual (frequencies,): of the linear terms.
@@ -484,11 +480,12 @@ def core_ratios(result: dict) -> dict[int, list[tuple[int, float]]]:
     return {D: [(N, statistics.median(lines[D][N])) for N in sorted(lines[D])] for D in sorted(lines, reverse=True)}
 
 
-def crossover(result: dict, path: Path) -> None:
+def crossover(path: Path, bench: Path = BENCH) -> None:
     """Time of the softmax core / time of the castling core, over N, a line per D.
 
-    Above 1, castling is faster. result: what bench.py --json writes, with a `core` table.
+    Above 1, castling is faster. bench: a file of bench.py --json with a `core` table.
     """
+    result = json.loads(bench.read_text())
     with drawing(path, width=6.0) as figure:
         plot = figure.subplots()
         for i, (D, points) in enumerate(core_ratios(result).items()):
@@ -817,14 +814,7 @@ def tables(args: argparse.Namespace) -> None:
 
 
 FIGURES: dict[str, Callable[[Path], None]] = {
-    "idea": idea,
-    "kernel": kernel,
-    "series": series,
-    "accuracy": accuracy,
-    "masks": masks,
-    "frequency": frequency,
-    "resolution": resolution,
-    "crossover": lambda path: crossover(json.loads(BENCH.read_text()), path),
+    draw.__name__: draw for draw in (idea, kernel, series, accuracy, masks, frequency, resolution, crossover)
 }
 
 

@@ -17,7 +17,7 @@ import json
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
@@ -63,8 +63,8 @@ class Cost:
     params: int
     params_weights: int
     macs: int
-    attention: int = 0
-    by_module: dict[str, int] = field(default_factory=dict)
+    attention: int
+    by_module: dict[str, int]
 
 
 def fused_attention(query, key, value, *args, **kwargs) -> int:
@@ -375,14 +375,14 @@ def meta_model(
 
 
 def table_row(
-    name: str, attention_name: str, cost: Cost, params: int, paper_params: float | None, paper_macs: float, note: str
+    name: str, attention_name: str, params: int, macs: int, paper_params: float | None, paper_macs: float, note: str
 ) -> dict:
     """A table's row as --json prints it: parameters in M, MACs in G, None if the paper has none."""
     return dict(
         model=name,
         attention=attention_name,
         params_m=params / 1e6,
-        macs_g=cost.macs / 1e9,
+        macs_g=macs / 1e9,
         paper_params_m=paper_params,
         paper_macs_g=paper_macs,
         note=note,
@@ -397,7 +397,7 @@ def table_1() -> list[dict]:
             model, image = levit_of_design(design), torch.empty(1, 3, 224, 224)
         cost = count(model, image, convention="paper-cls")
         note = f"row {design}: " + ", ".join(f"{key} {value}" for key, value in DESIGNS[design].items())
-        rows.append(table_row("levit192", "softmax", cost, cost.params_weights, None, paper / 1000, note))
+        rows.append(table_row("levit192", "softmax", cost.params_weights, cost.macs, None, paper / 1000, note))
     return rows
 
 
@@ -413,13 +413,13 @@ def table_2() -> list[dict]:
         model, image = meta_model(name, "softmax")
         cost = count(model, image, convention="paper-cls")
         params, note = (cost.params, "all parameters, two heads") if levit else (cost.params_weights, "")
-        rows.append(table_row(name, "softmax", cost, params, *softmax, note))
+        rows.append(table_row(name, "softmax", params, cost.macs, *softmax, note))
         downsamples = not name.startswith("deit")
         for castle_downsample in (False, True) if downsamples else (True,):
             model, image = meta_model(name, "castling", castle_downsample=castle_downsample)
             cost = count(model, image, convention="paper-cls")
             note = "" if not downsamples else "C2: all castled" if castle_downsample else "C1: softmax down-sampling"
-            rows.append(table_row(name, "castling", cost, cost.params_weights, *castling, note))
+            rows.append(table_row(name, "castling", cost.params_weights, cost.macs, *castling, note))
     return rows
 
 
@@ -440,7 +440,7 @@ def detector_row(
     cost = count(model, image, convention="paper-det")
     pure = cost.by_module[""] / 1e9
     note = f"{image_size} px, {note}; pure MACs {pure:.4f} G"
-    return table_row(name, attention_name, cost, cost.params, *paper, note) | dict(pure_macs_g=pure)
+    return table_row(name, attention_name, cost.params, cost.macs, *paper, note) | dict(pure_macs_g=pure)
 
 
 def table_3() -> list[dict]:
@@ -493,11 +493,10 @@ def table_4() -> list[dict]:
                 image = torch.empty(1, 3, height, width)
             cost = count(model, image)
             note = f"{decoder}, input {height} x {width}: ADE20K's first validation image, padded"
-            rows.append(table_row("vit_base", attention_name, cost, cost.params, paper_params, paper_macs, note))
+            rows.append(table_row("vit_base", attention_name, cost.params, cost.macs, paper_params, paper_macs, note))
             params = sum(p.numel() for p in model.backbone.parameters())
-            part = Cost(params, 0, cost.by_module["backbone"])
-            note = f"{decoder}, backbone and pyramid"
-            rows.append(table_row("vit_base backbone", attention_name, part, params, None, paper_backbone, note))
+            macs, note = cost.by_module["backbone"], f"{decoder}, backbone and pyramid"
+            rows.append(table_row("vit_base backbone", attention_name, params, macs, None, paper_backbone, note))
     return rows
 
 
@@ -534,11 +533,12 @@ def compare(name: str, attentions: list[str], image_size: int, convention: str) 
     """Costs of one model with several attentions, by part; and of its branch in training."""
     rows = []
     for attention_name in attentions:
-        model, image = meta_model(name, attention_name, image_size)
-        cost = count(model, image, convention=convention)
-        parts = {part: macs for part, macs in cost.by_module.items() if re.fullmatch(r"\w+(\.\d+)?", part)}
         with torch.device("meta"):
-            hybrid = build_model(name, attention_name, image_size=image_size)
+            model = build_model(name, attention_name, image_size=image_size)
+            image = torch.empty(1, 3, image_size, image_size)
+        with_branch = count(model, image, convention=convention)
+        cost = count(castle(model), image, convention=convention)
+        parts = {part: macs for part, macs in cost.by_module.items() if re.fullmatch(r"\w+(\.\d+)?", part)}
         rows.append(dict(
             model=name,
             attention=attention_name,
@@ -551,7 +551,7 @@ def compare(name: str, attentions: list[str], image_size: int, convention: str) 
             paper_macs_g=None,
             note="castled" if attention_name == "castling" else "",
             attention_share=cost.attention / cost.macs,
-            branch_macs_g=(count(hybrid, image, convention=convention).macs - cost.macs) / 1e9,
+            branch_macs_g=(with_branch.macs - cost.macs) / 1e9,
             peak_activation_mib=peak_activation_bytes(model, image) / 2**20,
             by_module_g={part: macs / 1e9 for part, macs in parts.items()},
         ))  # fmt: skip
@@ -582,11 +582,8 @@ def curve(name: str, sizes: Iterable[int]) -> list[dict]:
     """MACs of the softmax model and of the castled model at several image sizes."""
     rows = []
     for size in sizes:
-        costs = {a: count(*meta_model(name, a, size)) for a in ("softmax", "castling")}
-        rows.append(dict(
-            model=name, image_size=size, softmax_macs_g=costs["softmax"].macs / 1e9,
-            castling_macs_g=costs["castling"].macs / 1e9,
-        ))  # fmt: skip
+        softmax, castling = (count(*meta_model(name, a, size)).macs / 1e9 for a in ("softmax", "castling"))
+        rows.append(dict(model=name, image_size=size, softmax_macs_g=softmax, castling_macs_g=castling))
     return rows
 
 

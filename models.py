@@ -141,12 +141,11 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def mlp_dwconv_size(given: int | None, core_options: Mapping, castling: int = 5) -> int:
-    """Kernel size of the MLPs' DWConv: `given`, unless it is None. Then it is 0 for softmax, and
-    `castling` for all others (D7)."""
-    if given is not None:
-        return given
-    return 0 if core_options["kernel"] == "softmax" else castling
+def resample(table: Tensor, size: tuple[int, ...], mode: str, align_corners: bool | None = None) -> Tensor:
+    """A learned table (1, C, *old size), interpolated in float32 to `size`, unless it has this size."""
+    if not symbolic(size) and tuple(table.shape[2:]) == tuple(size):
+        return table
+    return F.interpolate(table.float(), size=size, mode=mode, align_corners=align_corners).to(table.dtype)
 
 
 class TokenConv(nn.Conv2d):
@@ -258,11 +257,8 @@ class PooledAttention(AttentionCore):
 
 def resize_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
     """Position embeddings (1, y x, C) of grid `old`, resampled to grid `new` (bicubic)."""
-    if not symbolic(new) and old == new:
-        return table
-    table = rearrange(table, "1 (y x) c -> 1 c y x", y=old[0])
-    table = F.interpolate(table.float(), size=new, mode="bicubic", align_corners=False).to(table.dtype)
-    return rearrange(table, "1 c y x -> 1 (y x) c")
+    maps = resample(rearrange(table, "1 (y x) c -> 1 c y x", y=old[0]), new, "bicubic", align_corners=False)
+    return rearrange(maps, "1 c y x -> 1 (y x) c")
 
 
 class SelfAttention(AttentionCore):
@@ -406,7 +402,6 @@ class DeiT(ViT):
     Args:
         distilled: add a second class token and head. In training the model then returns a pair of
             logits (class, distillation), in eval their mean.
-        mlp_dwconv: None means 5, or 0 for the softmax kernel (D7).
         Others as in `ViT`.
     """
 
@@ -421,11 +416,10 @@ class DeiT(ViT):
         num_classes: int = 1000,
         distilled: bool = False,
         drop_path: float = 0.1,
-        mlp_dwconv: int | None = None,
+        mlp_dwconv: int = 0,
         core_options: Mapping = ATTENTIONS["castling"],
     ):
         tokens = ("cls_token", "dist_token") if distilled else ("cls_token",)
-        mlp_dwconv = mlp_dwconv_size(mlp_dwconv, core_options)
         super().__init__(tokens, dim, heads, depth, mlp_ratio, patch_size, image_size, drop_path,
                          mlp_dwconv, dwconv_bias=False, core_options=core_options)  # fmt: skip
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -448,12 +442,8 @@ class DeiT(ViT):
 class DenseViT(ViT):
     """(B, 3, H, W) pixels -> (B, C, y, x), the last block's features; any H x W.
 
-    A plain ViT for dense prediction, without class token, final norm or head.
-
-    Args:
-        mlp_dwconv: None means 3, or 0 for the softmax kernel. It has a bias here. The 118 M and
-            147 G of Castling-ViT-B in the paper are too few for a 5x5 (D8).
-        Others as in `ViT`.
+    A plain ViT for dense prediction, without class token, final norm or head. The MLPs' DWConv has
+    a bias. Args as in `ViT`.
     """
 
     def __init__(
@@ -465,10 +455,9 @@ class DenseViT(ViT):
         patch_size: int = 16,
         image_size: int | tuple[int, int] = 512,
         drop_path: float = 0.1,
-        mlp_dwconv: int | None = None,
+        mlp_dwconv: int = 0,
         core_options: Mapping = ATTENTIONS["castling"],
     ):
-        mlp_dwconv = mlp_dwconv_size(mlp_dwconv, core_options, castling=3)                           # D8
         super().__init__((), dim, heads, depth, mlp_ratio, patch_size, image_size, drop_path,
                          mlp_dwconv, dwconv_bias=True, core_options=core_options)  # fmt: skip
         self.initialise()
@@ -479,18 +468,6 @@ class DenseViT(ViT):
 
 
 # ---- LeViT ---------------------------------------------------------------------------------------
-
-
-class ConvNorm(nn.Module):
-    """3x3 stride-2 convolution and BatchNorm."""
-
-    def __init__(self, channels_in: int, channels_out: int):
-        super().__init__()
-        self.linear = nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(channels_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.linear(x))
 
 
 class LinearNorm(nn.Module):
@@ -507,7 +484,7 @@ class LinearNorm(nn.Module):
         return self.bn(x.flatten(0, 1)).view_as(x)
 
 
-class NormLinear(nn.Module):
+class NormLinear(nn.Sequential):
     """BatchNorm and linear layer, (B, C) -> (B, classes)."""
 
     def __init__(self, dim: int, num_classes: int):
@@ -517,9 +494,6 @@ class NormLinear(nn.Module):
         nn.init.trunc_normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.bn(x))
-
 
 def activated_projection(dim: int, out_dim: int, bn_weight: float = 1.0) -> nn.Sequential:
     """Hardswish and the output projection, the end of every LeViT attention."""
@@ -528,9 +502,7 @@ def activated_projection(dim: int, out_dim: int, bn_weight: float = 1.0) -> nn.S
 
 def resize_offsets(table: Tensor, grid: Grid) -> Tensor:
     """Resample a table of absolute offsets, (H, y, x), to another grid: bilinear, corners kept."""
-    if not symbolic(grid) and tuple(table.shape[1:]) == tuple(grid):
-        return table
-    return F.interpolate(table[None].float(), size=grid, mode="bilinear", align_corners=True)[0].to(table.dtype)
+    return resample(table[None], grid, "bilinear", align_corners=True)[0]
 
 
 def offset_bias(table: Tensor, built: Grid, grid: Grid, stride: int) -> Tensor:
@@ -712,8 +684,7 @@ class LeViT(nn.Module):
         castle_downsample: True ("C2"): the down-sampling blocks of the castling architecture use
             `core_options` too, and keys and values are pooled to the queries' grid (D5). False
             ("C1"): they keep softmax.
-        mlp_dwconv: kernel of the DWConv in the MLPs of stage blocks, 0 for none. None means 5, or 0
-            for the softmax kernel (D7).
+        mlp_dwconv: kernel of the DWConv in the MLPs of stage blocks, 0 for none.
         core_options: options of AttentionCore.
     Raises: ValueError if dims, heads and depths differ in length.
     Source: LeViT's paper, and levit.py @ 3772b8e (above); arXiv:2211.10526v4, Table 2.
@@ -731,19 +702,20 @@ class LeViT(nn.Module):
         distilled: bool | None = None,
         drop_path: float = 0.0,
         castle_downsample: bool = True,
-        mlp_dwconv: int | None = None,
+        mlp_dwconv: int = 0,
         core_options: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
         if not len(dims) == len(heads) == len(depths):
             raise ValueError(f"dims, heads and depths must have one entry per stage: {dims}, {heads}, {depths}")
         published = core_options["kernel"] == "softmax"
-        mlp_dwconv = mlp_dwconv_size(mlp_dwconv, core_options)
         widths = [3, dims[0] // 8, dims[0] // 4, dims[0] // 2, dims[0]]
         grid = pair(image_size)
         self.stem = nn.Sequential()
         for i in range(4):
-            self.stem.add_module(f"conv{i + 1}", ConvNorm(widths[i], widths[i + 1]))
+            conv = nn.Conv2d(widths[i], widths[i + 1], 3, stride=2, padding=1, bias=False)
+            layers = OrderedDict(linear=conv, bn=nn.BatchNorm2d(widths[i + 1]))
+            self.stem.add_module(f"conv{i + 1}", nn.Sequential(layers))
             if i < 3:
                 self.stem.add_module(f"act{i + 1}", nn.Hardswish())
             grid = halved(grid)
@@ -792,9 +764,7 @@ class LeViT(nn.Module):
 
 def resize_relative(table: Tensor, length: int) -> Tensor:
     """Resample a table of relative positions along one axis, (length', D), to another length."""
-    if not symbolic([length]) and len(table) == length:
-        return table
-    return F.interpolate(table.T[None].float(), size=length, mode="linear")[0].T.to(table.dtype)
+    return resample(table.T[None], (length,), "linear")[0].T
 
 
 def relative_rows(table: Tensor, queries: int, keys: int) -> Tensor:
@@ -898,12 +868,11 @@ class MViTv2(nn.Module):
         num_classes: int = 1000,
         drop_path: float = 0.1,
         castle_downsample: bool = True,
-        mlp_dwconv: int | None = None,
+        mlp_dwconv: int = 0,
         core_options: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
         published = core_options["kernel"] == "softmax"
-        mlp_dwconv = mlp_dwconv_size(mlp_dwconv, core_options)
         grid = tuple((side - 1) // 4 + 1 for side in pair(image_size))
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, 7, stride=4, padding=3)))
         rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
@@ -975,7 +944,7 @@ class SqueezeExcitation(nn.Module):
         return x * F.hardsigmoid(self.conv_expand(F.relu(self.conv_reduce(mean))))
 
 
-class DepthSeparable(nn.Module):
+class DepthSeparable(nn.Sequential):
     """Depthwise and pointwise convolution, each with BatchNorm and Hardswish. timm's names."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, squeeze: bool = False):
@@ -983,10 +952,6 @@ class DepthSeparable(nn.Module):
         self.conv_dw, self.bn1, self.act1 = conv_norm(channels_in, channels_in, kernel, stride, groups=channels_in)
         self.se = SqueezeExcitation(channels_in) if squeeze else nn.Identity()
         self.conv_pw, self.bn2, self.act2 = conv_norm(channels_in, channels_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.se(self.act1(self.bn1(self.conv_dw(x))))
-        return self.act2(self.bn2(self.conv_pw(x)))
 
 
 class MapBlock(MViTBlock):
@@ -1036,7 +1001,7 @@ class LCNet(ConvBackbone):
     Args:
         width: factor on all channels.
         heads: H of the transformer block at stride 16, and of that at stride 32.
-        mlp_dwconv: kernel of the MLPs' DWConv, 0 for none. None means 5, or 0 for softmax (D7).
+        mlp_dwconv: kernel of the MLPs' DWConv, 0 for none.
         drop_path: stochastic depth of the transformer blocks.
     """
 
@@ -1045,12 +1010,11 @@ class LCNet(ConvBackbone):
         width: float,
         heads: tuple[int, int] | None = None,
         num_classes: int | None = None,
-        mlp_dwconv: int | None = None,
+        mlp_dwconv: int = 0,
         drop_path: float = 0.0,
         core_options: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
-        mlp_dwconv = mlp_dwconv_size(mlp_dwconv, core_options)
         dims = [make_divisible(dim * width, 8) for dim in LCNET_DIMS]
         dim = make_divisible(16 * width, 8)
         self.conv_stem, self.bn1, self.act1 = conv_norm(3, dim, 3, stride=2)
@@ -1140,12 +1104,11 @@ class ESNet(ConvBackbone):
         ratios: tuple[tuple[float, ...], ...],
         heads: int | None = None,
         num_classes: int | None = None,
-        mlp_dwconv: int | None = None,
+        mlp_dwconv: int = 0,
         drop_path: float = 0.0,
         core_options: Mapping = ATTENTIONS["castling"],
     ):
         super().__init__()
-        mlp_dwconv = mlp_dwconv_size(mlp_dwconv, core_options)
         self.channels = tuple(make_divisible(dim * width, 16) for dim in (128, 256, 512))
         self.stem = nn.Sequential(conv_norm(3, 24, 3, stride=2), nn.MaxPool2d(3, stride=2, padding=1))
         self.stages, dim = nn.ModuleList(), 24
@@ -1161,12 +1124,10 @@ class ESNet(ConvBackbone):
         self.make_classifier(num_classes)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        x = self.stem(x)
-        maps = []
+        maps = [self.stem(x)]
         for blocks in self.stages:
-            x = blocks(x)
-            maps.append(x)
-        return maps
+            maps.append(blocks(maps[-1]))
+        return maps[1:]
 
 
 # ---- builders ------------------------------------------------------------------------------------
@@ -1205,7 +1166,9 @@ def build_model(
         image_size: pixels, one number or (height, width). The model accepts other sizes too.
         castle_downsample: see `LeViT`. It has no effect on models without down-sampling blocks.
         overrides: other arguments of the model (dims, depth, drop_path, distilled, mlp_dwconv, ...)
-            or of its AttentionCore (auxiliary, epsilon, schedule, dconv, dropout).
+            or of its AttentionCore (auxiliary, epsilon, schedule, dconv, dropout). The MLPs' DWConv,
+            `mlp_dwconv`, is 5x5 by default, and absent with softmax (D7). In dense models it is 3x3:
+            the 118 M and 147 G of the paper's Castling-ViT-B are too few for 5x5 (D8).
     Raises: ValueError for an unknown name, attention or override. It lists known or similar ones.
     """
     family, row = look_up(MODELS, name, "model")
@@ -1220,6 +1183,9 @@ def build_model(
     mlp_dwconv = overrides.get("mlp_dwconv")
     if mlp_dwconv and (mlp_dwconv < 0 or mlp_dwconv % 2 == 0):
         raise ValueError(f"mlp_dwconv must be odd, or 0 for none, got {mlp_dwconv}")
+    if mlp_dwconv is None:
+        castling = 3 if family is DenseViT else 5                                                    # D7, D8
+        overrides["mlp_dwconv"] = 0 if core_options["kernel"] == "softmax" else castling
     common = dict(image_size=image_size, castle_downsample=castle_downsample)
     if num_classes is not None:
         common["num_classes"] = num_classes
