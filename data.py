@@ -96,7 +96,7 @@ def coverage(outlines: list[np.ndarray], size: int) -> np.ndarray:
 
 
 def texture(rng: np.random.Generator, size: int, colour: np.ndarray) -> np.ndarray:
-    """Blotches, stripes or checks around a colour, random in all but that: (size, size, 3) float32."""
+    """Blotches, stripes or checks around a colour, with random scale: (size, size, 3) float32."""
     kind = rng.integers(3)
     if kind == 0:
         coarse = rng.integers(0, 256, (rng.integers(3, 9),) * 2, dtype=np.uint8)
