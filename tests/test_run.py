@@ -520,6 +520,16 @@ def test_processes_stop_and_go_on_together(tmp_path, capfd):
     assert "global_batch 4 -> 2" in capfd.readouterr().err
 
 
+def test_processes_evaluate_one_model(tmp_path, capsys):
+    """BatchNorm statistics differ between processes. All of them score their images with those of rank 0, which are
+    saved: one process alone finds the same loss."""
+    options = ("--batch-size=2", "--shapes-length=80", "--max-steps=3", "--epochs=1")
+    assert in_group(2, lambda rank: run_tiny("train", tmp_path / "two", *options)) == [0, 0]
+    run_tiny("train", tmp_path / "one", "--eval", "--json", f"--checkpoint={tmp_path}/two/best.pt", *options)
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["test_loss"] == pytest.approx(records_of(tmp_path / "two")[0]["test_loss"], rel=1e-6)
+
+
 def test_processes_continue_from_one_step(tmp_path, capfd):
     """A process that does not see the checkpoint of the others, as it is on no shared disk, is found
     before any of them trains."""
