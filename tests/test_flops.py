@@ -146,6 +146,7 @@ def test_tables_are_printed(table_2, capsys, monkeypatch):
         flops.main(flops.parser().parse_args(compared))
     printed = capsys.readouterr().out
     assert "auxiliary branch" in printed and re.search(" castling +softmax +cosine\n", printed)
+    assert len({len(line) for line in printed.splitlines()[1:]}) == 1  # columns stand below their names
     assert re.search("\n  head_dist +0.0000 +0.0004 +0.0000\n", printed)  # softmax: 384 x 1000 weights
     monkeypatch.setattr(flops, "CURVE_PIXELS", (64, 1024))
     flops.main(flops.parser().parse_args(["--curve", "--json"]))
