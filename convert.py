@@ -499,9 +499,8 @@ def read_checkpoint(path: str | Path) -> dict:
         raise ValueError(reason)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise ValueError(f"{path} holds more than tensors and plain data, or is damaged: {reason}") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is no checkpoint, is damaged, or holds more than tensors and plain data") from None
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"{path} is damaged or is no PyTorch checkpoint: {error!r}") from error
     if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):

@@ -924,10 +924,11 @@ def describe_recipe(args: argparse.Namespace) -> str:
     peak = f"{a.lr * a.global_batch / LR_BATCH:.4g} ({a.lr} per {LR_BATCH} images)"
     reset = f", started anew every {a.ema_reset} epochs" if a.ema_reset else ""
     changes = "random crops, flips and colours" if a.augment else "random flips"
+    sides = f"{a.image_size} +- {32 * a.multi_scale}" if a.multi_scale else a.image_size
     return f"""optimiser: SGD, weight decay {a.weight_decay}
 learning rate: {a.warmup_steps} steps of warm-up to a learning rate of {peak}, then a cosine to 0
 averaged weights: decay {a.ema_decay} per step{reset}
-augmentation: {changes}; side of images {a.image_size} +- {32 * a.multi_scale} px"""
+augmentation: {changes}; images of {sides} px"""
 
 
 # ---- drawing -------------------------------------------------------------------------------------
@@ -1025,7 +1026,7 @@ def parser() -> argparse.ArgumentParser:
     p = run.Parser(
         "detect.py", __doc__,
         epilog=f"""--model is one of {', '.join(DETECTORS)}; default lcnet_vit_s
---data is shapes, or a folder with annotations/instances_{{train,val}}2017.json, train2017/ and val2017/
+--data is shapes, or a folder with annotations/instances_{{train,val}}*.json, train2017/ and val2017/
 --shapes-length: for validation there are 1/15 as many scenes
 --image-size for a folder is by default 320 for S models, 416 for M and L""",
     )  # fmt: skip

@@ -553,8 +553,11 @@ class Run:
             raise self.not_finite("gradients overflow at every loss scale of float16")
 
     def evaluation_due(self) -> bool:
-        """Whether to evaluate the epoch that was trained last."""
-        return (self.trained["epoch"] + 1) % self.args.eval_every == 0 or self.step == self.total_steps
+        """Whether to evaluate the epoch that was trained last. Says so, as it may take minutes."""
+        due = (self.trained["epoch"] + 1) % self.args.eval_every == 0 or self.step == self.total_steps
+        if due:
+            self.bar.say(f"epoch {self.trained['epoch']}: evaluating")
+        return due
 
     def log(self, metrics: dict) -> None:
         """End an epoch: write its record to the log, and best.pt if its score is the best so far.
@@ -745,20 +748,16 @@ def span(shares: list[float]) -> str:
 
 def first_masks(model: nn.Module, masks: dict[str, tuple[float, float, float]]) -> str:
     """What the masks keep in the first step of a run, as text. masks: of `mask_statistics`."""
-    kinds, never = {}, []  # {number of tokens and threshold: densities of its layers}
+    kinds = {}  # {number of tokens and threshold: densities of its layers}
     for name, (density, _, tokens) in masks.items():
         core = cores(model)[name]
         threshold = float(mask_threshold(0.0, round(tokens), core.epsilon, core.schedule))
         kinds.setdefault(f"{tokens:.0f} tokens, threshold {threshold:.3g}", []).append(density)
-        if threshold >= 1:
-            never.append(f"{name} ({tokens:.0f} tokens)")
     holding = sum(density > 0 for density, *_ in masks.values())
-    text = [f"auxiliary branch: {holding} of {len(masks)} masks hold entries in the first step"]
+    text = [f"branch: {holding} of {len(masks)} masks hold entries in the first step"]
     for kind, kept in kinds.items():
         layers = f"{len(kept)} layer{'s' if len(kept) > 1 else ''}"
         text.append(f"  {layers} of {kind}: {span(kept)} of entries kept")
-    if never:
-        text.append(f"  these never hold any, because their threshold is 1: {', '.join(never)}")
     return "\n".join(text)
 
 
@@ -938,7 +937,8 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
     add("--attention", help=f"kind of attention, one of {', '.join(ATTENTIONS)}. Default castling: linear-angular "
         "attention, with a softmax branch while training")  # fmt: skip
     add("--epochs", type=at_least(1), help=f"passes over the training images; {by_data('epochs', defaults)}")
-    add("--max-steps", type=at_least(1), help="end the run after this many optimiser steps; all schedules end there")
+    add("--max-steps", type=at_least(1), help="end the run after at most this many optimiser steps; all "
+        "schedules end there")  # fmt: skip
     add("--batch-size", type=at_least(1),
         help=f"images that one process handles at a time; {by_data('batch_size', defaults)}")
     add("--accumulate", type=at_least(1), default=1, help="batches for each optimiser step; default 1")
@@ -969,7 +969,7 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
     add("--save-minutes", type=at_least(0, float), default=10.0, help="minutes from one checkpoint to the next; "
         "default 10. There is also one after each epoch; 0 for only these")  # fmt: skip
     add("--eval-every", type=at_least(1), help="evaluate once in this many epochs, and after the last one; default 1, "
-        "for COCO 10")  # fmt: skip
+        "10 for COCO")  # fmt: skip
     add_task("--eval", action="store_true", help="do not train: print the scores of --checkpoint")
     add("--split", choices=("val", "train"), default="val", help="the images that --eval uses, those for validation or "
         "those for training; default val")  # fmt: skip
@@ -1226,7 +1226,7 @@ def read_each(paths: Iterable[str | Path]) -> Iterator[tuple[Path, Image.Image]]
             continue
         yield Path(path), image
     if unread:
-        raise DataError(f"{unread} images could not be read")
+        raise DataError(f"images that could not be read: {unread}")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Train a semantic segmenter: Mask2Former with a dense Castling-ViT backbone.
 
     python segment.py                                              built-in rendered scenes
-    torchrun --nproc-per-node=8 segment.py --data ADE20K --batch-size 2 \\
+    torchrun --nproc-per-node=8 segment.py --data ADEChallengeData2016 --batch-size 2 \\
         --checkpoint mae_pretrain_vit_base.pth                     on eight GPUs
     python segment.py --eval --checkpoint runs/X/best.pt           prints mIoU
     python segment.py --checkpoint runs/X/best.pt --image photo.jpg --output overlay.png
