@@ -671,7 +671,7 @@ RUNS = [RESULTS / "cifar10.jsonl", RESULTS / "scenes.jsonl"]
 METRICS = {"train.py": ("acc1", "top-1, %"), "detect.py": ("AP", "AP"), "segment.py": ("mIoU", "mIoU")}
 VARIED = {  # settings that may differ within a column
     "attention", "mask_schedule", "dwconv", "dconv", "mlp_dwconv", "zero_dconv", "checkpoint", "seed", "output",
-    "environment", "workers", "save_minutes", "eval_every", "log_wandb", "resume", "overwrite",
+    "environment", "workers", "save_minutes", "eval_every", "log_wandb", "resume", "overwrite", "early_drop",
 }  # fmt: skip
 
 
