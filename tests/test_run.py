@@ -98,6 +98,17 @@ def test_report_says_what_the_masks_hold(capsys, densities, said):
     assert f"mask density          {said}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(6, 2, 3), (40, 1, 8), (2, 8, 1)])
+def test_loader_processes_share_the_cores(monkeypatch, cores, processes, workers):
+    """--workers is by default a process's share of the cores that it may use, from 1 to 8."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    args = train.parser().parse_args([])
+    train.resolve(args)
+    assert args.workers == workers
+
+
 @pytest.mark.parametrize("script", TINY_RUNS)
 def test_help_is_for_newcomers(script):
     """--help starts with one short line of usage. Every flag of train.py is explained: what it is comes
