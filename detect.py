@@ -835,7 +835,7 @@ def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> D
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train, with a checkpoint and a line of the log per epoch. Then print the castling report."""
-    with run.checked(args):  # an error in here ends the script with one line
+    with run.checked(args):  # a mistake in flags or files ends the script here, with one line
         # Data
         resolve(args)
         train_set, val_set = open_split(args, "train"), open_split(args, "val")

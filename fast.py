@@ -4,12 +4,13 @@
     fast.enable()     # the linear-angular kernel and every branch use these forms in training
     fast.disable()    # back to the formulas of attention.py
 
-Eq. (9) keeps q, k, v and its result for backward, half of what the formula's graph keeps. Eq. (10)
+Eq. (9) keeps q, k, v and its result for backward, half of what autograd would keep. Eq. (10)
 works on a few heads or rows at a time and computes their part of M_sparse again in backward. So it
 keeps nothing of size N x N. On a CPU, and without padding, it skips the heads whose mask is
 certainly empty. Gradients of any order and torch.func work as with the formulas. Without gradients,
-and under torch.compile, Eq. (9) runs as its formula. With dropout, and under torch.compile, so does
-Eq. (10), and backward computes it again. The scripts and bench.py enable this file.
+and under torch.compile, Eq. (9) runs as its formula. With dropout, and under torch.compile, Eq.
+(10) runs as its formula, and runs a second time in backward. The scripts and bench.py enable this
+file.
 """
 
 import contextlib

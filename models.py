@@ -10,8 +10,8 @@ MViTv2  Li et al., arXiv:2112.01526;       timm 1.0.31, mvitv2.py
 LCNet   Cui et al., arXiv:2109.15099;      timm 1.0.31, mobilenetv3.py
 ESNet   Yu et al., arXiv:2111.00902;       PaddlePaddle/PaddleDetection @ v2.6.0, ppdet/.../esnet.py
 ViT     He et al., arXiv:2111.06377 (MAE); for segment.py: feature maps instead of logits
-The castling architecture: arXiv:2211.10526v4, section 4. Its text leaves out details. They follow
-from the parameters and MACs in its tables: a depthwise convolution inside the MLPs (D7, D8) and,
+The castling architecture: arXiv:2211.10526v4, section 4. Its text leaves out details. We chose them
+to fit the parameters and MACs in its tables: a depthwise convolution inside the MLPs (D7, D8) and,
 in LeViT and MViTv2, 3x3 depthwise pooling of q, k, v, and queries added to the output.
 
 Parameter names are timm's. New are `attn.dconv`, `mlp.dwconv`, `skip`, LeViT's pooling and

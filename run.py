@@ -912,7 +912,8 @@ def by_data(flag: str, defaults: dict[str, dict]) -> str:
     kinds = {}  # {default: kinds of data that have it}
     for data, row in defaults.items():
         if flag in row:
-            kinds.setdefault(row[flag], []).append(data)
+            value = {True: "on", False: "off"}[row[flag]] if isinstance(row[flag], bool) else row[flag]
+            kinds.setdefault(value, []).append(data)
     given = [f"{value} for {' and '.join(data)}" for value, data in kinds.items()]
     return f"default {', '.join(given) or 'none'}"
 

@@ -1122,7 +1122,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     Every --eval-steps steps, which the log calls an epoch, there is a checkpoint and a log line.
     """
-    with run.checked(args):  # an error in here ends the script with one line
+    with run.checked(args):  # a mistake in flags or files ends the script here, with one line
         # Data
         resolve(args)
         train_set, val_set = open_split(args, "train"), open_split(args, "val")
@@ -1338,7 +1338,7 @@ without --epochs and --max-steps a run has {', '.join(f'{steps} steps for {data}
     add("--backbone-lr", at_least(0, float), "factor on the learning rate of the backbone and its pyramid")
     add("--clip-grad", at_least(0, float), "largest norm of the gradient over all parameters, 0 for no limit")
     add("--ema-decay", share, "decay per step of the averaged weights, which are the ones evaluated, 0 for no "
-        "averaging; without a default below, the average covers about the last 4%% of the steps")  # fmt: skip
+        "averaging; for shapes the average covers by default about the last 4%% of the steps")  # fmt: skip
     return p
 
 

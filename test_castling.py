@@ -4,7 +4,7 @@
     pytest                                  all tests, tests/ too
     pytest --hypothesis-profile=thorough    all, with 20 times the random examples
 
-Oracles are the slow, obvious form in float64. Tolerances come from the dtype.
+Oracles, which give the expected values, are the slow, obvious form in float64. Tolerances come from the dtype.
 Everything else is tested in tests/, one file per module.
 
 Contents
