@@ -98,6 +98,24 @@ def test_report_says_what_the_masks_hold(capsys, densities, said):
     assert f"mask density          {said}\n" in capsys.readouterr().out
 
 
+def test_speed_is_images_by_the_median_time(monkeypatch):
+    """Images of a batch, divided by the median seconds of a forward. The first forward, which may compile, is left
+    out; models take turns."""
+    clock, calls = [0.0], []
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+
+    def model(name, seconds):
+        def forward(images):
+            calls.append(name)
+            clock[0] += next(seconds)
+
+        return forward
+
+    models = dict(slow=model("slow", iter([100, 9, 1, 4, 4, 2, 8, 3])), fast=model("fast", itertools.repeat(2.0)))
+    assert run.images_per_second(models, torch.zeros(8, 1)) == dict(slow=2.0, fast=4.0)
+    assert calls == ["slow", "fast"] * 8
+
+
 @pytest.mark.parametrize(("cores", "processes", "workers"), [(6, 2, 3), (40, 1, 8), (2, 8, 1)])
 def test_loader_processes_share_the_cores(monkeypatch, cores, processes, workers):
     """--workers is by default a process's share of the cores that it may use, from 1 to 8."""
