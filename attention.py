@@ -300,7 +300,7 @@ KERNELS = {
     "relu_s": relu_s_attention,
     "relu_e": relu_e_attention,
     "identity": identity_attention,
-    "softmax_normed": softmax_attention,  # in the castling architecture: normalised, with DWConv
+    "softmax_normed": softmax_attention,  # a control, not in the paper: normalised, DWConv
     "softmax": softmax_attention,  # the published baseline
 }
 

@@ -979,7 +979,7 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
     add("--json", action="store_true", help="print the result of --eval or --image as JSON. detect.py and "
         "segment.py then draw only if --output is given")  # fmt: skip
     add_task("--export", help="do not train: write the castled model of --checkpoint to this .onnx "
-             "or .pt2 file. It takes normalised images of any size")  # fmt: skip
+             "or .pt2 file. It takes normalised images of any size that the model takes")  # fmt: skip
     add = parser.add_argument_group("processes").add_argument
     bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     add("--workers", type=at_least(0, most=128), help="number of processes that load images; 0: the training process "
@@ -1003,7 +1003,7 @@ def take_over(args: argparse.Namespace, trained: Mapping) -> None:
 def fill_in(args: argparse.Namespace, defaults: Mapping) -> None:
     """Set flags that are still None: to `defaults`, or else to the defaults that all scripts share.
 
-    Also set `global_batch`, the images of one step over all processes.
+    Also set the output folder, and `global_batch`, the images of one step over all processes.
     """
     shared = dict(attention="castling", data="shapes", epsilon=0.02, mask_schedule="ramp", seed=0, eval_every=1)
     # A process may be limited to some of the machine's cores. macOS cannot say which.
