@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -104,6 +105,52 @@ def test_readme_tables_are_those_of_the_runs():
         tables += table
     means = re.findall(r"\d+\.\d ± \d+\.\d", README)
     assert means and all(f"| {mean} |" in tables for mean in means)
+
+
+def test_effects_of_one_change_are_those_of_the_logs():
+    """The differences between runs of segmentation in RESULTS.md, by seed, are those of the committed logs."""
+    def scores(log, row):
+        found = [one for one in figures.read_runs(ROOT / f"results/{log}.jsonl") if figures.row_of(one) == row]
+        found = [one for one in found if one["config"]["model"] == "vit_mini" and one["config"]["seed"] < 2]
+        return [figures.outcome(one)["score"] for one in sorted(found, key=lambda one: one["config"]["seed"])]
+
+    bare, normed = "linear_angular, no DWConv", "softmax_normed, no DWConv"
+    some = "linear_angular, no DWConv in MLPs"
+    log, unnormed = "segmentation", ("segmentation_unnormed", bare)
+    pairs = [
+        ((log, normed), (log, "softmax")), (unnormed, (log, "softmax")), ((log, bare), (log, normed)),
+        ((log, bare), unnormed), ((log, bare), (log, "softmax")), ((log, some), (log, bare)),
+        ((log, "linear_angular"), (log, some)), ((log, "softmax, DWConv in MLPs"), (log, "softmax")),
+        ((log, "angular"), (log, "linear_angular")), (("scenes", "castling, ramp"), (log, "linear_angular")),
+    ]  # fmt: skip
+    rows = []
+    for after, before in pairs:
+        change = [one - other for one, other in zip(scores(*after), scores(*before), strict=True)]
+        mean = f"{statistics.mean(change):+.1f} ± {statistics.stdev(change):.1f}"
+        rows.append(f"| {change[0]:+.1f} | {change[1]:+.1f} | {mean} |")
+    table = RESULTS.split("| change | seed 0")[1].split("\n\n")[0].splitlines()[2:]
+    assert ["|" + line.split("|", 2)[2] for line in table] == rows
+
+
+def speed_tables():
+    """The Markdown rows of RESULTS.md's tables of speed, from the log of bench.py."""
+    result = json.loads(figures.BENCH.read_text())
+    cell = lambda one: "{:.2f} ({:.2f} to {:.2f})".format(one["ratio"], *one["quartiles"])  # noqa: E731
+    for row in result["core"] + result["models"]:
+        yield [row["shape"], cell(row["softmax"]), cell(row["released"])]
+    forms = ("empty", "alive", "released off", "released on", "softmax")
+    for row in result["training"]:
+        yield [row["shape"], *(cell(row[form]) for form in forms)]
+    for row in result["training"]:
+        yield [row["shape"], *(f"{row[form]['mib']:.0f}" for form in ("off", *forms[1:]))]
+
+
+def test_speed_tables_are_the_committed_log():
+    """Every row that bench.py logged is in RESULTS.md, with its ratios, quartiles and memory."""
+    rows = [f"| {' | '.join(row)} |\n" for row in speed_tables()]
+    assert len(rows) == 33
+    for row in rows:
+        assert row in RESULTS
 
 
 def test_readme_shows_the_report_of_a_run(capsys):
