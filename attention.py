@@ -712,4 +712,5 @@ if __name__ == "__main__":
     set_threshold(core, 1.0)
     empty = core(q, k, v)
     assert not torch.equal(hybrid, empty) and torch.equal(empty, castle(core)(q, k, v))
-    print("Eq. (9) in O(N) is its definition; castling an empty mask changes no bit")
+    print("Eq. (9): the O(N) form equals the definition")
+    print("Eq. (10): castling changes no bit of the output when the mask is empty")

@@ -7,19 +7,19 @@
 
 The backbone trains with an auxiliary softmax branch in its attention. Castling removes the branch
 after training. Evaluation is done with and without it. The same command again continues a stopped
-run. `train` below is the training loop, and run.py holds the functions that it calls.
-
-Paper: arXiv:2211.10526v4, section 4.2. It follows "PicoDet's detection head design as well as
-their training recipe". Where its text is silent, the parameters and MACs of its Tables 3, 6 and 7
-decide. The backbones are ESNet-ViT and LCNet-ViT, and the detector is version 1 of PicoDet.
-PicoDet: Yu et al., arXiv:2111.00902; PaddleDetection @ v2.6.0.
-Picodet_Pytorch: its PyTorch port, github.com/Bo396543018/Picodet_Pytorch.
-
-Shapes: B images, P points, K classes, G ground-truth boxes of an image.
-A point is the centre of a cell of a feature map. It is (x, y, stride) in pixels. P counts the
-points of all levels.
-Boxes are xyxy in pixels: left, top, right, bottom. Only COCO's files have x, y, width, height.
+run. The training loop is the function `train`. The file run.py has what it calls.
 """
+
+# Paper: arXiv:2211.10526v4, section 4.2. It follows "PicoDet's detection head design as well as
+# their training recipe". Where its text is silent, the parameters and MACs of its Tables 3, 6 and 7
+# decide. The backbones are ESNet-ViT and LCNet-ViT, and the detector is version 1 of PicoDet.
+# PicoDet: Yu et al., arXiv:2111.00902; PaddleDetection @ v2.6.0.
+# Picodet_Pytorch: its PyTorch port, github.com/Bo396543018/Picodet_Pytorch.
+#
+# Shapes: B images, P points, K classes, G ground-truth boxes of an image.
+# A point is the centre of a cell of a feature map. It is (x, y, stride) in pixels. P counts the
+# points of all levels.
+# Boxes are xyxy in pixels: left, top, right, bottom. Only COCO's files have x, y, width, height.
 
 import argparse
 import contextlib
@@ -697,8 +697,8 @@ def coco_files(root: Path, split: str) -> tuple[Path, Path]:
     found = [path for path in found if path.stem.endswith("2017")] or found
     if len(found) != 1:
         what = "several" if found else "no"
-        raise ValueError(f"{root}/annotations has {what} files instances_{split}*.json: expected one, or one "
-                         "that ends in 2017.json")  # fmt: skip
+        raise ValueError(f"{root}/annotations has {what} files instances_{split}*.json: expected one file, "
+                         f"or instances_{split}2017.json among several")  # fmt: skip
     name = found[0].stem.removeprefix("instances_")
     folders = [root / name, root / "images" / name]
     return found[0], next((folder for folder in folders if folder.is_dir()), folders[0])
@@ -921,13 +921,13 @@ def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
 def describe_recipe(args: argparse.Namespace) -> str:
     """Optimiser, learning rate, averaged weights and augmentation, as a run prints them."""
     a = args
-    peak = f"{a.lr * a.global_batch / LR_BATCH:.4g} ({a.lr} per {LR_BATCH} images)"
+    peak = f"{a.lr * a.global_batch / LR_BATCH:.4g} (--lr {a.lr} is for steps of {LR_BATCH} images)"
     reset = f", started anew every {a.ema_reset} epochs" if a.ema_reset else ""
     changes = "random crops, flips and colours" if a.augment else "random flips"
     sides = f"{a.image_size} +- {32 * a.multi_scale}" if a.multi_scale else a.image_size
     return f"""optimiser: SGD, weight decay {a.weight_decay}
-learning rate: {a.warmup_steps} steps of warm-up to a learning rate of {peak}, then a cosine to 0
-averaged weights: decay {a.ema_decay} per step{reset}
+learning rate: {a.warmup_steps} steps of warm-up to {peak}, then a cosine to 0
+averaged weights: each step keeps {a.ema_decay} of the average{reset}
 augmentation: {changes}; images of {sides} px"""
 
 

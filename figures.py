@@ -612,7 +612,7 @@ def attention(path: Path, args: argparse.Namespace) -> None:
     From top to bottom: the image, the token's row of the linear-angular map, the same with the
     DWConv, and its row of the auxiliary mask. Rows are means over heads and show only patches. The
     colour scale ignores the token itself, because its 1/2 is far above the other entries. The
-    effective rank of every layer's map is printed.
+    effective rank of every layer's map is printed, a mean over heads.
     Raises: ValueError for an unknown checkpoint, layer or token; DataError for the image.
     """
     options = train.parser().parse_args([f"--checkpoint={args.checkpoint}"])
@@ -627,11 +627,13 @@ def attention(path: Path, args: argparse.Namespace) -> None:
     core = look_up(layers, layer, "layer")
     with captured(model) as seen, torch.no_grad():
         model(to_model_input(pixels[None], torch.device("cpu")))
+    print("effective rank of each layer's map, with 1/2 on the diagonal and without; and the largest possible")
     for name in layers:
         q, k, _ = seen[name]
         full, low = (effective_rank(q, k, diagonal).mean().item() for diagonal in (0.5, 0.0))
-        print(f"{name}: effective rank of its map {full:.1f}, at most {q.shape[2]} (tokens); "
-              f"of q k^T in it {low:.1f}, at most {min(q.shape[2:])}")  # fmt: skip
+        print(f"  {name}: {full:.1f} of {q.shape[2]}; {low:.1f} of {min(q.shape[2:])}")
+    print("picture, from above: the image; what the marked patch takes from each patch by linear-angular attention;\n"
+          "the same with the DWConv; what the mask keeps of its softmax")  # fmt: skip
     q, k, v = seen[layer]
     side = math.isqrt(q.shape[2])
     prefix = q.shape[2] - side**2  # 197 tokens are a class token and 14 x 14 patches
@@ -659,7 +661,7 @@ def attention(path: Path, args: argparse.Namespace) -> None:
         for axis in axes.flat:
             axis.set(xticks=[], yticks=[])
         kept = "castled: no branch" if not core.auxiliary else f"{100 * (masks > 0).float().mean():.1f}% kept"
-        labels = "input", "linear-angular map", "and DWConv", f"auxiliary mask,\n{kept}"
+        labels = "image", "linear-angular", "with DWConv", f"masked softmax,\n{kept}"
         for axis, label in zip(axes[:, 0], labels, strict=True):
             axis.set_ylabel(label)
         figure.suptitle(f"{options.model}, {layer}, mean over {q.shape[1]} heads")
@@ -827,7 +829,7 @@ def parser() -> argparse.ArgumentParser:
     add, figures = p.add_argument, [*FIGURES, "attention", "table"]
     add("names", nargs="*", metavar="NAME", choices=[*figures, "all"], default="all",
         help=f"{', '.join(figures)}; default: all but the last two")  # fmt: skip
-    add("--output", type=Path, default=Path("figures"), help="folder for the PNGs; default figures")
+    add("--output", type=Path, help="folder for the PNGs; default figures, for attention the checkpoint's")
     add("--checkpoint", help="for attention: a checkpoint of train.py")
     add("--image", help="for attention: an image file")
     add("--layer", help="for attention: a layer's name, as printed; default: the middle layer")
@@ -851,8 +853,9 @@ def main(args: argparse.Namespace) -> None:
             if name == "table":
                 tables(args)
                 continue
-            args.output.mkdir(parents=True, exist_ok=True)
-            path = args.output / f"{name}.png"
+            folder = args.output or (Path(args.checkpoint).parent if name == "attention" else Path("figures"))
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{name}.png"
             if name == "attention":
                 attention(path, args)
             else:

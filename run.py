@@ -575,7 +575,7 @@ class Run:
             if improved and rank() == 0:
                 save(self.folder / "best.pt", self.weights_and_settings())
             scores = " ".join(f"{title} {record[f'test_{key}']:.2f}" for key, title in self.metrics.items())
-            scores = f"* {scores}{f' (castled: {score:.2f})' if 'castling_gap' in record else ''}, "
+            scores = f"{scores}{f' (castled: {score:.2f})' if 'castling_gap' in record else ''}, "
         self.records.append(record)
         self.trained = None
         self.write_log()
@@ -709,7 +709,9 @@ class Run:
         # Is it this run? All flags but FREE ones, the classes and the number of images must agree.
         then, now = state["args"], vars(args)
         identity = [key for key in now if key not in FREE and now[key] != then.get(key)]
-        differing = [f"{key} {then.get(key)!r} -> {now[key]!r}" for key in identity]
+        short = lambda value: f"{value:.6g}" if isinstance(value, float) else repr(value)  # noqa: E731
+        named = {"global_batch": "images of one step"}
+        differing = [f"{named.get(key, key)} {short(then.get(key))} -> {short(now[key])}" for key in identity]
         if state["classes"] != self.classes:
             differing.append("the classes")
         if state["images"] != self.images:
@@ -881,6 +883,14 @@ def at_least(minimum: float, kind: type = int, most: float = 10**9) -> Callable[
 share = at_least(0, float, most=1)
 
 
+HINTS = {  # for flags that other projects have
+    "--resume": "the same command again continues a run",
+    "--gpus": "torchrun --nproc-per-node=GPUS starts a process for each GPU",
+    "--pretrained": "--checkpoint FILE loads weights",
+    "--learning-rate": "--lr is the learning rate",
+}  # fmt: skip
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser that refuses empty values. A mistake gets two lines, not all flags.
 
@@ -901,6 +911,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         for word in message.split():
+            if message.startswith("unrecognized") and word.partition("=")[0] in HINTS:
+                message += f" ({HINTS[word.partition('=')[0]]})"
             near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1, cutoff=0.75)
             if message.startswith("unrecognized") and word.startswith("--") and near:
                 message += f" (did you mean {near[0]}?)"
@@ -965,7 +977,7 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
     add, add_task = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--output", help="folder for checkpoints and log; a run that is there is continued. Default "
         "runs/MODEL-ATTENTION-DATA. With --image: the file or folder to which "
-        "detect.py and segment.py draw")  # fmt: skip
+        "detect.py and segment.py draw; default the checkpoint's folder")  # fmt: skip
     add("--overwrite", action="store_true", help="delete the run in --output and start a new one")
     add("--save-minutes", type=at_least(0, float), default=10.0, help="minutes from one checkpoint to the next; "
         "default 10. There is also one after each epoch; 0 for only these")  # fmt: skip
@@ -1185,7 +1197,7 @@ def check_images(paths: list[str]) -> None:
 def drawing_paths(args: argparse.Namespace, suffix: str) -> dict[Path, Path]:
     """{file of --image: file to draw it to}. It is {} with --json alone, which draws nothing.
 
-    Without --output, image NAME is drawn to NAME_suffix.png in the current folder. With it, one
+    Without --output, image NAME is drawn to NAME_suffix.png beside the checkpoint. With it, one
     image is drawn to that file, and several to NAME.png in that folder.
 
     Raises: ValueError for an image that does not exist, an --output that cannot be drawn to, two
@@ -1196,7 +1208,7 @@ def drawing_paths(args: argparse.Namespace, suffix: str) -> dict[Path, Path]:
     if output is None and args.json:
         return {}
     if output is None:
-        targets = [Path(f"{path.stem}_{suffix}.png") for path in paths]
+        targets = [Path(args.checkpoint).with_name(f"{path.stem}_{suffix}.png") for path in paths]
     elif len(paths) == 1:
         targets = [Path(output)]
         if targets[0].suffix.lower() not in Image.registered_extensions() or not targets[0].parent.is_dir():

@@ -8,21 +8,22 @@
 
 The backbone trains with an auxiliary softmax branch in its attention. Castling removes the branch
 after training. Evaluation is done with and without it. The same command again continues a stopped
-run. `train` below is the training loop, and run.py holds the functions that it calls.
-
-Mask2Former  Cheng et al., arXiv:2112.01527;  facebookresearch/Mask2Former @ 161be51, mask2former/.
-             Recipe: configs/ade20k/semantic-segmentation/maskformer2_R50_bs16_160k.yaml
-Pyramid      ViTDet, Li et al., arXiv:2203.16527, section 3;  detectron2, modeling/backbone/vit.py
-Castling     arXiv:2211.10526v4, section 4.2. Where its text is silent, the parameters and MACs of
-             its Table 4 decide (D8).
-
-A pyramid gives the decoders maps at several strides, in pixels of the image: 4, 8, 16 and 32 for
-patches of 16 pixels, and p/4, p/2, p, 2p for patches of p pixels. Comments below have p = 16.
-A query predicts a mask and its class. A target is a true mask and its class.
-Shapes: B images, K classes, Q queries, C channels, N tokens. Maps are (B, C, y, x). Token grids are
-row-major.
-Labels: 0..K-1, and 255 for pixels without a label.
+run. The training loop is the function `train`. The file run.py has what it calls.
 """
+
+# Mask2Former  Cheng et al., arXiv:2112.01527;  facebookresearch/Mask2Former @ 161be51, mask2former/.
+#              Recipe: configs/ade20k/semantic-segmentation/maskformer2_R50_bs16_160k.yaml
+# Pyramid      ViTDet, Li et al., arXiv:2203.16527, section 3;  detectron2, modeling/backbone/vit.py
+# Castling     arXiv:2211.10526v4, section 4.2. Where its text is silent, the parameters and MACs of
+#              its Table 4 decide (D8).
+#
+# A pyramid gives the decoders maps at several strides, in pixels of the image: 4, 8, 16 and 32 for
+# patches of 16 pixels, and p/4, p/2, p, 2p for patches of p pixels. Comments in the code have
+# p = 16.
+# A query predicts a mask and its class. A target is a true mask and its class.
+# Shapes: B images, K classes, Q queries, C channels, N tokens. Maps are (B, C, y, x). Token grids
+# are row-major.
+# Labels: 0..K-1, and 255 for pixels without a label.
 
 import argparse
 import colorsys
@@ -1194,9 +1195,9 @@ def describe_recipe(args: argparse.Namespace) -> str:
     a = args
     limit = f", gradient norm at most {a.clip_grad}" if a.clip_grad else ""
     return f"""optimiser: AdamW, weight decay {a.weight_decay}{limit}
-learning rate: {a.lr * a.global_batch / LR_BATCH:.4g} at first ({a.lr} per {LR_BATCH} images, times {a.backbone_lr} \
-for the backbone), falls to 0
-averaged weights: decay {a.ema_decay:.5g} per step
+learning rate: falls from {a.lr * a.global_batch / LR_BATCH:.4g} (--lr {a.lr} is for steps of {LR_BATCH} images) to 0; \
+{a.backbone_lr} of it for the backbone
+averaged weights: each step keeps {a.ema_decay:.5g} of the average
 decoder: {a.pixel_decoder}, {a.queries} queries, {a.layers} layers, losses at {a.points} points of each mask"""
 
 

@@ -438,11 +438,12 @@ def load_teacher(args: argparse.Namespace, classes: list[str], device: torch.dev
 def describe_recipe(args: argparse.Namespace) -> str:
     """Optimiser, learning rate, averaged weights and augmentation, as a run prints them."""
     a, batch = args, lr_batch(args)
-    return f"""recipe: {a.optimizer}, {a.schedule}, {a.warmup_epochs:.2g} epochs of warm-up to a learning rate of \
-{a.lr * a.global_batch / batch:.4g} ({a.lr} per {batch} images), weight decay {a.weight_decay}
-averaged weights: decay {a.ema_decay:.5g} per step
-augmentation: mixup {a.mixup}, cutmix {a.cutmix}, randaugment {a.randaugment}, erasing {a.erasing}, \
-smoothing {a.smoothing}"""
+    changes = [f"{name} {value}" for name in AUGMENTATION if (value := getattr(a, name))]
+    return f"""optimiser: {a.optimizer}, weight decay {a.weight_decay}
+learning rate: {a.warmup_epochs:.2g} epochs of warm-up to {a.lr * a.global_batch / batch:.4g} (--lr {a.lr} is for \
+steps of {batch} images), then falls, {a.schedule}
+averaged weights: each step keeps {a.ema_decay:.5g} of the average
+augmentation: {", ".join(changes) or "none"}"""
 
 
 # ---- what is done with a checkpoint --------------------------------------------------------------

@@ -546,7 +546,7 @@ def test_processes_stop_and_go_on_together(tmp_path, capfd):
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
     with pytest.raises(SystemExit, match="2"):
         run_tiny("train", tmp_path / "one", "--batch-size=2")
-    assert "global_batch 4 -> 2" in capfd.readouterr().err
+    assert "images of one step 4 -> 2" in capfd.readouterr().err
 
 
 def test_processes_evaluate_one_model(tmp_path, capsys):

@@ -592,7 +592,9 @@ def test_segmentation_script_trains_castles_and_evaluates(tmp_path, capsys, monk
     printed = capsys.readouterr()
     assert stopped.value.code == 1 and "cannot read image 'photos/a.png'" in printed.err
     assert [Path(r["image"]).name for r in json.loads(printed.out)] == ["b.jpg"]
-    assert not (tmp_path / "b_overlay.png").exists()  # --json alone draws nothing
+    assert not [*tmp_path.rglob("b_overlay.png")]  # --json alone draws nothing
+    segment.main(segment.parser().parse_args(["--image=photos/b.jpg", predict[0]]))
+    assert (tmp_path / "run" / "b_overlay.png").is_file()  # beside the checkpoint
 
 
 def test_segmenter_is_exported_as_scores(tmp_path, monkeypatch, capsys):

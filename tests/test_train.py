@@ -305,7 +305,9 @@ ERRORS = [  # flags, what the one line about them holds
     (["--workers=100000"], "--workers: must be within 0..128, got 100000"),
     # flags that do not exist
     (["--batchsize=4"], "unrecognized arguments: --batchsize=4 (did you mean --batch-size?)"),
-    (["--resume"], "unrecognized arguments: --resume\n"),
+    (["--resume"], "unrecognized arguments: --resume (the same command again continues a run)"),
+    (["--gpus=8"], "(torchrun --nproc-per-node=GPUS starts a process for each GPU)"),
+    (["--frobnicate"], "unrecognized arguments: --frobnicate\n"),
 ]  # fmt: skip
 
 
