@@ -37,7 +37,7 @@ import fast
 from attention import AttentionCore, castle, cores, record_masks, set_threshold
 from convert import fuse
 from models import build_model
-from run import at_least, environment
+from run import Parser, at_least, environment
 
 CORE_SHAPES = [  # B, H, N, D
     (1, 3, 196, 64), (8, 3, 49, 64), (8, 3, 100, 64), (8, 3, 144, 64), (8, 3, 196, 64), (8, 12, 196, 64),
@@ -289,8 +289,8 @@ def new_file(text: str) -> Path:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of bench.py."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    p = Parser("bench.py", __doc__)
+    add = p.add_argument
     add("--table", choices=[*TABLES, "all"], default="all", help="which table; default all")
     add("--device", type=usable_device, default="cpu", help="cpu, cuda or cuda:1; default cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default float32")
@@ -300,7 +300,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=at_least(1), default=5, help="times that each form is timed; default 5")
     add("--rows", type=at_least(1), help="only the first ROWS rows of each table; default all")
     add("--json", type=new_file, metavar="FILE", help="file for the rows; a plot goes beside it")
-    return parser
+    return p
 
 
 def main(args: argparse.Namespace) -> None:
