@@ -5,7 +5,7 @@
     python bench.py --device cuda --dtype bfloat16 --json gpu.json
 
 Tables: `core` is the attention from q, k, v to its output. `models` is inference of whole networks.
-`training` is forward and backward, with the auxiliary branch off, empty or alive (keeping entries).
+`training` is forward and backward, with the softmax branch off, empty or alive (keeping entries).
 Each table compares several forms: `castling` is this project's. `released` is the formula of the
 authors' block. `softmax` is torch's fused attention, or the network as published.
 

@@ -382,7 +382,7 @@ def convert(
         kept = [key for key, _ in original.named_parameters()]
         report.layers[name] = dict(
             kept=kept,
-            dropped=["softmax over all pairs of tokens; its entries above the threshold stay until castle()"],
+            dropped=["full softmax; a masked softmax stays until castle()"],
             new=[key for key, _ in core.named_parameters() if key not in kept],
         )
     for module in list(model.modules()):

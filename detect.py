@@ -5,9 +5,9 @@
     python detect.py --eval --checkpoint runs/X/best.pt                 prints AP
     python detect.py --checkpoint runs/X/best.pt --image photo.jpg --output boxes.png
 
-The backbone trains with an auxiliary softmax branch in its attention. Castling removes the branch
-after training. Evaluation is done with and without it. The same command again continues a stopped
-run. The training loop is the function `train`. The file run.py has what it calls.
+The backbone trains with a softmax branch in its attention. Castling removes the branch after
+training. Evaluation is done with and without it. The same command again continues a stopped run.
+The training loop is the function `train`. The file run.py has what it calls.
 """
 
 # Paper: arXiv:2211.10526v4, section 4.2. It follows "PicoDet's detection head design as well as
@@ -921,13 +921,13 @@ def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
 def describe_recipe(args: argparse.Namespace) -> str:
     """Optimiser, learning rate, averaged weights and augmentation, as a run prints them."""
     a = args
-    peak = f"{a.lr * a.global_batch / LR_BATCH:.4g} (--lr {a.lr} is for steps of {LR_BATCH} images)"
+    peak = f"{a.lr * a.global_batch / LR_BATCH:.4g} (--lr {a.lr} x {a.global_batch} / {LR_BATCH} images)"
     reset = f", started anew every {a.ema_reset} epochs" if a.ema_reset else ""
     changes = "random crops, flips and colours" if a.augment else "random flips"
     sides = f"{a.image_size} +- {32 * a.multi_scale}" if a.multi_scale else a.image_size
     return f"""optimiser: SGD, weight decay {a.weight_decay}
 learning rate: {a.warmup_steps} steps of warm-up to {peak}, then a cosine to 0
-averaged weights: each step keeps {a.ema_decay} of the average{reset}
+averaged weights: each step keeps at most {a.ema_decay} of the average{reset}
 augmentation: {changes}; images of {sides} px"""
 
 

@@ -627,27 +627,29 @@ def attention(path: Path, args: argparse.Namespace) -> None:
     core = look_up(layers, layer, "layer")
     with captured(model) as seen, torch.no_grad():
         model(to_model_input(pixels[None], torch.device("cpu")))
-    print("effective rank of each layer's map, with 1/2 on the diagonal and without; and the largest possible")
+    print("effective rank of each layer's map: about how many independent directions its output has")
     for name in layers:
         q, k, _ = seen[name]
         full, low = (effective_rank(q, k, diagonal).mean().item() for diagonal in (0.5, 0.0))
-        print(f"  {name}: {full:.1f} of {q.shape[2]}; {low:.1f} of {min(q.shape[2:])}")
-    print("picture, from above: the image; what the marked patch takes from each patch by linear-angular attention;\n"
-          "the same with the DWConv; what the mask keeps of its softmax")  # fmt: skip
+        print(f"  {name}: {full:.1f}, at most {q.shape[2]}; without the term v/2 {low:.1f}, at most {min(q.shape[2:])}")
+    print("picture, from above: the image; what the marked patch takes from each other patch by linear-angular\n"
+          "attention; the same with the DWConv; what the mask keeps of its softmax. Colours ignore its own entry.")
     q, k, v = seen[layer]
     side = math.isqrt(q.shape[2])
     prefix = q.shape[2] - side**2  # 197 tokens are a class token and 14 x 14 patches
     diagonal = dict.fromkeys(prefix + place * side + place for place in (side // 4, side // 2, 3 * side // 4))
     tokens = args.tokens or [*range(min(prefix, 1)), *diagonal]
     maps, banded = (attention_rows(core, q, k, v, tokens, band)[0].mean(0) for band in (False, True))  # (Q, N)
-    masks = auxiliary_mask_rows(core, q, k, tokens)[0].mean(0)
+    masks = auxiliary_mask_rows(core, q, k, tokens)[0]                                               # (H, Q, N)
+    kept = f"{100 * (masks > 0).float().mean():.1f}% kept" if core.auxiliary else "castled: no branch"
 
     with drawing(path, width=2.5 * len(tokens), height=8.6) as figure:
         axes = figure.subplots(4, len(tokens), squeeze=False)
-        for column, token, *rows in zip(axes.T, tokens, maps, banded, masks, strict=True):
+        for column, token, *rows in zip(axes.T, tokens, maps, banded, masks.mean(0), strict=True):
             patch = token - prefix
             column[0].imshow(pixels.permute(1, 2, 0).numpy())
-            column[0].set_title(f"patch {patch // side}, {patch % side}" if patch >= 0 else f"prefix token {token}")
+            place = f"patch in row {patch // side}, column {patch % side}" if patch >= 0 else f"prefix token {token}"
+            column[0].set_title(place)
             if patch >= 0:
                 cell = pixels.shape[-1] / side
                 left, top = patch % side * cell - 0.5, patch // side * cell - 0.5
@@ -660,7 +662,6 @@ def attention(path: Path, args: argparse.Namespace) -> None:
                 figure.colorbar(shown, ax=axis, shrink=0.8)
         for axis in axes.flat:
             axis.set(xticks=[], yticks=[])
-        kept = "castled: no branch" if not core.auxiliary else f"{100 * (masks > 0).float().mean():.1f}% kept"
         labels = "image", "linear-angular", "with DWConv", f"masked softmax,\n{kept}"
         for axis, label in zip(axes[:, 0], labels, strict=True):
             axis.set_ylabel(label)

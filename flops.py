@@ -5,7 +5,7 @@
     python flops.py --curve --model deit_tiny           MACs of softmax and castled by image size
 
 One MAC is one multiplication and one addition, so 2 FLOPs. All counts are MACs of one inference.
-The auxiliary branch is counted separately. Conventions: `macs` counts convolutions, linear layers
+The softmax branch is counted separately. Conventions: `macs` counts convolutions, linear layers
 and matrix products. `paper-cls` and `paper-det` count as the paper does for classifiers and for
 detectors, `fvcore-like` as fvcore. Models are on the meta device: no values are computed.
 """

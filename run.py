@@ -599,7 +599,7 @@ class Run:
             say(f"look at a picture     python {self.args.script} {best}")
             if self.args.script == "train.py" and self.args.attention == "castling":
                 first = next(iter(cores(self.model)))  # the layer with most tokens: late masks may hold none
-                say(f"look at its masks     python figures.py attention {best} --progress 0 --layer {first}")
+                say(f"look at its attention python figures.py attention {best} --progress 0 --layer {first}")
             self.write_log({"castling_report": metric, "step": self.step})
         barrier()
 
@@ -927,7 +927,7 @@ def by_data(flag: str, defaults: dict[str, dict]) -> str:
             value = {True: "on", False: "off"}[row[flag]] if isinstance(row[flag], bool) else row[flag]
             kinds.setdefault(value, []).append(data)
     given = [f"{value} for {' and '.join(data)}" for value, data in kinds.items()]
-    return f"default {', '.join(given) or 'none'}"
+    return f"default {', '.join(given) or 'not set'}"
 
 
 def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> argparse._ArgumentGroup:

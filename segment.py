@@ -6,9 +6,9 @@
     python segment.py --eval --checkpoint runs/X/best.pt           prints mIoU
     python segment.py --checkpoint runs/X/best.pt --image photo.jpg --output overlay.png
 
-The backbone trains with an auxiliary softmax branch in its attention. Castling removes the branch
-after training. Evaluation is done with and without it. The same command again continues a stopped
-run. The training loop is the function `train`. The file run.py has what it calls.
+The backbone trains with a softmax branch in its attention. Castling removes the branch after
+training. Evaluation is done with and without it. The same command again continues a stopped run.
+The training loop is the function `train`. The file run.py has what it calls.
 """
 
 # Mask2Former  Cheng et al., arXiv:2112.01527;  facebookresearch/Mask2Former @ 161be51, mask2former/.
@@ -1195,9 +1195,9 @@ def describe_recipe(args: argparse.Namespace) -> str:
     a = args
     limit = f", gradient norm at most {a.clip_grad}" if a.clip_grad else ""
     return f"""optimiser: AdamW, weight decay {a.weight_decay}{limit}
-learning rate: falls from {a.lr * a.global_batch / LR_BATCH:.4g} (--lr {a.lr} is for steps of {LR_BATCH} images) to 0; \
-{a.backbone_lr} of it for the backbone
-averaged weights: each step keeps {a.ema_decay:.5g} of the average
+learning rate: falls to 0 from {a.lr * a.global_batch / LR_BATCH:.4g} (--lr {a.lr} x {a.global_batch} / {LR_BATCH} \
+images); the backbone has {a.backbone_lr} times that
+averaged weights: each step keeps at most {a.ema_decay:.5g} of the average
 decoder: {a.pixel_decoder}, {a.queries} queries, {a.layers} layers, losses at {a.points} points of each mask"""
 
 

@@ -8,7 +8,7 @@
         train.py --data /imagenet
         the same on eight machines: give this line on each; HOST is the name of one of them
     python train.py --eval --checkpoint runs/X/best.pt
-        prints the accuracy with and without the auxiliary branch
+        prints the accuracy with and without the branch
     python train.py --image photo.jpg --checkpoint runs/X/best.pt
         prints the five most probable classes
 
@@ -230,6 +230,7 @@ def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> n
     elif args.model in VIT_DENSE:
         raise ValueError(f"{args.model} gives feature maps, not classes: it is a backbone of segment.py")
     else:
+        look_up([name for name in MODELS if name not in VIT_DENSE], args.model, "model")
         flags = ("drop_path", "distilled", "patch_size")  # a model has its own defaults for these
         given = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
         options = run.core_options(args) | given
@@ -440,9 +441,9 @@ def describe_recipe(args: argparse.Namespace) -> str:
     a, batch = args, lr_batch(args)
     changes = [f"{name} {value}" for name in AUGMENTATION if (value := getattr(a, name))]
     return f"""optimiser: {a.optimizer}, weight decay {a.weight_decay}
-learning rate: {a.warmup_epochs:.2g} epochs of warm-up to {a.lr * a.global_batch / batch:.4g} (--lr {a.lr} is for \
-steps of {batch} images), then falls, {a.schedule}
-averaged weights: each step keeps {a.ema_decay:.5g} of the average
+learning rate: {a.warmup_epochs:.2g} epochs of warm-up to {a.lr * a.global_batch / batch:.4g} \
+(--lr {a.lr} x {a.global_batch} / {batch} images), then {a.schedule}
+averaged weights: each step keeps at most {a.ema_decay:.5g} of the average
 augmentation: {", ".join(changes) or "none"}"""
 
 

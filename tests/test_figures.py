@@ -347,7 +347,7 @@ def test_attention_figure(tmp_path, capsys, monkeypatch):
         return capsys.readouterr().out
 
     out = draw(f"--output={tmp_path}", "--progress=0", "--layer=blocks.0.attn")
-    ranks = r"blocks.1.attn: [\d.]+ of 17; [\d.]+ of 12\n"
+    ranks = r"blocks.1.attn: [\d.]+, at most 17; without the term v/2 [\d.]+, at most 12\n"
     assert re.search(ranks, out)
     pixels = np.asarray(Image.open(tmp_path / "attention.png").convert("RGB"))
     assert pixels.shape[0] > 800 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
