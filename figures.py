@@ -632,8 +632,6 @@ def attention(path: Path, args: argparse.Namespace) -> None:
         q, k, _ = seen[name]
         full, low = (effective_rank(q, k, diagonal).mean().item() for diagonal in (0.5, 0.0))
         print(f"  {name}: {full:.1f}, at most {q.shape[2]}; without the term v/2 {low:.1f}, at most {min(q.shape[2:])}")
-    print("picture, from above: the image; what the marked patch takes from each other patch by linear-angular\n"
-          "attention; the same with the DWConv; what the mask keeps of its softmax. Colours ignore its own entry.")
     q, k, v = seen[layer]
     side = math.isqrt(q.shape[2])
     prefix = q.shape[2] - side**2  # 197 tokens are a class token and 14 x 14 patches
@@ -641,7 +639,10 @@ def attention(path: Path, args: argparse.Namespace) -> None:
     tokens = args.tokens or [*range(min(prefix, 1)), *diagonal]
     maps, banded = (attention_rows(core, q, k, v, tokens, band)[0].mean(0) for band in (False, True))  # (Q, N)
     masks = auxiliary_mask_rows(core, q, k, tokens)[0]                                               # (H, Q, N)
-    kept = f"{100 * (masks > 0).float().mean():.1f}% kept" if core.auxiliary else "castled: no branch"
+    kept = f"{100 * (masks > 0).float().mean():.2f}% of entries" if core.auxiliary else "nothing: it is castled"
+    print("picture, from above: the image; what the marked patch takes from each other patch by linear-angular\n"
+          f"attention; the same with the DWConv; what the mask keeps of its softmax, {kept}.\n"
+          "The colours leave out the patch's own entry.")  # fmt: skip
 
     with drawing(path, width=2.5 * len(tokens), height=8.6) as figure:
         axes = figure.subplots(4, len(tokens), squeeze=False)
@@ -662,7 +663,7 @@ def attention(path: Path, args: argparse.Namespace) -> None:
                 figure.colorbar(shown, ax=axis, shrink=0.8)
         for axis in axes.flat:
             axis.set(xticks=[], yticks=[])
-        labels = "image", "linear-angular", "with DWConv", f"masked softmax,\n{kept}"
+        labels = "image", "linear-angular", "with DWConv", "masked softmax"
         for axis, label in zip(axes[:, 0], labels, strict=True):
             axis.set_ylabel(label)
         figure.suptitle(f"{options.model}, {layer}, mean over {q.shape[1]} heads")

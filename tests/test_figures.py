@@ -337,6 +337,7 @@ def test_attention_figure(tmp_path, capsys, monkeypatch):
     tokens and files that do not exist are named."""
     pytest.importorskip("matplotlib")
     model = tiny("deit")
+    model.blocks[0].attn.qkv.weight.data *= 3  # so that some softmax entries are above the threshold
     transform = train.eval_transform(flags(image_size=64))
     monkeypatch.setattr(train, "load_predictor", lambda args: (model, [], transform))
     Image.fromarray(data.Shapes("val", 12, 64).scene(3).image).save(tmp_path / "one.png")
@@ -351,6 +352,13 @@ def test_attention_figure(tmp_path, capsys, monkeypatch):
     assert re.search(ranks, out)
     pixels = np.asarray(Image.open(tmp_path / "attention.png").convert("RGB"))
     assert pixels.shape[0] > 800 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+    with figures.captured(model) as seen, torch.no_grad():
+        pixels = transform(Image.open(tmp_path / "one.png").convert("RGB"))
+        model(data.to_model_input(pixels[None], torch.device("cpu")))
+    q, k, _ = seen["blocks.0.attn"]
+    rows = (q[..., [0, 6, 11, 16], :] @ k.mT / q.shape[-1] ** 0.5).softmax(-1)  # class token and the diagonal of 4 x 4
+    kept = f"{100 * (rows > 4 / 17).float().mean():.2f}"
+    assert f"softmax, {kept}% of entries." in out and 0 < float(kept) < 100 * (rows > 4 / 17).any(1).float().mean()
     draw(f"--output={tmp_path}", "--tokens", "0", "16")
     for options, message in [
         (["--layer=blocks.9.attn"], "blocks.0.attn"), (["--tokens", "17"], "0..16"),
