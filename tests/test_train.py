@@ -308,6 +308,7 @@ ERRORS = [  # flags, what the one line about them holds
     (["--resume"], "unrecognized arguments: --resume (the same command again continues a run)"),
     (["--gpus=8"], "(torchrun --nproc-per-node=GPUS starts a process for each GPU)"),
     (["--frobnicate"], "unrecognized arguments: --frobnicate\n"),
+    (["--model=vit_tiny"], "unknown model 'vit_tiny': did you mean mvitv2_tiny or deit_tiny"),  # not vit_tiny_dense
 ]  # fmt: skip
 
 
