@@ -14,6 +14,7 @@
     frequency     Fig. 7          a two-layer network, trained here in seconds
     resolution    -               flops.curve; results/bench_cpu.json
     crossover     -               results/bench_cpu.json
+    learning      -               results/scratch.jsonl, conversion.jsonl, conversion_start.jsonl
     attention     -               a checkpoint of train.py and an image
 
     python figures.py table              Markdown tables of results/cifar10.jsonl and scenes.jsonl
@@ -817,8 +818,30 @@ def tables(args: argparse.Namespace) -> None:
     print(*(results_table(runs, args.against) for runs in every), sep="\n\n")
 
 
+def learning(path: Path) -> None:
+    """Top-1 of a DeiT-mini on CIFAR-10 over the training images that it has seen, by attention.
+
+    Converted networks begin at the softmax network that they were converted from. Points are scores
+    of the castled networks.
+    """
+    start = outcome(*read_runs(RESULTS / "conversion_start.jsonl"))["score"]
+    looks = {"softmax": SOFTMAX, "castling, anneal": CASTLING, "linear_angular": dict(LINES[3], marker="^")}
+    with drawing(path) as figure:
+        plot = figure.subplots()
+        for run in read_runs(RESULTS / "scratch.jsonl"):
+            epochs = [record for record in run["log"] if "test_acc1" in record]
+            images = [record["step"] * run["config"]["global_batch"] / 1000 for record in epochs]
+            scores = [record.get("test_acc1_castled", record["test_acc1"]) for record in epochs]
+            name, seed = row_of(run), run["config"]["seed"]
+            plot.plot(images, scores, label=None if seed else name, **looks[name])
+        for run, line in zip(read_runs(RESULTS / "conversion.jsonl"), LINES, strict=False):
+            plot.plot([300, 350], [start, outcome(run)["score"]], label=row_of(run), **line)
+        plot.set(xlabel="training images, thousands", ylabel="top-1 after castling, %")
+        figure.legend(loc="outside right upper")
+
+
 FIGURES: dict[str, Callable[[Path], None]] = {
-    draw.__name__: draw for draw in (idea, kernel, series, accuracy, masks, frequency, resolution, crossover)
+    draw.__name__: draw for draw in (idea, kernel, series, accuracy, masks, frequency, resolution, crossover, learning)
 }
 
 
