@@ -745,14 +745,13 @@ def column_of(run: dict) -> tuple[str, str]:
 
 
 def outcome(run: dict) -> dict[str, float | None]:
-    """Score and MACs (M) of the castled model; gap: points lost by castling, or None; step: s."""
+    """Score and MACs (M) of the castled model; gap: points lost by castling, or None."""
     (report,) = (record["castling_report"] for record in run["log"] if "castling_report" in record)
     metric = METRICS[run["config"]["script"]][0]
     return dict(
         score=report.get(f"test_{metric}_castled", report[f"test_{metric}"]),
         gap=report.get("castling_gap"),
         macs=min(report["macs"].values()) / 1e6,
-        step=statistics.median(record["step_seconds"] for record in run["log"] if "step_seconds" in record),
     )
 
 
@@ -763,11 +762,11 @@ def mean_and_spread(values: Sequence[float], form: str) -> str:
 
 
 def results_table(runs: list[dict], against: str = "softmax") -> str:
-    """A Markdown table with a row for each attention and five columns for each model.
+    """A Markdown table with a row for each attention and four columns for each model.
 
     score: mean and standard deviation over seeds. against: the score minus that of row `against`
     with the same seed, and in brackets the number of such pairs. gap: points lost by castling.
-    step: time of a training step divided by that of row `against`. M MACs: of the castled model.
+    M MACs: of the castled model.
 
     Raises: ValueError if runs of one model differ in settings that are not in VARIED, or if two
         runs of one row have the same seed.
@@ -789,10 +788,10 @@ def results_table(runs: list[dict], against: str = "softmax") -> str:
     for (model, metric), rows in columns.items():
         results = {row: {run["config"]["seed"]: outcome(run) for run in runs} for row, runs in rows.items()}
         reference = results.get(against, {})
-        heads += [f"{model}: {metric}", f"against {against}", "gap", "step", "M MACs"]
+        heads += [f"{model}: {metric}", f"against {against}", "gap", "M MACs"]
         for row, line in lines.items():
             if row not in results:
-                line += ["–"] * 5
+                line += ["–"] * 4
                 continue
             seeds = results[row]
             both = seeds.keys() & reference.keys() if row != against else ()
@@ -801,9 +800,7 @@ def results_table(runs: list[dict], against: str = "softmax") -> str:
             scores, (first, *_) = [seed["score"] for seed in seeds.values()], seeds.values()
             gaps = [seed["gap"] for seed in seeds.values()]
             gap = "–" if first["gap"] is None else f"{statistics.mean(gaps):.2f}"
-            of = next(iter(reference.values()), None)
-            step = f"{first['step'] / of['step']:.2f}" if of else "–"
-            line += [mean_and_spread(scores, ".1f"), paired, gap, step, f"{first['macs']:.1f}"]
+            line += [mean_and_spread(scores, ".1f"), paired, gap, f"{first['macs']:.1f}"]
     rows = [heads, ["---"] * len(heads), *lines.values()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
