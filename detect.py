@@ -1026,7 +1026,8 @@ def parser() -> argparse.ArgumentParser:
     p = run.Parser(
         "detect.py", __doc__,
         epilog=f"""--model is one of {', '.join(DETECTORS)}; default lcnet_vit_s
---data is shapes, or a folder with annotations/instances_{{train,val}}*.json, train2017/ and val2017/
+--data is shapes, or a folder with annotations/instances_NAME.json and the images in NAME/ or images/NAME/;
+NAME is train2017 and val2017, or train and val
 --shapes-length: for validation there are 1/15 as many scenes
 --image-size for a folder is by default 320 for S models, 416 for M and L""",
     )  # fmt: skip
