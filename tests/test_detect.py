@@ -469,7 +469,8 @@ def test_detection_script(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "count_macs", COUNT_MACS)
     *epochs, report = run_detect(tmp_path / "run", "--ema-reset=1")
     printed = capsys.readouterr().out
-    assert "castling gap          0.00 points of AP" in printed and "learning rate of 0.01 (1.6 per 640" in printed
+    assert "castling gap          0.00 points of AP" in printed
+    assert "warm-up to 0.01 (--lr 1.6 x 4 / 640 images)" in printed
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "config.json", "lock", "log.jsonl", "last.pt", "best.pt", "castled.pt", "example.png",
         "coco_results.json", "coco_results_castled.json",
