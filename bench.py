@@ -238,7 +238,7 @@ def training_row(name: str, B: int, pixels: int, mlp_dwconv: int | None, args: a
 TABLES = {  # name: function of a row, rows, title
     "core": (core_row, CORE_SHAPES, "attention core, inference"),
     "models": (model_row, MODEL_ROWS, "whole network, inference"),
-    "training": (training_row, TRAINING_ROWS, "forward and backward, by auxiliary branch"),
+    "training": (training_row, TRAINING_ROWS, "forward and backward, by softmax branch"),
 }
 
 

@@ -821,7 +821,8 @@ def learning(path: Path) -> None:
     Converted networks begin at the softmax network that they were converted from. Points are scores
     of the castled networks.
     """
-    start = outcome(*read_runs(RESULTS / "conversion_start.jsonl"))["score"]
+    (start,) = read_runs(RESULTS / "conversion_start.jsonl")
+    thousands = lambda run: run["log"][-1]["step"] * run["config"]["global_batch"] / 1000  # noqa: E731
     looks = {"softmax": SOFTMAX, "castling, anneal": CASTLING, "linear_angular": dict(LINES[3], marker="^")}
     with drawing(path) as figure:
         plot = figure.subplots()
@@ -832,7 +833,8 @@ def learning(path: Path) -> None:
             name, seed = row_of(run), run["config"]["seed"]
             plot.plot(images, scores, label=None if seed else name, **looks[name])
         for run, line in zip(read_runs(RESULTS / "conversion.jsonl"), LINES, strict=False):
-            plot.plot([300, 350], [start, outcome(run)["score"]], label=row_of(run), **line)
+            images = [thousands(start), thousands(start) + thousands(run)]
+            plot.plot(images, [outcome(one)["score"] for one in (start, run)], label=row_of(run), **line)
         plot.set(xlabel="training images, thousands", ylabel="top-1 after castling, %")
         figure.legend(loc="outside right upper")
 

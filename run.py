@@ -888,7 +888,7 @@ HINTS = {  # for flags that other projects have
     "--gpus": "torchrun --nproc-per-node=GPUS starts a process for each GPU",
     "--pretrained": "--checkpoint FILE loads weights",
     "--learning-rate": "--lr is the learning rate",
-}  # fmt: skip
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -911,9 +911,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         for word in message.split():
-            if message.startswith("unrecognized") and word.partition("=")[0] in HINTS:
-                message += f" ({HINTS[word.partition('=')[0]]})"
-            near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1, cutoff=0.75)
+            flag = word.partition("=")[0]
+            if message.startswith("unrecognized") and flag in HINTS:
+                message += f" ({HINTS[flag]})"
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.75)
             if message.startswith("unrecognized") and word.startswith("--") and near:
                 message += f" (did you mean {near[0]}?)"
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all flags\n")
