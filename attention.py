@@ -80,8 +80,9 @@ def look_up(table: Iterable[str], name: str, what: str) -> Any:
     if name in table:
         return table[name] if isinstance(table, dict) else name
     names = [str(key) for key in table]
-    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}"
+    begin = [key for key in names if name and key.startswith(str(name))]
+    near = begin[:3] or difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names[:50])}"
     raise ValueError(f"unknown {what} {name!r}: {hint}")
 
 

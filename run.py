@@ -977,8 +977,8 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
     group = parser.add_argument_group("run")
     add, add_task = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--output", help="folder for checkpoints and log; a run that is there is continued. Default "
-        "runs/MODEL-ATTENTION-DATA. With --image: the file or folder to which "
-        "detect.py and segment.py draw; default the checkpoint's folder")  # fmt: skip
+        "runs/MODEL-ATTENTION-DATA, and for --eval eval-DATA-SPLIT beside the checkpoint. With --image: the file or "
+        "folder to which detect.py and segment.py draw; default the checkpoint's folder")  # fmt: skip
     add("--overwrite", action="store_true", help="delete the run in --output and start a new one")
     add("--save-minutes", type=at_least(0, float), default=10.0, help="minutes from one checkpoint to the next; "
         "default 10. There is also one after each epoch; 0 for only these")  # fmt: skip

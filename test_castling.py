@@ -552,6 +552,7 @@ ERRORS = [  # a wrong call, and what its message has to say
     (lambda: linear_angular_attention(*zeros(4, 4, 4)), r"a token and a channel axis.*\(4,\)"),
     (lambda: AttentionCore(2, "relu-s"), "'relu-s': did you mean .*relu_s"),
     (lambda: AttentionCore(2, schedule="zzz"), "'zzz': choose from .*ramp"),
+    (lambda: AttentionCore(2, schedule="a"), "'a': did you mean anneal"),
     (lambda: mask_threshold(0.5, 9, schedule="rampp"), "'rampp': did you mean ramp"),
     (lambda: AttentionCore(2, dconv=4), "dconv .* 4"),
     (lambda: AttentionCore(2, dconv=-1), "dconv .* -1"),
