@@ -96,8 +96,8 @@ def unit(x: Tensor) -> Tensor:
     float32 cannot hold the squares of very long or very short vectors. If a tensor on a CPU has a
     vector above 1e18 or below 1e-18, all its vectors are first divided by their largest entries. A
     GPU would have to wait for this test, and a compiled graph cannot make it. There a vector above
-    about 1e19 becomes NaN, and one below about 1e-19 becomes zero. Under vmap on a CPU both become
-    zero.
+    about 1e19 becomes NaN; one below about 1e-19 loses precision, and becomes zero at last. Under
+    vmap on a CPU vectors above 1e19 become zero too.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
