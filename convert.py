@@ -397,17 +397,24 @@ def convert(
 # ---- export --------------------------------------------------------------------------------------
 
 
+def fitting(model: nn.Module, *size: int) -> tuple[int, ...]:
+    """`size`, rounded up to multiples of `model.multiple` if it has that."""
+    multiple = getattr(model, "multiple", 1)
+    return tuple(-(-side // multiple) * multiple for side in size)
+
+
 def traced(model: nn.Module, image_size: int | tuple[int, int]) -> torch.export.ExportedProgram:
     """The castled model with folded norms as one graph, for images (B, 3, H, W) of any B, H and W.
 
-    A model that takes only one size (as timm's do) gives a graph for `image_size`. A model with an
-    attribute `images` gives a graph for B = images. Every token grid must have at least 2 x 2
-    tokens: for LeViT, sides of 65 pixels or more. A .pt2 file checks this, an ONNX file does not.
+    A model that takes only one size (as timm's do) gives a graph for `image_size`. A model may have
+    two attributes: with `images` the graph is for B = images, with `multiple` H and W must be
+    multiples of it. Every token grid must have at least 2 x 2 tokens: for LeViT, sides of 65 pixels
+    or more. A .pt2 file checks this, an ONNX file does not.
     """
     model = fuse(castle(copy.deepcopy(model)).eval()).cpu().float()
     (height, width), images = pair(image_size), getattr(model, "images", 2)
     # torch.export unites two equal sides and fixes a side of 1: so no equal sides, no grid of 1.
-    example = torch.zeros(images, 3, max(height, 128), max(width, 128) + 64)
+    example = torch.zeros(images, 3, *fitting(model, max(height, 128), max(width, 128) + 64))
     sides = torch.export.Dim.AUTO
     with torch.no_grad():
         try:
@@ -456,11 +463,12 @@ def export(model: nn.Module, path: str | Path, image_size: int | tuple[int, int]
 
     example = next(node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
     height, width = pair(image_size)
-    sizes = [(height, width)]
+    sizes = [fitting(model, height, width)]
     if symbolic(example.shape[2:]):
         least = 96 if path.suffix == ".pt2" else 32  # see `traced`
         height, width = max(height, least), max(width, least)
         sizes = [(height, width), (height + 32, width + 64), (2 * height, width + 32)]
+        sizes = [fitting(model, *size) for size in sizes]
     castled, shapes, differences = castle(copy.deepcopy(model)).eval().cpu().float(), [], []
     for seed, size in enumerate(sizes, 1):
         batch = seed if symbolic(example.shape[:1]) else example.shape[0]

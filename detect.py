@@ -30,6 +30,7 @@ import os
 import random
 import reprlib
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -375,12 +376,13 @@ def detection_losses(
     boxes, bins, points = boxes[positive], bins[positive], points.expand(len(logits), -1, -1)[positive]
 
     # Varifocal loss. Its target is the IoU with the matched box in the class of that box, else 0.
+    # `varifocal_elements` takes 0 as background. So the IoU is at least 1e-6.
     quality = torch.zeros_like(logits)
     image, point = positive.nonzero(as_tuple=True)
     quality[image, point, gt_labels] = paired_iou(boxes.detach(), gt_boxes).clamp_min(1e-6)
     # The divisors `count` and `total` are means over all processes. DistributedDataParallel takes
     # the mean of gradients. So the result is the gradient of one process with all images.
-    count = max(1.0, agreed(logits.device, positive.sum(1).clamp_min(1).sum())[0])
+    count = agreed(logits.device, positive.sum(1).clamp_min(1).sum())[0]
     losses = dict(cls=varifocal_elements(logits, quality).sum() / count)
 
     # GIoU loss
@@ -637,7 +639,7 @@ class Resized(Augmented):
 
 
 def collate(items: list[dict]) -> tuple[Tensor, list[dict]]:
-    """Images (B, 3, S, S) uint8, and the rest of each item. All are plain tensors."""
+    """Images (B, 3, S, S) uint8, and the rest of each item. Images and boxes are plain tensors."""
     images = torch.stack([item.pop("image").as_subclass(Tensor) for item in items])
     return images, [item | {"boxes": item["boxes"].as_subclass(Tensor)} for item in items]
 
@@ -746,16 +748,15 @@ def coco_library() -> tuple[type, type]:
     raise ValueError("evaluation needs faster-coco-eval or pycocotools: pip install faster-coco-eval")
 
 
-def coco_metrics(ground_truth: dict, results: list[dict], library: tuple[type, type] | None = None) -> dict:
+def coco_metrics(ground_truth: dict, results: list[dict]) -> dict:
     """COCO's box metrics, {name of STATISTICS: percent, or None without such objects}.
 
     Args:
         ground_truth: COCO's {"images", "annotations", "categories"}.
         results: the objects found, [{"image_id", "category_id", "bbox", "score"}]; bbox is x, y,
             width, height.
-        library: as `coco_library` returns it, which is the default.
     """
-    COCO, Evaluator = library or coco_library()
+    COCO, Evaluator = coco_library()
     # The evaluators store the id of a matched annotation, or 0 for "no match". So no id may be 0.
     truths = [row | dict(id=i + 1) for i, row in enumerate(ground_truth["annotations"])]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -909,7 +910,9 @@ def check_sides(args: argparse.Namespace) -> None:
         raise ValueError(f"--image-size must be at least {least} with --multi-scale {args.multi_scale}, got "
                          f"{args.image_size}")  # fmt: skip
     if args.batch_size == 1 and args.image_size - 32 * args.multi_scale <= STRIDES[-1]:
-        raise ValueError(f"BatchNorm needs --batch-size 2 or more if images have {STRIDES[-1]} px or less per side")
+        raise ValueError(f"BatchNorm needs --batch-size 2 or more if images have {STRIDES[-1]} px or less per side; "
+                         f"with --multi-scale {args.multi_scale} the smallest have "
+                         f"{args.image_size - 32 * args.multi_scale}")  # fmt: skip
 
 
 def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
@@ -923,9 +926,10 @@ def describe_recipe(args: argparse.Namespace) -> str:
     a = args
     peak = f"{a.lr * a.global_batch / LR_BATCH:.4g} (--lr {a.lr} x {a.global_batch} / {LR_BATCH} images)"
     reset = f", started anew every {a.ema_reset} epochs" if a.ema_reset else ""
+    limit = f", gradient norm at most {a.clip_grad}" if a.clip_grad else ""
     changes = "random crops, flips and colours" if a.augment else "random flips"
     sides = f"{a.image_size} +- {32 * a.multi_scale}" if a.multi_scale else a.image_size
-    return f"""optimiser: SGD, weight decay {a.weight_decay}
+    return f"""optimiser: SGD, weight decay {a.weight_decay}{limit}
 learning rate: {a.warmup_steps} steps of warm-up to {peak}, then a cosine to 0
 averaged weights: each step keeps at most {a.ema_decay} of the average{reset}
 augmentation: {changes}; images of {sides} px"""
@@ -964,7 +968,7 @@ def draw_boxes(image: Image.Image, rows: list[dict], colours: list[str]) -> Imag
 def load(args: argparse.Namespace, classes: list | None = None) -> tuple[Detector, list[dict]]:
     """The model in --checkpoint, in eval mode, and its classes [{"id", "name"}].
 
-    If the file does not name its classes, they are `classes`, or else numbers.
+    If the file does not name its classes, they are `classes`, or else "class 1", "class 2" and so on.
     """
     trained = run.settings_for(args)
     resolve(args, trained)
@@ -982,6 +986,8 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
         resolve(args, run.settings_for(args))
         val_set = open_split(args, args.split)
         model, classes = load(args, val_set.classes)
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output).close()  # can `evaluate` write its boxes there?
         run.same_classes(classes, val_set.classes, f"{args.checkpoint} and {args.data}")
         loader = validation_loader(args, val_set)
     record = run.evaluate_castling(lambda m: evaluate(m, loader, args, device), model.to(device), "AP")
@@ -992,7 +998,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
 def predict(args: argparse.Namespace, device: torch.device) -> None:
     """--image: draw the boxes of each file. With --json print them, and draw only into --output."""
     with run.checked(args):
-        targets = run.drawing_paths(args, "boxes")
+        drawings = run.drawing_paths(args, "boxes")
         if args.data is None and not run.settings_for(args):
             args.data = "coco"  # not our checkpoint: the image size of photographs
         model, classes = load(args)
@@ -1002,7 +1008,8 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
         for path, image in run.read_each(args.image):
             pixels = v2.functional.pil_to_tensor(image)
             resized = v2.functional.resize(pixels, size, antialias=False)
-            logits, bins, points = model(to_model_input(resized[None], device, args.channels_last))
+            with autocast(args, device):
+                logits, bins, points = model(to_model_input(resized[None], device, args.channels_last))
             own = pixels.shape[1:]
             found = detections(logits[0], bins[0], points, size, own, min_score=args.min_score)
             boxes, scores, labels = (x.tolist() for x in found)
@@ -1011,11 +1018,11 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
                 for label, score, box in zip(labels, scores, boxes, strict=True)
             ]
             printed.append(dict(image=str(path), boxes=rows))
-            if targets:
+            if drawings:
                 colours = [COLOURS[label % len(COLOURS)] for label in labels]
-                run.write_image(draw_boxes(image, rows, colours), targets[path])
+                run.write_image(draw_boxes(image, rows, colours), drawings[path])
             if not args.json:
-                say(f"{path}: {len(rows)} boxes, drawn to {targets[path]}")
+                say(f"{path}: {len(rows)} boxes, drawn to {drawings[path]}")
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -1055,7 +1062,7 @@ NAME is train2017 and val2017, or train and val
         "default: random weights")
     add = p.add_argument_group("boxes").add_argument
     add("--min-score", type=share, default=0.3,
-        help="least score, 0..1, of a box that --image draws or prints; default 0.3")
+        help="--image draws and prints boxes with a score above this, 0..1; default 0.3")
     return p
 
 

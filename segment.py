@@ -234,7 +234,7 @@ class FPNTransformer(nn.Module):
     Source: Mask2Former, pixel_decoder/fpn.py, TransformerEncoderPixelDecoder.
     """
 
-    def __init__(self, width: int, heads: int = 8, layers: int = 6):
+    def __init__(self, width: int, heads: int, layers: int):
         super().__init__()
         self.input = nn.Conv2d(width, width, 1)
         self.encoder = nn.ModuleList(EncoderLayer(Attention(width, heads), width, 8 * width) for _ in range(layers))
@@ -349,7 +349,7 @@ class DeformableEncoder(nn.Module):
     Source: Mask2Former, pixel_decoder/msdeformattn.py, MSDeformAttnPixelDecoder.
     """
 
-    def __init__(self, width: int, heads: int = 8, layers: int = 6):
+    def __init__(self, width: int, heads: int, layers: int):
         super().__init__()
         self.input = nn.ModuleList(
             nn.Sequential(nn.Conv2d(width, width, 1), nn.GroupNorm(32, width)) for _ in range(3)
@@ -440,7 +440,7 @@ class MaskedDecoder(nn.Module):
     class is "no object", and mask logits (B, Q, y, x) at stride 4.
     """
 
-    def __init__(self, width: int, num_classes: int, heads: int = 8, queries: int = 100, layers: int = 9):
+    def __init__(self, width: int, num_classes: int, heads: int, queries: int, layers: int):
         super().__init__()
         self.heads = heads
         self.query_feat = nn.Embedding(queries, width)       # what the queries start from
@@ -548,12 +548,7 @@ def load_start(model: Segmenter, path: str | Path) -> LoadReport:
     """
     if any(name.startswith("backbone.") for name in weights_in(read_checkpoint(path))):
         return load_pretrained(model, path, class_layers=("decoder.class_head.",))
-    prefix = "backbone.vit."
-    report = load_pretrained(model.backbone.vit, path)
-    for group in (report.loaded, report.resized, report.partly, report.new):
-        group[:] = [prefix + name for name in group]
-    report.new += [name for name in model.state_dict() if not name.startswith(prefix)]
-    return report
+    return load_pretrained(model.backbone.vit, path)
 
 
 # ---- matching and losses -------------------------------------------------------------------------
@@ -568,12 +563,12 @@ def targets_of(labels: Tensor, padded: tuple[int, int]) -> Targets:
     Masks have the size `padded`, (height, width), which the model sees. Pixels without a label, and
     padding, are in no mask.
     """
-    edges = (0, padded[1] - labels.shape[2], 0, padded[0] - labels.shape[1])
+    padding = (0, padded[1] - labels.shape[2], 0, padded[0] - labels.shape[1])
     targets = []
-    for label in F.pad(labels, edges, value=IGNORE):
-        classes = label.unique()
-        classes = classes[classes != IGNORE]
-        targets.append((classes.long(), label[None] == classes[:, None, None]))
+    for label in F.pad(labels, padding, value=IGNORE):
+        present = label.unique()
+        present = present[present != IGNORE]
+        targets.append((present.long(), label[None] == present[:, None, None]))
     return targets
 
 
@@ -582,9 +577,9 @@ def random_points(masks: int, points: int, device: torch.device) -> Tensor:
     return torch.rand(masks, points, 2, device=device)
 
 
-def sample(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples of maps (N, C, y, x) at points (N, P, 2), (x, y) in 0..1 -> (N, C, P)."""
-    return F.grid_sample(maps, 2 * points[:, :, None].to(maps.dtype) - 1, align_corners=False)[..., 0]
+def sample(maps: Tensor, places: Tensor) -> Tensor:
+    """Bilinear samples of maps (N, C, y, x) at places (N, P, 2), (x, y) in 0..1 -> (N, C, P)."""
+    return F.grid_sample(maps, 2 * places[:, :, None].to(maps.dtype) - 1, align_corners=False)[..., 0]
 
 
 @torch.no_grad()
@@ -624,27 +619,27 @@ def pairwise_costs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def match(classes: Tensor, masks: Tensor, labels: Tensor, targets: Tensor, points: int) -> tuple[Tensor, Tensor]:
+def match(class_logits: Tensor, masks: Tensor, labels: Tensor, truths: Tensor, points: int) -> tuple[Tensor, Tensor]:
     """Pair queries with targets of one image, at the least total cost.  Mask2Former, section 3.3
 
     Masks are compared at `points` random places, the same for all.
 
     Args:
-        classes: (Q, K + 1), logits. masks: (Q, y, x), logits.
-        labels: (n,). targets: (n, H, W).
+        class_logits: (Q, K + 1). masks: (Q, y, x), logits.
+        labels: (n,). truths: (n, H, W), the masks of the targets.
     Returns: the indices of the paired queries and of their targets, both (min(Q, n),).
     """
     from scipy.optimize import linear_sum_assignment
 
     places = random_points(1, points, masks.device)
-    bce, dice = pairwise_costs(sample(masks[None], places)[0], sample(targets[None].to(masks.dtype), places)[0])
-    label = -classes.softmax(dim=-1)[:, labels]
+    bce, dice = pairwise_costs(sample(masks[None], places)[0], sample(truths[None].to(masks.dtype), places)[0])
+    label = -class_logits.softmax(dim=-1)[:, labels]
     cost = WEIGHTS["bce"] * bce + WEIGHTS["label"] * label + WEIGHTS["dice"] * dice
     rows, columns = linear_sum_assignment(cost.nan_to_num().cpu().numpy())
     return tuple(torch.as_tensor(indices, device=masks.device) for indices in (rows, columns))
 
 
-def prediction_loss(classes: Tensor, masks: Tensor, targets: Targets, num_masks: float, points: int) -> Tensor:
+def prediction_loss(class_logits: Tensor, masks: Tensor, targets: Targets, num_masks: float, points: int) -> Tensor:
     """Loss of one prediction. `match` first pairs its queries with the targets.
 
     The mask losses are summed over pairs and divided by `num_masks`. Without targets they are 0, but
@@ -653,24 +648,24 @@ def prediction_loss(classes: Tensor, masks: Tensor, targets: Targets, num_masks:
     process with the whole batch. In Mask2Former each process divides by its own sum.
 
     Args:
-        classes: (B, Q, K + 1), logits. masks: (B, Q, y, x), logits.
+        class_logits: (B, Q, K + 1). masks: (B, Q, y, x), logits.
         num_masks: see `mean_masks`. points: how many places of a mask are compared.
     """
-    classes, masks = widened(classes), widened(masks)
+    class_logits, masks = widened(class_logits), widened(masks)
     # The M pairs: their images, queries, labels, true masks and predicted masks
-    pairs = [match(classes[i], masks[i], *target, points) for i, target in enumerate(targets)]
+    pairs = [match(class_logits[i], masks[i], *target, points) for i, target in enumerate(targets)]
     image = torch.cat([torch.full_like(queries, i) for i, (queries, _) in enumerate(pairs)])
     query = torch.cat([queries for queries, _ in pairs])
     labels, truths = (
         torch.cat([target[kind][order] for target, (_, order) in zip(targets, pairs, strict=True)]) for kind in (0, 1)
     )
     # Class loss of all queries. Those without a target should say "no object".
-    wanted = torch.full(classes.shape[:2], classes.shape[2] - 1, device=classes.device)
+    wanted = torch.full(class_logits.shape[:2], class_logits.shape[2] - 1, device=class_logits.device)
     wanted[image, query] = labels
     logits = masks[image, query]                                                      # (M, y, x)
-    weight = classes.new_ones(classes.shape[2])
+    weight = class_logits.new_ones(class_logits.shape[2])
     weight[-1] = NO_OBJECT
-    label = F.cross_entropy(classes.flatten(0, 1), wanted.flatten(), weight, reduction="sum")
+    label = F.cross_entropy(class_logits.flatten(0, 1), wanted.flatten(), weight, reduction="sum")
     label = label * world_size() / all_sum(weight[wanted].sum()[None])[0]
     # Mask losses of the M pairs, at points
     places = uncertain_points(logits, points)
@@ -703,10 +698,10 @@ def class_scores(output: tuple[Tensor, Tensor], padded: tuple[int, int], size: t
         output: one prediction of `MaskedDecoder`. "No object" gets no scores.
         padded, size: (height, width) of the image, with and without padding.
     """
-    classes, masks = (widened(x) for x in output)
+    class_logits, masks = (widened(x) for x in output)
     masks = F.interpolate(masks, size=padded, mode="bilinear", align_corners=False).sigmoid()
     masks = masks[:, :, : size[0], : size[1]]
-    return torch.einsum("bqk,bqyx->bkyx", classes.softmax(dim=-1)[..., :-1], masks)
+    return torch.einsum("bqk,bqyx->bkyx", class_logits.softmax(dim=-1)[..., :-1], masks)
 
 
 def resized_argmax(scores: Tensor, size: tuple[int, int], at_once: int = 16) -> Tensor:
@@ -739,7 +734,7 @@ def segment(
 class Scores(nn.Module):
     """The graph that `--export` writes: normalised pixels (1, 3, H, W) -> scores (1, K, H, W).
 
-    H and W must be multiples of the segmenter's `stride`. Pad images yourself.
+    H and W must be multiples of `multiple`, the segmenter's stride. Pad images yourself.
     """
 
     # The batch size. In torch.export, torch's multi-head attention has one graph for one image and
@@ -748,7 +743,7 @@ class Scores(nn.Module):
 
     def __init__(self, segmenter: Segmenter):
         super().__init__()
-        self.segmenter = segmenter
+        self.segmenter, self.multiple = segmenter, segmenter.stride
 
     def forward(self, x: Tensor) -> Tensor:
         size = tuple(x.shape[2:])
@@ -905,7 +900,7 @@ class SegmentationFolder(Dataset):
 def class_names(root: Path, num_classes: int | None) -> list[str]:
     """Names of a folder's classes: in classes.txt, one a line, or in ADE20K's objectInfo*.txt.
 
-    Without such a file they are numbers, `num_classes` of them, by default 150.
+    Without such a file they are "class 0", "class 1" and so on: `num_classes`, by default 150.
     Raises: ValueError for a name twice, no names, more than 255, or not `num_classes`.
     """
     found = [path for path in (root / "classes.txt", *sorted(root.glob("objectInfo*.txt"))) if path.is_file()]
@@ -965,7 +960,7 @@ def random_resize(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Ten
     """Resize to a random short edge: 0.5, 0.6, ... or 2.0 times `size`; long edge up to 4 times."""
     edges = [int(0.1 * k * size) for k in range(5, 21)]
     shape = fitted(tuple(labels.shape), edges[torch.randint(len(edges), ())], 4 * size)
-    # torchvision resizes a Mask inexactly: on average half an output pixel too far left and up.
+    # torchvision's resize moves a Mask, on average by half an output pixel to the right and down.
     plain, exact = labels.as_subclass(Tensor)[None], v2.InterpolationMode.NEAREST_EXACT
     resized = v2.functional.resize(plain, shape, interpolation=exact)[0]
     return v2.functional.resize(image, shape), tv_tensors.Mask(resized)
@@ -980,8 +975,8 @@ def random_crop(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tenso
 
 def pad_to(image: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Pad at the bottom and right to `size` x `size`: the image with grey, labels with IGNORE."""
-    edges = [0, 0, size - labels.shape[1], size - labels.shape[0]]
-    return v2.functional.pad(image, edges, fill=GREY), v2.functional.pad(labels, edges, fill=IGNORE)
+    padding = [0, 0, size - labels.shape[1], size - labels.shape[0]]
+    return v2.functional.pad(image, padding, fill=GREY), v2.functional.pad(labels, padding, fill=IGNORE)
 
 
 def shift_brightness(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -1097,8 +1092,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, backbone_lr: float) 
     """The optimiser's groups of parameters, by learning rate and weight decay.
 
     The learning rate of a group is multiplied by its `lr_scale`: `backbone_lr` for the backbone and
-    its pyramid, else 1. Norms, embeddings and position tables do not decay. Biases do, as in
-    Mask2Former.
+    its pyramid, else 1. Norms, embeddings and position tables do not decay. Biases do, and the level
+    vectors of msdeform, as in Mask2Former.
     """
     groups = {}
     for layer, module in model.named_modules():
@@ -1194,10 +1189,11 @@ def describe_recipe(args: argparse.Namespace) -> str:
     """Optimiser, learning rate, averaged weights and decoder, as a run prints them."""
     a = args
     limit = f", gradient norm at most {a.clip_grad}" if a.clip_grad else ""
+    average = f"each step keeps at most {a.ema_decay:.5g} of the average" if a.ema_decay else "none"
     return f"""optimiser: AdamW, weight decay {a.weight_decay}{limit}
 learning rate: falls to 0 from {a.lr * a.global_batch / LR_BATCH:.4g} (--lr {a.lr} x {a.global_batch} / {LR_BATCH} \
 images); the backbone has {a.backbone_lr} times that
-averaged weights: each step keeps at most {a.ema_decay:.5g} of the average
+averaged weights: {average}
 decoder: {a.pixel_decoder}, {a.queries} queries, {a.layers} layers, losses at {a.points} points of each mask"""
 
 
@@ -1250,7 +1246,7 @@ def overlay(image: Image.Image, labels: np.ndarray, classes: list[str]) -> Image
 def load(args: argparse.Namespace, classes: list | None = None) -> tuple[Segmenter, list]:
     """The model in --checkpoint, in eval mode, and the names of its classes.
 
-    If the file does not name its classes, they are `classes`, or else numbers.
+    If the file does not name its classes, they are `classes`, or else "class 0", "class 1" and so on.
     """
     trained = run.settings_for(args)
     resolve(args, trained)
@@ -1282,22 +1278,22 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     drawn only if --output is given.
     """
     with run.checked(args):
-        targets = run.drawing_paths(args, "overlay")
+        drawings = run.drawing_paths(args, "overlay")
         if args.data is None and not run.settings_for(args):
             args.data = "folder"  # not our checkpoint: the image size of photographs
         model, classes = load(args)
     model.to(device)
-    with run.json_list(args) as found:
+    with run.json_list(args) as printed:
         for path, image in run.read_each(args.image):
             pixels, _ = resized_whole(v2.functional.pil_to_tensor(image), None, args.image_size)
             labels = segment(model, pixels[None], (image.height, image.width), args, device)[0].cpu().numpy()
             shares = shares_of(labels, classes)
-            found.append(dict(image=str(path), shares=shares))
-            if targets:
-                run.write_image(overlay(image, labels, classes), targets[path])
+            printed.append(dict(image=str(path), shares=shares))
+            if drawings:
+                run.write_image(overlay(image, labels, classes), drawings[path])
             if not args.json:
                 text = ", ".join(f"{name} {part:.1%}" for name, part in shares.items())
-                say(f"{path}: {text}, drawn to {targets[path]}")
+                say(f"{path}: {text}, drawn to {drawings[path]}")
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -1335,7 +1331,7 @@ without --epochs and --max-steps a run has {', '.join(f'{steps} steps for {data}
     add("--points", at_least(4), "number of points of each mask that the loss compares with the target")
     add("--drop-path", share, "stochastic depth of the backbone: probability, 0..1, that training skips the layers of "
         "the last block; it rises linearly from 0 in the first block")  # fmt: skip
-    add("--weight-decay", at_least(0, float), "weight decay of AdamW; norms and embeddings do not decay")
+    add("--weight-decay", at_least(0, float), "weight decay of AdamW; most norms and embeddings do not decay")
     add("--backbone-lr", at_least(0, float), "factor on the learning rate of the backbone and its pyramid")
     add("--clip-grad", at_least(0, float), "largest norm of the gradient over all parameters, 0 for no limit")
     add("--ema-decay", share, "decay per step of the averaged weights, which are the ones evaluated, 0 for no "

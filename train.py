@@ -496,13 +496,13 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
         run.check_images(args.image)
         model, classes, transform = load_predictor(args)
     model.to(device)
-    with run.json_list(args) as found:
+    with run.json_list(args) as printed:
         for path, image in run.read_each(args.image):
             images = to_model_input(transform(image)[None], device, args.channels_last)
             top = model(images)[0].softmax(0).topk(min(5, len(classes)))
             names = [classes[i] for i in top.indices.tolist()]
             probabilities = dict(zip(names, top.values.tolist(), strict=True))
-            found.append(dict(image=str(path), probabilities=probabilities))
+            printed.append(dict(image=str(path), probabilities=probabilities))
             if not args.json:
                 say(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in probabilities.items()))
 

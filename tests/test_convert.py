@@ -605,6 +605,13 @@ def test_onnx_files_equal_the_model(tmp_path, name):
     assert all(core.auxiliary for core in attention.cores(model).values())
 
 
+def test_a_segmenter_is_exported_for_whole_patches(tmp_path):
+    """Sides are multiples of its coarsest stride, two patches: wanted and tried sizes are rounded up to them."""
+    model = segment.Scores(tiny_segmenter(patch_size=12))
+    shapes, difference = convert.export(model, tmp_path / "model.pt2", 100)
+    assert shapes == [(1, 3, 120, 120), (1, 3, 144, 168), (1, 3, 216, 144)] and difference < 1e-5
+
+
 def test_outputs_of_any_structure_are_compared():
     """Other libraries' models return dictionaries, with None in them: the tensors in order, as the file has them."""
     x, y, z = randn(3, 1)

@@ -354,14 +354,16 @@ def test_annotation_ids_do_not_matter(first):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_both_coco_libraries_agree(seed):
+def test_both_coco_libraries_agree(seed, monkeypatch):
     """faster-coco-eval and pycocotools give the same numbers."""
     faster, reference = pytest.importorskip("faster_coco_eval"), pytest.importorskip("pycocotools.cocoeval")
     from pycocotools.coco import COCO
 
     truth, results = random_results(seed)
-    ours = detect.coco_metrics(truth, results, (faster.COCO, faster.COCOeval_faster))
-    assert ours == pytest.approx(detect.coco_metrics(truth, results, (COCO, reference.COCOeval)), abs=1e-9)
+    monkeypatch.setattr(detect, "coco_library", lambda: (faster.COCO, faster.COCOeval_faster))
+    ours = detect.coco_metrics(truth, results)
+    monkeypatch.setattr(detect, "coco_library", lambda: (COCO, reference.COCOeval))
+    assert ours == pytest.approx(detect.coco_metrics(truth, results), abs=1e-9)
     assert 0 < ours["AP"] < ours["AP50"] < 100
 
 
@@ -502,6 +504,9 @@ def test_detection_script(tmp_path, capsys, monkeypatch):
     run_detect_with("--eval", f"--checkpoint={sure}", f"--output={tmp_path}/branch", "--workers=0", *whole)
     hybrid, castled = ((tmp_path / "branch" / f"coco_results{x}.json").read_text() for x in ("", "_castled"))
     assert hybrid != castled
+    monkeypatch.setattr(detect, "evaluate", None)  # a folder that cannot be written is named before the work
+    assert "alone.json" in refused(capsys, 2, run_detect_with, "--eval", f"--checkpoint={sure}",
+                                   f"--output={tmp_path}/castled.pt/alone.json")  # fmt: skip
 
 
 def test_detection_draws_and_prints(tmp_path, capsys):
@@ -531,6 +536,9 @@ def test_detection_draws_and_prints(tmp_path, capsys):
     assert [one["image"] for one in found] == [c, f"{tmp_path}/drawn/c.png"]
     assert found[0]["boxes"][0].keys() == {"label", "score", "box"}
     assert all(box["label"] in SHAPES and box["box"][3] <= 50 for box in found[0]["boxes"])
+    run_detect_with(*common, c, "--json", "--amp")  # in the precision of --eval
+    rounded = json.loads(capsys.readouterr().out)[0]["boxes"]
+    assert rounded != found[0]["boxes"] and abs(rounded[0]["score"] - found[0]["boxes"][0]["score"]) < 0.05
     run_detect_with(*common, a, "--min-score=1", f"--output={tmp_path}/none.png")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "none.png")), enlarged)
     (tmp_path / "d.png").write_text("no picture")
