@@ -403,13 +403,22 @@ def fitting(model: nn.Module, *size: int) -> tuple[int, ...]:
     return tuple(-(-side // multiple) * multiple for side in size)
 
 
-def traced(model: nn.Module, image_size: int | tuple[int, int]) -> torch.export.ExportedProgram:
+def accepts(model: nn.Module, images: Tensor) -> bool:
+    """Whether a model, or an exported graph, can run on these images."""
+    try:
+        model(images)
+    except Exception:  # a wrong size raises any kind of error
+        return False
+    return True
+
+
+def traced(model: nn.Module, image_size: int | tuple[int, int], fixed: bool = False) -> torch.export.ExportedProgram:
     """The castled model with folded norms as one graph, for images (B, 3, H, W) of any B, H and W.
 
-    A model that takes only one size (as timm's do) gives a graph for `image_size`. A model may have
-    two attributes: with `images` the graph is for B = images, with `multiple` H and W must be
-    multiples of it. Every token grid must have at least 2 x 2 tokens: for LeViT, sides of 65 pixels
-    or more. A .pt2 file checks this, an ONNX file does not.
+    With `fixed`, or for a model that takes only one size (as timm's do), H and W are those of
+    `image_size`. A model may have two attributes: with `images` the graph is for B = images, with
+    `multiple` H and W must be multiples of it. A .pt2 file refuses sizes at which some token grid
+    has one row or column: for LeViT, sides of 64 pixels or less. An ONNX file takes them.
     """
     model = fuse(castle(copy.deepcopy(model)).eval()).cpu().float()
     (height, width), images = pair(image_size), getattr(model, "images", 2)
@@ -417,10 +426,8 @@ def traced(model: nn.Module, image_size: int | tuple[int, int]) -> torch.export.
     example = torch.zeros(images, 3, *fitting(model, max(height, 128), max(width, 128) + 64))
     sides = torch.export.Dim.AUTO
     with torch.no_grad():
-        try:
-            model(example)
-        except Exception:  # the model refuses this size, with any kind of error
-            example, sides = torch.zeros(images, 3, height, width), torch.export.Dim.STATIC
+        if fixed or not accepts(model, example):
+            example, sides = torch.zeros(images, 3, *fitting(model, height, width)), torch.export.Dim.STATIC
         free = {0: torch.export.Dim.AUTO if images > 1 else torch.export.Dim.STATIC, 2: sides, 3: sides}
         return torch.export.export(model, (example,), dynamic_shapes=(free,), strict=False)
 
@@ -449,7 +456,11 @@ def export(model: nn.Module, path: str | Path, image_size: int | tuple[int, int]
     """
     check_export(path)
     path, program = Path(path), traced(model, image_size)
+    wanted = fitting(model, *pair(image_size))
     if path.suffix == ".pt2":
+        example = torch.zeros(getattr(model, "images", 2), 3, *wanted)
+        if not accepts(program.module(), example):  # too small for free sides
+            program = traced(model, image_size, fixed=True)
         torch.export.save(program, path)
         run = torch.export.load(path).module()
     else:
@@ -462,11 +473,9 @@ def export(model: nn.Module, path: str | Path, image_size: int | tuple[int, int]
             return [torch.from_numpy(y) for y in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
 
     example = next(node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
-    height, width = pair(image_size)
-    sizes = [fitting(model, height, width)]
+    sizes = [wanted]
     if symbolic(example.shape[2:]):
-        least = 96 if path.suffix == ".pt2" else 32  # see `traced`
-        height, width = max(height, least), max(width, least)
+        height, width = (max(side, 32) for side in wanted)
         sizes = [(height, width), (height + 32, width + 64), (2 * height, width + 32)]
         sizes = [fitting(model, *size) for size in sizes]
     castled, shapes, differences = castle(copy.deepcopy(model)).eval().cpu().float(), [], []

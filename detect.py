@@ -63,7 +63,7 @@ from data import (
     to_model_input,
 )
 from models import ESNET, LCNET, ConvBackbone, DepthSeparable, build_model, conv_norm
-from run import agreed, at_least, autocast, rank, say, share, world_size
+from run import at_least, autocast, mean_over_ranks, rank, say, share, world_size
 
 METRICS = {"AP": "AP", "AP50": "AP50", "AP75": "AP75"}  # printed; the first one chooses best.pt
 STRIDES = (8, 16, 32, 64)  # of the levels, pixels
@@ -382,12 +382,12 @@ def detection_losses(
     quality[image, point, gt_labels] = paired_iou(boxes.detach(), gt_boxes).clamp_min(1e-6)
     # The divisors `count` and `total` are means over all processes. DistributedDataParallel takes
     # the mean of gradients. So the result is the gradient of one process with all images.
-    count = agreed(logits.device, positive.sum(1).clamp_min(1).sum())[0]
+    count = mean_over_ranks(logits.device, positive.sum(1).clamp_min(1).sum())[0]
     losses = dict(cls=varifocal_elements(logits, quality).sum() / count)
 
     # GIoU loss
     weight = logits.detach()[positive].sigmoid().amax(-1)                             # (N,)
-    total = max(1.0, agreed(logits.device, weight.sum())[0])
+    total = max(1.0, mean_over_ranks(logits.device, weight.sum())[0])
     giou = generalized_box_iou_loss(boxes, gt_boxes, eps=1e-7)
     losses["box"] = BOX_WEIGHT * (weight * giou).sum() / total
     # Distribution focal loss of the four distances, in strides
@@ -922,17 +922,16 @@ def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
 
 
 def describe_recipe(args: argparse.Namespace) -> str:
-    """Optimiser, learning rate, averaged weights and augmentation, as a run prints them."""
+    """Optimiser, learning rate and augmentation, as a run prints them."""
     a = args
     peak = f"{a.lr * a.global_batch / LR_BATCH:.4g} (--lr {a.lr} x {a.global_batch} / {LR_BATCH} images)"
-    reset = f", started anew every {a.ema_reset} epochs" if a.ema_reset else ""
+    reset = f"the average of the weights starts anew every {a.ema_reset} epochs\n" if a.ema_reset else ""
     limit = f", gradient norm at most {a.clip_grad}" if a.clip_grad else ""
     changes = "random crops, flips and colours" if a.augment else "random flips"
     sides = f"{a.image_size} +- {32 * a.multi_scale}" if a.multi_scale else a.image_size
     return f"""optimiser: SGD, weight decay {a.weight_decay}{limit}
 learning rate: {a.warmup_steps} steps of warm-up to {peak}, then a cosine to 0
-averaged weights: each step keeps at most {a.ema_decay} of the average{reset}
-augmentation: {changes}; images of {sides} px"""
+{reset}augmentation: {changes}; images of {sides} px"""
 
 
 # ---- drawing -------------------------------------------------------------------------------------
@@ -1036,7 +1035,8 @@ def parser() -> argparse.ArgumentParser:
 --data is shapes, or a folder with annotations/instances_NAME.json and the images in NAME/ or images/NAME/;
 NAME is train2017 and val2017, or train and val
 --shapes-length: for validation there are 1/15 as many scenes
---image-size for a folder is by default 320 for S models, 416 for M and L""",
+--image-size for a folder is by default 320 for S models, 416 for M and L
+Eq. is an equation of the paper. D4, D7 and so on are explained in docs/departures.md.""",
     )  # fmt: skip
     recipe = run.shared_flags(p, DATA_DEFAULTS)
     add, on_off = recipe.add_argument, argparse.BooleanOptionalAction

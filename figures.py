@@ -643,15 +643,15 @@ def attention(path: Path, args: argparse.Namespace) -> None:
     kept = f"{100 * (masks > 0).float().mean():.2f}% of entries" if core.auxiliary else "nothing: it is castled"
     print("picture, from above: the image; what the marked patch takes from each other patch by linear-angular\n"
           f"attention; the same with the DWConv; what the mask keeps of its softmax, {kept}.\n"
-          "The colours leave out the patch's own entry.")  # fmt: skip
+          "The patch's own entry is larger than the others and off the colour scale.")  # fmt: skip
 
     with drawing(path, width=2.5 * len(tokens), height=8.6) as figure:
         axes = figure.subplots(4, len(tokens), squeeze=False)
         for column, token, *rows in zip(axes.T, tokens, maps, banded, masks.mean(0), strict=True):
             patch = token - prefix
             column[0].imshow(pixels.permute(1, 2, 0).numpy())
-            place = f"patch in row {patch // side}, column {patch % side}" if patch >= 0 else f"prefix token {token}"
-            column[0].set_title(place)
+            place = f"row {patch // side + 1}, column {patch % side + 1}"
+            column[0].set_title(f"patch in {place}" if patch >= 0 else f"prefix token {token}")
             if patch >= 0:
                 cell = pixels.shape[-1] / side
                 left, top = patch % side * cell - 0.5, patch // side * cell - 0.5

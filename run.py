@@ -5,8 +5,8 @@ run's checkpoints and log and continues it at any step; evaluation with and with
 branch, and the castling report; the command line; models from checkpoints; pictures in and out.
 This file imports none of the scripts.
 
-A rank is the number of a process, from 0. Rank 0 alone prints and writes. Errors that end a process
-are printed by each.
+A rank is the number of a process, from 0. Rank 0 alone prints and writes. But each process prints
+the error that ends it.
 """
 
 import argparse
@@ -188,7 +188,7 @@ def all_sum(values: Tensor) -> list[float]:
     return values.tolist()
 
 
-def agreed(device: torch.device, *values: float | Tensor) -> list[float]:
+def mean_over_ranks(device: torch.device, *values: float | Tensor) -> list[float]:
     """The mean over ranks of each value. Every rank gets the same numbers.
 
     So a flag that is set on any rank is above 0 on all, and a nan on any rank is nan on all. All
@@ -498,7 +498,7 @@ class Run:
             durations.append(time.monotonic() - begun)
             self.bar.step(args.global_batch, epoch=epoch, loss=self.loss, lr=self.lr)
 
-            # `agree` has found out whether to save or to stop after this step.
+            # `update` has found out whether to save or to stop after this step.
             if (self.stop or self.due) and self.step < end:  # the epoch's last step is saved below
                 self.save_last()
                 if self.stop:
@@ -512,7 +512,7 @@ class Run:
             train_lr=self.lr,
             seconds=seconds,
             images_per_s=steps * args.global_batch / seconds,
-            data_wait=agreed(self.device, waited)[0] / seconds,  # share of time, waiting for images
+            data_wait=mean_over_ranks(self.device, waited)[0] / seconds,  # share of time, waiting for images
             step_seconds=statistics.median(durations),  # of one step, without that wait
             **({"mask_curve": self.curve} if self.curve["step"] else {}),
             step=self.step,
@@ -523,7 +523,7 @@ class Run:
             for buffer in self.ema.module.buffers():  # BatchNorm statistics differ: take rank 0's
                 dist.broadcast(buffer, 0)
         self.save_last()
-        if any(agreed(self.device, self.signalled)):
+        if any(mean_over_ranks(self.device, self.signalled)):
             raise Stopped
         set_threshold(self.ema.module, self.progress)
 
@@ -532,7 +532,16 @@ class Run:
 
         Raises: RunError, in the same step on every rank, before the weights change.
         """
-        self.agree(loss, lr)
+        # Agree between ranks on three things: the mean loss, whether to save, whether to stop.
+        due = rank() == 0 and 0 < 60 * self.args.save_minutes < time.monotonic() - self.saved
+        self.loss, self.due, self.stop = mean_over_ranks(self.device, loss, due, self.signalled)
+        self.lr = lr
+        if not math.isfinite(self.loss):
+            raise self.not_finite(f"loss is {self.loss}")
+        # 2^-24 is float16's smallest number. All ranks have the same gradients, and so one scale.
+        if self.scaler.get_scale() < 2**-24:
+            raise self.not_finite("gradients overflow at every loss scale of float16")
+        # Change the weights.
         if self.args.clip_grad > 0:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
@@ -540,17 +549,6 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update_parameters(self.model)
-
-    def agree(self, loss: Tensor, lr: float) -> None:
-        """Agree between ranks on three things: the mean loss, whether to save, whether to stop."""
-        due = rank() == 0 and 0 < 60 * self.args.save_minutes < time.monotonic() - self.saved
-        self.loss, self.due, self.stop = agreed(self.device, loss, due, self.signalled)
-        self.lr = lr
-        if not math.isfinite(self.loss):
-            raise self.not_finite(f"loss is {self.loss}")
-        # 2^-24 is float16's smallest number. All ranks have the same gradients, and so one scale.
-        if self.scaler.get_scale() < 2**-24:
-            raise self.not_finite("gradients overflow at every loss scale of float16")
 
     def evaluation_due(self) -> bool:
         """Whether to evaluate the epoch that was trained last. Says so, as it may take minutes."""
@@ -583,16 +581,16 @@ class Run:
             f"epoch {record['epoch']}: train_loss {record['train_loss']:.4f}, lr {record['train_lr']:.3g}, {scores}"
             f"{record['images_per_s']:.0f} images/s, {100 * record['data_wait']:.0f}% waiting for data"
         )
-        if any(agreed(self.device, self.signalled)):
+        if any(mean_over_ranks(self.device, self.signalled)):
             raise Stopped
 
     def report(self) -> None:
         """Print and log the castling report of the averaged weights, and write castled.pt."""
         self.bar.close()
         if rank() == 0:
-            metric = castling_report(self.args, self.ema.module, self.records[-1], self.device)
+            report = castling_report(self.args, self.ema.module, self.records[-1], self.device)
             save(self.folder / "castled.pt", castle(copy.deepcopy(self.ema.module)).state_dict())
-            print_report(self.args, metric, self.metrics)
+            print_report(self.args, report, self.metrics)
             say(f"written               {self.folder / 'castled.pt'}")
             picture = self.example() if self.args.data == "shapes" else "PHOTO"
             best = shlex.join(["--checkpoint", str(self.folder / "best.pt"), "--image", str(picture)])
@@ -600,7 +598,7 @@ class Run:
             if self.args.script == "train.py" and self.args.attention == "castling":
                 first = next(iter(cores(self.model)))  # the layer with most tokens: late masks may hold none
                 say(f"look at its attention python figures.py attention {best} --progress 0 --layer {first}")
-            self.write_log({"castling_report": metric, "step": self.step})
+            self.write_log({"castling_report": report, "step": self.step})
         barrier()
 
     def example(self) -> Path:
@@ -678,8 +676,8 @@ class Run:
             if kept:
                 raise ValueError(f"--output {self.folder} holds parts of a run ({', '.join(kept)}) but no checkpoint "
                                  "to continue from: choose another folder, or --overwrite to delete them")  # fmt: skip
-        mean, mean_square = agreed(self.device, self.step, self.step**2)
-        if abs(mean_square - mean**2) > 1e-6 * mean_square:  # the variance over ranks is not 0
+        mean = mean_over_ranks(self.device, self.step)[0]
+        if any(mean_over_ranks(self.device, abs(self.step - mean))):  # then every rank knows that one differs
             raise ValueError("processes would continue from different steps: they need one --output on a disk that "
                              f"all of them share, got {self.folder}")  # fmt: skip
 
@@ -767,24 +765,24 @@ def first_masks(model: nn.Module, masks: dict[str, tuple[float, float, float]]) 
 
 
 @torch.no_grad()
-def evaluate_castling(evaluate: Callable[[nn.Module], dict], model: nn.Module, metric: str) -> dict:
+def evaluate_castling(evaluate: Callable[[nn.Module], dict], model: nn.Module, key: str) -> dict:
     """Scores of the model as trained and of its castled copy, and what the masks still hold.
 
     Args:
         evaluate: takes a model, and returns {key: score} over the whole validation set, the same on
             every rank.
-        metric: the key of the score that decides.
+        key: that of the score that decides.
     Returns: {"test_KEY": score}. A model with an auxiliary branch adds "test_KEY_castled";
-        "castling_gap", what castling loses in `metric`; and "mask_density" and "mask_mass", each
+        "castling_gap", what castling loses in the score `key`; and "mask_density" and "mask_mass", each
         {layer: share}, as in `mask_statistics`.
     """
     record_masks(model, True)
-    metrics = evaluate(model)
-    record = {f"test_{key}": value for key, value in metrics.items()}
+    scores = evaluate(model)
+    record = {f"test_{name}": value for name, value in scores.items()}
     if masks := mask_statistics(model):
         castled = evaluate(castle(copy.deepcopy(model)))
-        record |= {f"test_{key}_castled": value for key, value in castled.items()}
-        record["castling_gap"] = metrics[metric] - castled[metric]
+        record |= {f"test_{name}_castled": value for name, value in castled.items()}
+        record["castling_gap"] = scores[key] - castled[key]
         record["mask_density"] = {layer: density for layer, (density, *_) in masks.items()}
         record["mask_mass"] = {layer: mass for layer, (_, mass, _) in masks.items()}
     return record
@@ -821,15 +819,16 @@ def images_per_second(models: dict[str, nn.Module], images: Tensor) -> dict[str,
 
 
 def castling_report(args: argparse.Namespace, model: nn.Module, record: dict, device: torch.device) -> dict:
-    """What castling costs and saves, by model: with the branch and castled, or one as deployed.
+    """Scores, MACs and speed, with the branch and castled.
 
+    A model without a branch has them once, as deployed.
     record: holds what `evaluate_castling` returned.
     Returns: that; "macs" of one image; "inference_images_per_s".
     """
     wanted = ("test_", "castling_", "mask_density", "mask_mass")
-    metric = {key: value for key, value in record.items() if key.startswith(wanted)}
+    report = {key: value for key, value in record.items() if key.startswith(wanted)}
     models = {"as deployed": castle(copy.deepcopy(model)).eval()}
-    if "castling_gap" in metric:
+    if "castling_gap" in report:
         branched = copy.deepcopy(model).eval()
         set_threshold(branched, 0.0)  # at the end of a ramp the branch would be skipped
         record_masks(branched, False)
@@ -838,27 +837,27 @@ def castling_report(args: argparse.Namespace, model: nn.Module, record: dict, de
     with autocast(args, device):
         speed = images_per_second(models, batch)
     macs = {name: count_macs(m, batch[:1]) for name, m in models.items()}
-    return metric | dict(macs=macs, inference_images_per_s=speed)
+    return report | dict(macs=macs, inference_images_per_s=speed)
 
 
-def print_report(args: argparse.Namespace, metric: dict, titles: dict[str, str]) -> None:
+def print_report(args: argparse.Namespace, report: dict, titles: dict[str, str]) -> None:
     """Print a castling report: one column of numbers, or two if there was a branch to castle."""
     say(f"\ncastling report: {args.model}, {args.attention}, {args.data} at {args.image_size} px")
-    branch = "castling_gap" in metric
+    branch = "castling_gap" in report
     rows = {"": ["with branch", "castled"] if branch else ["as deployed"]}
     for key, title in titles.items():
-        scores = [metric[name] for name in (f"test_{key}", f"test_{key}_castled") if name in metric]
+        scores = [report[name] for name in (f"test_{key}", f"test_{key}_castled") if name in report]
         rows[title] = [f"{score:.2f}" for score in scores]
-    if "macs" in metric:
-        rows["MACs per image, M"] = [f"{macs / 1e6:.1f}" for macs in metric["macs"].values()]
-        speeds = metric["inference_images_per_s"].values()
+    if "macs" in report:
+        rows["MACs per image, M"] = [f"{macs / 1e6:.1f}" for macs in report["macs"].values()]
+        speeds = report["inference_images_per_s"].values()
         rows[f"images/s, batch {min(32, args.batch_size)}"] = [f"{speed:.0f}" for speed in speeds]
     for name, values in rows.items():
         say(f"{name:22}" + "".join(f"{value:>14}" for value in values))
     if branch:
-        say(f"castling gap          {metric['castling_gap']:.2f} points of {next(iter(titles.values()))}")
-        held = [density for density in metric["mask_density"].values() if density > 0]
-        kept = f"{span(held)} of entries kept in {len(held)} of {len(metric['mask_density'])} layers" if held else None
+        say(f"castling gap          {report['castling_gap']:.2f} points of {next(iter(titles.values()))}")
+        held = [density for density in report["mask_density"].values() if density > 0]
+        kept = f"{span(held)} of entries kept in {len(held)} of {len(report['mask_density'])} layers" if held else None
         say(f"mask density          {kept or '0 in every layer: the masks are empty'}")
 
 
@@ -899,7 +898,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, script: str, doc: str, usage: str = "[flags]", **options):
         options |= dict(prog=script, usage=f"python {script} {usage}", description=doc)
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
         self.set_defaults(script=script)
 
     def parse_args(self, args=None, namespace=None):
@@ -956,8 +955,9 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
     add("--batch-size", type=at_least(1),
         help=f"images that one process handles at a time; {by_data('batch_size', defaults)}")
     add("--accumulate", type=at_least(1), default=1, help="batches for each optimiser step; default 1")
-    add("--lr", type=at_least(0, float, most=1e30), help="largest learning rate of the run, for the recipe's own "
-        f"number of images per step; it is scaled in proportion to yours. {by_data('lr', defaults).capitalize()}")
+    add("--lr", type=at_least(0, float, most=1e30), help="largest learning rate of the run, for the recipe's "
+        "number of images per step, which a run prints; it is scaled in proportion to yours. "
+        f"{by_data('lr', defaults).capitalize()}")
     add("--seed", type=at_least(0, most=2**62), help="start of all random numbers: first weights, order of the images, "
         "augmentation, drawn shapes; default 0")  # fmt: skip
     add("--checkpoint", help="file of weights to start from, or to use with --eval, --image or --export: a checkpoint "
@@ -968,17 +968,18 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
     add("--mask-schedule", choices=SCHEDULES, help="the threshold while training (D4). fixed: always --epsilon. ramp: "
         "from --epsilon or higher up to 1, where the branch keeps nothing. anneal: from a low value up to 1. Default "
         "ramp")  # fmt: skip
-    add("--dconv", type=at_least(0), help="length of the filters of the DWConv (depthwise convolution) on the values "
-        "V; 0 for no such layer; default 9")  # fmt: skip
-    add("--mlp-dwconv", type=at_least(0), help="size of the filters of the DWConv in the MLPs; 0 for no such layer; "
-        "default the paper's (D7, D8), for softmax 0")  # fmt: skip
+    add("--dconv", type=at_least(0), help="odd length of the filters of the DWConv (depthwise convolution) on the "
+        "values V; 0 for no such layer; default 9")  # fmt: skip
+    add("--mlp-dwconv", type=at_least(0), help="odd size of the filters of the DWConv in the MLPs; 0 for no such "
+        "layer; default the paper's (D7, D8), for softmax 0")  # fmt: skip
     add("--zero-dconv", action="store_true", help="start the DWConv on V from zeros, not from random numbers; for a "
         "--checkpoint without DWConv")  # fmt: skip
     group = parser.add_argument_group("run")
     add, add_task = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--output", help="folder for checkpoints and log; a run that is there is continued. Default "
-        "runs/MODEL-ATTENTION-DATA, and for --eval eval-DATA-SPLIT beside the checkpoint. With --image: the file or "
-        "folder to which detect.py and segment.py draw; default the checkpoint's folder")  # fmt: skip
+        "runs/MODEL-ATTENTION-DATA. With --image: the file or folder to which detect.py and segment.py draw; default "
+        "the checkpoint's folder. With --eval: the folder for detect.py's boxes; default eval-DATA-SPLIT beside the "
+        "checkpoint")  # fmt: skip
     add("--overwrite", action="store_true", help="delete the run in --output and start a new one")
     add("--save-minutes", type=at_least(0, float), default=10.0, help="minutes from one checkpoint to the next; "
         "default 10. There is also one after each epoch; 0 for only these")  # fmt: skip
@@ -992,7 +993,7 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
     add("--json", action="store_true", help="print the result of --eval or --image as JSON. detect.py and "
         "segment.py then draw only if --output is given")  # fmt: skip
     add_task("--export", help="do not train: write the castled model of --checkpoint to this .onnx "
-             "or .pt2 file. It takes normalised images of any size that the model takes")  # fmt: skip
+             "or .pt2 file. It takes images that are normalised as ImageNet's")  # fmt: skip
     add = parser.add_argument_group("processes").add_argument
     bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     add("--workers", type=at_least(0, most=128), help="number of processes that load images; 0: the training process "
@@ -1007,7 +1008,7 @@ def shared_flags(parser: argparse.ArgumentParser, defaults: dict[str, dict]) -> 
 
 
 def take_over(args: argparse.Namespace, trained: Mapping) -> None:
-    """Set flags that were not given to `trained`, the settings of a checkpoint. FREE flags stay."""
+    """Take flags that were not given from `trained`, a checkpoint's settings. FREE flags stay."""
     for flag, value in vars(args).items():
         if value is None and flag not in FREE:
             setattr(args, flag, trained.get(flag))
@@ -1050,7 +1051,7 @@ def epoch_and_run(args: argparse.Namespace, images: int) -> tuple[int, int]:
     """Optimiser steps of an epoch, and of the run. Raises: ValueError if there is none."""
     if images < args.global_batch:
         raise ValueError(f"{args.data} has {images} training images, but one step over all processes takes "
-                         f"{args.global_batch}: lower --batch-size")  # fmt: skip
+                         f"{args.global_batch}: lower --batch-size, --accumulate or --nproc-per-node")  # fmt: skip
     steps_per_epoch = images // args.global_batch
     return steps_per_epoch, min(steps_per_epoch * args.epochs, args.max_steps or math.inf)
 
@@ -1058,9 +1059,11 @@ def epoch_and_run(args: argparse.Namespace, images: int) -> tuple[int, int]:
 def same_classes(one: list, other: list, what: str) -> None:
     """Raise ValueError unless both lists of classes are the same. what: whose they are."""
     if one != other:
-        differing = [c for c in one if c not in other] + [c for c in other if c not in one]
+        own = {"the first": [c for c in one if c not in other], "the second": [c for c in other if c not in one]}
+        parts = [f"only {which} has {', '.join(map(str, names[:3]))}{' ...' * (len(names) > 3)}"
+                 for which, names in own.items() if names]  # fmt: skip
         raise ValueError(f"{what} have different classes, {len(one)} and {len(other)}: "
-                         f"{', '.join(map(str, differing[:5])) or 'the same in another order'}")  # fmt: skip
+                         f"{'; '.join(parts) or 'the same in another order'}")  # fmt: skip
 
 
 def describe(state: Run, recipe: str, val_set: Dataset) -> str:
@@ -1068,13 +1071,16 @@ def describe(state: Run, recipe: str, val_set: Dataset) -> str:
     a, device = state.args, state.device.type
     parameters = sum(p.numel() for p in state.model.parameters())
     branch = any(core.auxiliary for core in cores(state.model).values())
+    average = f"each step keeps at most {a.ema_decay:.5g} of the average" if a.ema_decay else "none"
     mask = f"masks: schedule {a.mask_schedule}, epsilon {a.epsilon}; " if branch else ""
     return f"""{a.model}, {a.attention}: {parameters / 1e6:.2f} M parameters, processes: {world_size()} ({device})
 data: {a.data}, {state.images} training and {len(val_set)} validation images of {a.image_size} px, \
 {len(state.classes)} classes
 length: {state.total_steps} steps of {a.global_batch} images, \
-{state.total_steps * a.global_batch / state.images:.2f} passes over them; an epoch is {state.steps_per_epoch} steps
+{state.total_steps * a.global_batch / state.images:.2f} passes over them; in the log an epoch is \
+{state.steps_per_epoch} steps
 {recipe}
+averaged weights: {average}
 {mask}output: {a.output}"""
 
 

@@ -62,7 +62,7 @@ from data import (
     to_model_input,
 )
 from models import VIT_DENSE, DenseViT, build_model
-from run import agreed, all_sum, at_least, autocast, rank, say, share, world_size
+from run import all_sum, at_least, autocast, mean_over_ranks, rank, say, share, world_size
 
 METRICS = {"mIoU": "mIoU", "mAcc": "mAcc", "pAcc": "pAcc"}  # printed; the first one chooses best.pt
 
@@ -679,7 +679,7 @@ def mean_masks(targets: Targets, device: torch.device) -> float:
 
     DistributedDataParallel's mean of gradients is then a mean over all masks.
     """
-    return max(1.0, agreed(device, sum(len(labels) for labels, _ in targets))[0])
+    return max(1.0, mean_over_ranks(device, sum(len(labels) for labels, _ in targets))[0])
 
 
 def set_loss(outputs: list[tuple[Tensor, Tensor]], targets: Targets, num_masks: float, points: int) -> Tensor:
@@ -1136,8 +1136,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.backbone_lr))
 
         # Batches, and the state of the run
-        order = dict(rank=rank(), world=world_size())
-        sampler = IntervalSampler(len(train_set), interval * args.global_batch, seed=args.seed, **order)
+        sampler = IntervalSampler(
+            len(train_set), interval * args.global_batch, seed=args.seed, rank=rank(), world=world_size()
+        )
         augmented = Pairs(train_set, train_transform(args), args.seed)
         train_loader = make_loader(augmented, sampler, args.batch_size, args.workers)
         val_loader = validation_loader(args, val_set)
@@ -1186,14 +1187,12 @@ def validation_loader(args: argparse.Namespace, val_set: Dataset) -> DataLoader:
 
 
 def describe_recipe(args: argparse.Namespace) -> str:
-    """Optimiser, learning rate, averaged weights and decoder, as a run prints them."""
+    """Optimiser, learning rate and decoder, as a run prints them."""
     a = args
     limit = f", gradient norm at most {a.clip_grad}" if a.clip_grad else ""
-    average = f"each step keeps at most {a.ema_decay:.5g} of the average" if a.ema_decay else "none"
     return f"""optimiser: AdamW, weight decay {a.weight_decay}{limit}
 learning rate: falls to 0 from {a.lr * a.global_batch / LR_BATCH:.4g} (--lr {a.lr} x {a.global_batch} / {LR_BATCH} \
 images); the backbone has {a.backbone_lr} times that
-averaged weights: {average}
 decoder: {a.pixel_decoder}, {a.queries} queries, {a.layers} layers, losses at {a.points} points of each mask"""
 
 
@@ -1307,7 +1306,8 @@ def parser() -> argparse.ArgumentParser:
 --data is shapes, or a folder. The folder has images/ and annotations/, each with training/ and validation/.
 Its class names are in classes.txt or objectInfo*.txt.
 --shapes-length: for validation there are 1/64 as many scenes
-without --epochs and --max-steps a run has {', '.join(f'{steps} steps for {data}' for data, steps in STEPS.items())}""",
+without --epochs and --max-steps a run has {', '.join(f'{steps} steps for {data}' for data, steps in STEPS.items())}
+Eq. is an equation of the paper. D4, D7 and so on are explained in docs/departures.md.""",
     )  # fmt: skip
     recipe = run.shared_flags(p, DATA_DEFAULTS)
 

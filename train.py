@@ -332,8 +332,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
         # One order of images follows from the seed. Each rank reads its part of it. A step always
         # has global_batch images over all ranks.
-        order = dict(rank=rank(), world=world_size())
-        sampler = EpochSampler(len(train_set), seed=args.seed, multiple=args.global_batch, **order)
+        sampler = EpochSampler(
+            len(train_set), seed=args.seed, multiple=args.global_batch, rank=rank(), world=world_size()
+        )
         augmented = Augmented(train_set, train_transform(args), args.seed)
         train_loader = make_loader(augmented, sampler, args.batch_size, args.workers)
         val_loader = validation_loader(args, val_set)
@@ -431,19 +432,22 @@ def load_teacher(args: argparse.Namespace, classes: list[str], device: torch.dev
     elif args.teacher in torchvision.models.list_models(torchvision.models):
         teacher = torchvision.models.get_model(args.teacher, weights=None, num_classes=len(classes))
         load_pretrained(teacher, args.teacher_checkpoint)
+        try:
+            teacher.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"--teacher {args.teacher} takes no images of {args.image_size} px: {error}") from None
     else:
         raise ValueError(f"unknown teacher {args.teacher!r}: expected a model of this project or of torchvision.models")
     return teacher.eval().requires_grad_(False).to(device)
 
 
 def describe_recipe(args: argparse.Namespace) -> str:
-    """Optimiser, learning rate, averaged weights and augmentation, as a run prints them."""
+    """Optimiser, learning rate and augmentation, as a run prints them."""
     a, batch = args, lr_batch(args)
     changes = [f"{name} {value}" for name in AUGMENTATION if (value := getattr(a, name))]
     return f"""optimiser: {a.optimizer}, weight decay {a.weight_decay}
-learning rate: {a.warmup_epochs:.2g} epochs of warm-up to {a.lr * a.global_batch / batch:.4g} \
+learning rate: {a.warmup_epochs:.4g} epochs of warm-up to {a.lr * a.global_batch / batch:.4g} \
 (--lr {a.lr} x {a.global_batch} / {batch} images), then {a.schedule}
-averaged weights: each step keeps at most {a.ema_decay:.5g} of the average
 augmentation: {", ".join(changes) or "none"}"""
 
 
@@ -530,8 +534,9 @@ def parser() -> argparse.ArgumentParser:
         "--batch-size of a folder is by default 64 for LeViT, LCNet and ESNet, and 32 for other models.\n"
         "--shapes-length: for validation there are 1/10 as many images.\n"
         f"--model is one of {', '.join(name for name in MODELS if name not in VIT_DENSE)}; default levit128.\n"
-        "It can also be timm:NAME, a vision transformer of timm that can be converted. It takes\n"
-        "--attention castling or softmax.",
+        "It can also be timm:NAME: with --attention softmax a classifier of timm, with castling a vision\n"
+        "transformer of timm that `convert` can change.\n"
+        "Eq. is an equation of the paper. D4, D5 and so on are explained in docs/departures.md.",
     )  # fmt: skip
     recipe = run.shared_flags(p, DATA_DEFAULTS)
     add, on_off = recipe.add_argument, argparse.BooleanOptionalAction

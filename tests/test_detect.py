@@ -618,7 +618,9 @@ def test_detection_on_coco_files(coco, tmp_path, capsys):
     classes = [dict(id=3, name="owl"), dict(id=7, name="kite")]
     assert convert.read_checkpoint(tmp_path / "run" / "best.pt")["classes"] == classes
     common = (f"--checkpoint={tmp_path}/run/best.pt", "--eval", f"--output={tmp_path}/e")
-    assert "have different classes, 2 and 12" in refused(capsys, 2, run_detect_with, *common, "--data=shapes")
+    message = refused(capsys, 2, run_detect_with, *common, "--data=shapes")
+    assert "have different classes, 2 and 12: only the first has {'id': 3, 'name': 'owl'}, " in message
+    assert "; only the second has " in message and message.rstrip().endswith(" ...")
 
 
 def test_detection_trains_on_two_processes(tmp_path, capsys):

@@ -474,18 +474,18 @@ def test_half_precision_stays_finite(script, dtype, tmp_path, monkeypatch):
     64 pixels, because at 32 LeViT's last down-sampling is a stride-2 convolution of a map one pixel wide, whose
     bfloat16 weight gradient on a CPU is random memory (torch 2.6 to 2.15)."""
     weights, norms = [], []  # before each step; of gradients, as the optimiser took them
-    agree, step = run.Run.agree, torch.amp.GradScaler.step
+    update, step = run.Run.update, torch.amp.GradScaler.step
 
     def look(state, *given):
         weights.append({name: x.detach().clone() for name, x in state.model.named_parameters()})
-        agree(state, *given)
+        update(state, *given)
 
     def measure(scaler, optimizer):
         step(scaler, optimizer)
         grads = [x.grad for group in optimizer.param_groups for x in group["params"] if x.grad is not None]
         norms.append(torch.stack([grad.norm() for grad in grads]).norm().item())
 
-    monkeypatch.setattr(run.Run, "agree", look)
+    monkeypatch.setattr(run.Run, "update", look)
     monkeypatch.setattr(torch.amp.GradScaler, "step", measure)
     lr = {"train": 300, "detect": 160, "segment": 6e-3}[script]  # weights move by more than rounding
     options = ("--clip-grad=0.01", f"--lr={lr}", "--ema-decay=0.4", "--save-minutes=0", "--image-size=64")
@@ -567,6 +567,18 @@ def test_processes_continue_from_one_step(tmp_path, capfd):
     assert in_group(2, lambda rank: run_tiny("train", tmp_path / str(rank), *options)) == [2, 2]
     assert capfd.readouterr().err.count("processes would continue from different steps") == 2
     assert not (tmp_path / "1").exists()
+
+
+def test_processes_one_step_apart_do_not_continue(monkeypatch, tmp_path, capfd):
+    """However many steps they have done."""
+    monkeypatch.setattr(run.Run, "continue_from", lambda self, path: setattr(self, "step", 2400 + run.rank()))
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "last.pt").touch()
+    monkeypatch.setattr(run, "newest", lambda folder: folder / "last.pt")
+    options = ("--max-steps=5000", "--batch-size=2")
+    assert in_group(2, lambda rank: run_tiny("train", tmp_path / str(rank), *options)) == [2, 2]
+    assert capfd.readouterr().err.count("processes would continue from different steps") == 2
 
 
 def test_nan_on_one_process_stops_all(tmp_path, capfd, monkeypatch):

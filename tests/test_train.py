@@ -237,6 +237,18 @@ def test_patches_of_any_size_train(tmp_path, capsys):
     assert "patch_size 8 -> 4" in said
 
 
+def test_a_teacher_of_another_image_size_is_refused(tmp_path, monkeypatch):
+    """torchvision's ViTs take the size that they were built for. It is asked before training."""
+    import torchvision
+
+    options = dict(image_size=224, patch_size=32, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8)
+    vit = torchvision.models.VisionTransformer(**options, num_classes=len(data.SHAPES))
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *_, **options: vit)
+    torch.save(vit.state_dict(), tmp_path / "vit.pt")
+    with pytest.raises(ValueError, match="vit_b_32 takes no images of .* px: Wrong"):
+        teacher_of("--distillation=hard", "--teacher=vit_b_32", f"--teacher-checkpoint={tmp_path}/vit.pt")
+
+
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_distillation_trains(tmp_path, kind):
     """From a torchvision model, and from a run of this script, each loaded from a local file."""
@@ -267,7 +279,7 @@ def test_folder_trains_and_names_what_is_wrong(tmp_path, photos, capsys):
 
     assert "classes" in said(2, "--eval", f"--checkpoint={tmp_path}/run/best.pt", "--data=shapes")
     (photos / "test" / "dark").rename(photos / "test" / "dusk")
-    assert "dark, dusk" in said(2, f"--data={photos}")
+    assert "only the first has dark; only the second has dusk" in said(2, f"--data={photos}")
     (photos / "test" / "dusk").rename(photos / "test" / "dark")
     (photos / "train" / "hollow").mkdir()
     assert "hollow" in said(2, f"--data={photos}")
@@ -359,7 +371,7 @@ def test_train_export(tmp_path, capsys):
     train.main(train.parser().parse_args(["--eval", "--json", "--workers=0", kept]))
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["castling_gap"] == 0
     train.main(train.parser().parse_args([kept, f"--export={tmp_path / 'model.pt2'}"]))
-    assert "run on 1x3x96x96, 2x3x128x160, 3x3x192x128; largest difference" in capsys.readouterr().out
+    assert "run on 1x3x32x32, 2x3x64x96, 3x3x64x64; largest difference" in capsys.readouterr().out
     model = torch.export.load(tmp_path / "model.pt2").module()
     assert model(torch.zeros(2, 3, 96, 128)).shape == (2, 12)
 
