@@ -643,7 +643,7 @@ def attention(path: Path, args: argparse.Namespace) -> None:
     kept = f"{100 * (masks > 0).float().mean():.2f}% of entries" if core.auxiliary else "nothing: it is castled"
     print("picture, from above: the image; what the marked patch takes from each other patch by linear-angular\n"
           f"attention; the same with the DWConv; what the mask keeps of its softmax, {kept}.\n"
-          "The patch's own entry is larger than the others and off the colour scale.")  # fmt: skip
+          "The patch's own entry may be off the colour scale: the scale is that of the other entries.")  # fmt: skip
 
     with drawing(path, width=2.5 * len(tokens), height=8.6) as figure:
         axes = figure.subplots(4, len(tokens), squeeze=False)
@@ -823,7 +823,8 @@ def learning(path: Path) -> None:
     """
     (start,) = read_runs(RESULTS / "conversion_start.jsonl")
     thousands = lambda run: run["log"][-1]["step"] * run["config"]["global_batch"] / 1000  # noqa: E731
-    looks = {"softmax": SOFTMAX, "castling, anneal": CASTLING, "linear_angular": dict(LINES[3], marker="^")}
+    looks = {"softmax": SOFTMAX, "castling, anneal": CASTLING, "linear_angular": dict(LINES[3], marker="^"),
+             "softmax_normed": dict(LINES[5], marker="v")}  # fmt: skip
     with drawing(path) as figure:
         plot = figure.subplots()
         for run in read_runs(RESULTS / "scratch.jsonl"):

@@ -7,7 +7,8 @@
 One MAC is one multiplication and one addition, so 2 FLOPs. All counts are MACs of one inference.
 The softmax branch is counted separately. Conventions: `macs` counts convolutions, linear layers
 and matrix products. `paper-cls` and `paper-det` count as the paper does for classifiers and for
-detectors, `fvcore-like` as fvcore. Models are on the meta device: no values are computed.
+detectors, `fvcore-like` as fvcore. "weights only" are the weights of convolutions and linear
+layers, as the paper counts parameters. Models are on the meta device: no values are computed.
 """
 
 import argparse

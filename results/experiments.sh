@@ -40,7 +40,7 @@ small="train.py --data $CIFAR --model deit_mini --image-size 32 --batch-size 64 
     --smoothing 0.1 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0"
 
 # 2. Conversion of a trained softmax network, where a branch ought to pay: 300,000 images as softmax, then 50,000 more.
-#    From scratch, with 350,000 images, as controls.
+#    From scratch, with 350,000 images, as controls: softmax_normed is the castling architecture with softmax.
 for seed in $SEEDS; do
     base=$OUT/conversion/softmax-6-$seed
     convert() { run "conversion/$1-$seed" $small --epochs 1 --lr 0.004 --seed "$seed" --checkpoint "$base/best.pt" "${@:2}"; }
@@ -54,6 +54,7 @@ for seed in $SEEDS; do
     convert anneal-zero_dconv --attention castling --mask-schedule anneal --zero-dconv
     convert linear_angular-zero_dconv --attention linear_angular --zero-dconv
     scratch softmax --attention softmax
+    scratch softmax_normed --attention softmax_normed
     scratch linear_angular --attention linear_angular
     scratch anneal --attention castling --mask-schedule anneal
 done
