@@ -295,6 +295,7 @@ def test_folder_trains_and_names_what_is_wrong(tmp_path, photos, capsys):
 
 ERRORS = [  # flags, what the one line about them holds
     (["--model=levit_128"], "levit128"), (["--attention=softmx"], "softmax"), (["--epsilon=2"], "0..1"),
+    (["--epoch=1"], "did you mean --epochs"),
     (["--epochs=0"], "argument --epochs: must be at least 1, got 0"), (["--lr=x"], "'x'"),
     (["--mask-schedule=up"], "up"), (["--batch-size=41"], "40"), (["--eval"], "--checkpoint"),
     (["--checkpoint=none.pt"], "none.pt"), (["--output=/dev/null/x"], "/dev/null/x"),
