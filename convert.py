@@ -451,6 +451,7 @@ def flattened(outputs: Any) -> list[Tensor]:
 def export(model: nn.Module, path: str | Path, image_size: int | tuple[int, int]) -> tuple[list[tuple], float]:
     """Write `traced` to a .onnx or .pt2 file, read it back, and compare it with the castled model.
 
+    If a .pt2 file of any height and width would refuse `image_size`, it takes that size alone.
     Returns: shapes of the test images, and the largest difference / max(1, largest output).
     Raises: ValueError, see `check_export`.
     """

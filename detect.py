@@ -967,7 +967,8 @@ def draw_boxes(image: Image.Image, rows: list[dict], colours: list[str]) -> Imag
 def load(args: argparse.Namespace, classes: list | None = None) -> tuple[Detector, list[dict]]:
     """The model in --checkpoint, in eval mode, and its classes [{"id", "name"}].
 
-    If the file does not name its classes, they are `classes`, or else "class 1", "class 2" and so on.
+    If the file does not name its classes, they are `classes`, or else "class 1", "class 2" and so
+    on.
     """
     trained = run.settings_for(args)
     resolve(args, trained)

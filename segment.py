@@ -548,7 +548,12 @@ def load_start(model: Segmenter, path: str | Path) -> LoadReport:
     """
     if any(name.startswith("backbone.") for name in weights_in(read_checkpoint(path))):
         return load_pretrained(model, path, class_layers=("decoder.class_head.",))
-    return load_pretrained(model.backbone.vit, path)
+    prefix = "backbone.vit."
+    report = load_pretrained(model.backbone.vit, path)
+    for group in (report.loaded, report.resized, report.partly, report.new):
+        group[:] = [prefix + name for name in group]
+    report.new += [name for name in model.state_dict() if not name.startswith(prefix)]
+    return report
 
 
 # ---- matching and losses -------------------------------------------------------------------------
@@ -1245,7 +1250,8 @@ def overlay(image: Image.Image, labels: np.ndarray, classes: list[str]) -> Image
 def load(args: argparse.Namespace, classes: list | None = None) -> tuple[Segmenter, list]:
     """The model in --checkpoint, in eval mode, and the names of its classes.
 
-    If the file does not name its classes, they are `classes`, or else "class 0", "class 1" and so on.
+    If the file does not name its classes, they are `classes`, or else "class 0", "class 1" and so
+    on.
     """
     trained = run.settings_for(args)
     resolve(args, trained)
