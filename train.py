@@ -502,8 +502,9 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     model.to(device)
     with run.json_list(args) as printed:
         for path, image in run.read_each(args.image):
-            images = to_model_input(transform(image)[None], device, args.channels_last)
-            top = model(images)[0].softmax(0).topk(min(5, len(classes)))
+            with autocast(args, device):
+                logits = model(to_model_input(transform(image)[None], device, args.channels_last)).float()
+            top = logits[0].softmax(0).topk(min(5, len(classes)))
             names = [classes[i] for i in top.indices.tolist()]
             probabilities = dict(zip(names, top.values.tolist(), strict=True))
             printed.append(dict(image=str(path), probabilities=probabilities))

@@ -125,6 +125,9 @@ def test_script_trains_castles_and_evaluates(tmp_path, capsys):
     assert one["image"] == str(tmp_path / "one.png")
     shown = ", ".join(f"{name} {p:.1%}" for name, p in one["probabilities"].items())
     assert len(one["probabilities"]) == 5 and named == f"{tmp_path}/one.png: {shown}\n"
+    train.main(train.parser().parse_args([*asked, "--json", "--amp"]))  # in the precision of --eval
+    rounded = json.loads(capsys.readouterr().out)[0]["probabilities"]
+    assert rounded != one["probabilities"] and rounded == pytest.approx(one["probabilities"], abs=0.05)
 
 
 def test_log_follows_the_masks(tmp_path):
