@@ -70,7 +70,7 @@ def normed_layers(module: nn.Module) -> list[tuple[nn.Conv2d | nn.Linear, str]]:
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Fold every BatchNorm into the layer beside it, in place, for inference; return the model.
+    """Fold each BatchNorm1d and 2d into the layer beside it, in place, for inference; return the model.
 
     The function stays the same up to rounding. With running mean m and variance u, scale g, shift b
     and s = sqrt(u + eps), the layer W x + c gets the weights
@@ -117,7 +117,7 @@ class ConvertedAttention(AttentionCore):
     inputs: tuple[str, ...]
 
     def __init__(self, original: nn.Module, **core):
-        rates = (getattr(original, name, 0.0) for name in ("attn_drop", "attention_dropout", "dropout"))
+        rates = (getattr(original, name, 0.0) for name in ("attn_drop", "attention_dropout", "dropout", "dropout_prob"))
         dropout = max(getattr(rate, "p", rate) for rate in rates)
         super().__init__(self.heads_of(original)[0], auxiliary=True, dropout=dropout, **core)
         like = next(original.parameters())
@@ -343,7 +343,8 @@ def convert(
         on a few tokens. Also if there is no attention. The model is then unchanged.
     """
     if cores(model):
-        raise ValueError("the model has attention cores already: there is nothing to convert")
+        raise ValueError("the model has attention cores already: it was converted, or build_model made it, "
+                         "which takes attention='castling'")  # fmt: skip
     found, wrong = {}, {}  # {name: layout}; {(class, reasons): names}
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") or outer == "" for outer in found):
@@ -416,13 +417,14 @@ def traced(model: nn.Module, image_size: int | tuple[int, int], fixed: bool = Fa
     """The castled model with folded norms as one graph, for images (B, 3, H, W) of any B, H and W.
 
     With `fixed`, or for a model that takes only one size (as timm's do), H and W are those of
-    `image_size`. A model may have two attributes: with `images` the graph is for B = images, with
-    `multiple` H and W must be multiples of it. A .pt2 file refuses sizes at which some token grid
+    `image_size`. If the model has an attribute `images`, B is that number. If it has `multiple`, H
+    and W must be multiples of that. A .pt2 file refuses sizes at which some token grid
     has one row or column: for LeViT, sides of 64 pixels or less. An ONNX file takes them.
     """
     model = fuse(castle(copy.deepcopy(model)).eval()).cpu().float()
     (height, width), images = pair(image_size), getattr(model, "images", 2)
-    # torch.export unites two equal sides and fixes a side of 1: so no equal sides, no grid of 1.
+    # If two sides of the example are equal, torch.export demands that they stay equal. A side of 1
+    # it fixes. So the sides differ, and no token grid has a side of 1.
     example = torch.zeros(images, 3, *fitting(model, max(height, 128), max(width, 128) + 64))
     sides = torch.export.Dim.AUTO
     with torch.no_grad():
@@ -451,7 +453,8 @@ def flattened(outputs: Any) -> list[Tensor]:
 def export(model: nn.Module, path: str | Path, image_size: int | tuple[int, int]) -> tuple[list[tuple], float]:
     """Write `traced` to a .onnx or .pt2 file, read it back, and compare it with the castled model.
 
-    If a .pt2 file of any height and width would refuse `image_size`, it takes that size alone.
+    If a .pt2 file for any height and width would refuse `image_size`, it is written for that size
+    alone.
     Returns: shapes of the test images, and the largest difference / max(1, largest output).
     Raises: ValueError, see `check_export`.
     """
@@ -555,7 +558,7 @@ class LoadReport:
     """Names of parameters and buffers, by what `load_pretrained` did with them."""
 
     loaded: list[str] = field(default_factory=list)
-    resized: list[str] = field(default_factory=list)  # position tables of another image size
+    resized: list[str] = field(default_factory=list)  # position tables of another image size, or with other tokens
     partly: list[str] = field(default_factory=list)  # only the rows of V were loaded
     new: list[str] = field(default_factory=list)  # in the model only
     ignored: list[str] = field(default_factory=list)  # in the file only
@@ -686,7 +689,8 @@ def load_pretrained(model: nn.Module, path: str | Path, class_layers: tuple[str,
     A castling model loads the weights that it shares with the published softmax model. Its other
     weights keep their initial values. A dense model ignores class token, final norm and head.
     Position tables of another image size are resized. If a table has another length than the
-    model's, its token grid is assumed to be square, as files do not store it.
+    model's, its token grid is assumed to be square, as files do not store it. A table of the same
+    length is taken as it is.
 
     Args:
         class_layers: how names of class layers start. They keep their initial values if the file
@@ -765,9 +769,10 @@ def load_pretrained(model: nn.Module, path: str | Path, class_layers: tuple[str,
     wrong += [f"unknown {name}" for name in unknown if not expected(name, rest)]
     if wrong:
         more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
-        other = likeliest_model(file_weights, model)
+        only_classes = all(re.match(r"\d|head|classifier", one) for one in wrong)
+        other = None if only_classes else likeliest_model(file_weights, model)
         hint = f"It looks like a checkpoint of {other}. " if other else ""
-        if any("pos_embed is" in one for one in wrong):
+        if any("pos_embed is (" in one for one in wrong):
             hint += "Its position table has another size: perhaps it is of another --image-size. "
         raise ValueError(f"{path} does not fit the model. {hint}{'; '.join(wrong[:8])}{more}")
     model.load_state_dict(model.state_dict() | final)

@@ -137,8 +137,7 @@ def init_linear(module: nn.Module) -> None:
     """DeiT's and MViTv2's initialisation: weights normal with deviation 0.02, biases 0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        nn.init.zeros_(module.bias)
 
 
 def resample(table: Tensor, size: tuple[int, ...], mode: str, align_corners: bool | None = None) -> Tensor:
@@ -453,7 +452,7 @@ class DenseViT(ViT):
         depth: int,
         mlp_ratio: int = 4,
         patch_size: int = 16,
-        image_size: int | tuple[int, int] = 512,
+        image_size: int | tuple[int, int] = 224,
         drop_path: float = 0.1,
         mlp_dwconv: int = 0,
         core_options: Mapping = ATTENTIONS["castling"],
@@ -491,8 +490,7 @@ class NormLinear(nn.Sequential):
         super().__init__()
         self.bn = nn.BatchNorm1d(dim)
         self.linear = nn.Linear(dim, num_classes)
-        nn.init.trunc_normal_(self.linear.weight, std=0.02)
-        nn.init.zeros_(self.linear.bias)
+        init_linear(self.linear)
 
 
 def activated_projection(dim: int, out_dim: int, bn_weight: float = 1.0) -> nn.Sequential:
@@ -770,14 +768,16 @@ def resize_relative(table: Tensor, length: int) -> Tensor:
 def relative_rows(table: Tensor, queries: int, keys: int) -> Tensor:
     """The row of a relative position table for each query and key along one axis.
 
-    (length, D) -> (queries, keys, D). If there are more keys than queries, the queries are spread
-    evenly over the keys, and the reverse. A table of another length is resampled.
+    (length, D) -> (queries, keys, D). The shorter of the two axes is stretched to the length of the
+    longer one. A table of another length is resampled.
     Source: MViTv2, arXiv:2112.01526, section 4.1; timm 1.0.31, mvitv2.py, cal_rel_pos_type.
     """
     table = resize_relative(table, 2 * max(queries, keys) - 1)
-    q = torch.arange(queries, device=table.device)[:, None] * max(keys / queries, 1.0)
-    k = torch.arange(keys, device=table.device)[None, :] * max(queries / keys, 1.0)
-    return table[(q - k + (keys - 1) * max(queries / keys, 1.0)).long()]
+    per_query, per_key = max(keys / queries, 1.0), max(queries / keys, 1.0)
+    tensor = lambda number: torch.full((), number, device=table.device)  # noqa: E731 (ONNX wants one)
+    q = torch.arange(queries, device=table.device)[:, None] * tensor(per_query)
+    k = torch.arange(keys, device=table.device)[None, :] * tensor(per_key)
+    return table[(q - k + tensor((keys - 1) * per_key)).long()]
 
 
 class MViTAttention(PooledAttention):
@@ -821,11 +821,10 @@ class MViTBlock(nn.Module):
     place. If the grid changes, the residual is max-pooled.
     """
 
-    def __init__(self, dim: int, attn: PooledAttention, out_dim: int, mlp: nn.Module, stride: int, drop_path: float):
+    def __init__(self, dim: int, attn: PooledAttention, out_dim: int, mlp: nn.Module, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.shortcut_proj_attn = nn.Linear(dim, out_dim) if dim != out_dim else None
-        self.stride = stride
         self.attn = attn
         self.norm2 = nn.LayerNorm(out_dim, eps=1e-6)
         self.mlp = mlp
@@ -836,8 +835,8 @@ class MViTBlock(nn.Module):
         y, out_grid = self.attn(normed, grid)
         if self.shortcut_proj_attn is not None:
             x = self.shortcut_proj_attn(normed)
-        if self.stride > 1:
-            x = F.max_pool2d(rearrange(x, "b (y x) c -> b c y x", y=grid[0]), 3, self.stride, padding=1)
+        if self.attn.stride_q > 1:
+            x = F.max_pool2d(rearrange(x, "b (y x) c -> b c y x", y=grid[0]), 3, self.attn.stride_q, padding=1)
             x = rearrange(x, "b c y x -> b (y x) c")
         x = x + self.drop_path(y)
         return x + self.drop_path(self.mlp(self.norm2(x), out_grid)), out_grid
@@ -888,7 +887,7 @@ class MViTv2(nn.Module):
                 chosen = {**core_options, **BASELINE} if keep_softmax else core_options
                 attn = MViTAttention(in_dim, dim, heads, grid, stride, stride_kv if published else stride, chosen)
                 mlp = Mlp(dim, mlp_ratio * dim, 0 if down else mlp_dwconv)
-                blocks.append(MViTBlock(in_dim, attn, dim, mlp, stride, rates.pop(0)))
+                blocks.append(MViTBlock(in_dim, attn, dim, mlp, rates.pop(0)))
                 in_dim, grid = dim, halved(grid) if down else grid
             stages.append(nn.ModuleDict(dict(blocks=nn.ModuleList(blocks))))
         self.stages = nn.ModuleList(stages)
@@ -964,7 +963,7 @@ class MapBlock(MViTBlock):
     def __init__(self, dim: int, heads: int, mlp_dwconv: int, drop_path: float, core_options: Mapping):
         qkv, proj, head_dim = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), channels_per_head(dim, heads)
         attn = PooledAttention(qkv, proj, heads, head_dim, core_options=core_options)
-        super().__init__(dim, attn, dim, Mlp(dim, 2 * dim, mlp_dwconv, batch_norm=True), stride=1, drop_path=drop_path)
+        super().__init__(dim, attn, dim, Mlp(dim, 2 * dim, mlp_dwconv, batch_norm=True), drop_path)
         self.apply(init_linear)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1168,7 +1167,8 @@ def build_model(
         overrides: other arguments of the model (dims, depth, drop_path, distilled, mlp_dwconv, ...)
             or of its AttentionCore (auxiliary, epsilon, schedule, dconv, dropout). The MLPs' DWConv,
             `mlp_dwconv`, is 5x5 by default, and absent with softmax (D7). In dense models it is 3x3:
-            the 118 M and 147 G of the paper's Castling-ViT-B are too few for 5x5 (D8).
+            with 5x5 there are more parameters and MACs than in the paper's Castling-ViT-B (D8).
+            Models without attention ignore the options of attention and MLPs.
     Raises: ValueError for an unknown name, attention or override. It lists known or similar ones.
     """
     family, row = look_up(MODELS, name, "model")

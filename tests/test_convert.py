@@ -277,6 +277,20 @@ def test_the_checkpoint_of_another_model_is_recognised(tmp_path, family, name, a
         load_pretrained(build_model(into), tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize("family", ["levit", "deit", "mvit"])
+def test_hints_do_not_mislead(tmp_path, family):
+    """A file of the right model with other classes, or integers for positions, is not said to be of another model, or
+    of another image size."""
+    softmax = tiny(family, "softmax")
+    torch.save(official(family, softmax), tmp_path / "five.pth")
+    with pytest.raises(ValueError, match="does not fit the model. 5 classes in the file, 7 in the model"):
+        load_pretrained(tiny(family, num_classes=7), tmp_path / "five.pth")
+    if family == "deit":
+        torch.save(softmax.state_dict() | {"pos_embed": softmax.pos_embed.long()}, tmp_path / "whole.pth")
+        with pytest.raises(ValueError, match="does not fit the model. pos_embed is torch.int64"):
+            load_pretrained(tiny(family), tmp_path / "whole.pth")
+
+
 # ---- folding norms, converting other models ------------------------------------------------------
 
 
@@ -428,6 +442,17 @@ def test_converted_models_are_wired_like_the_original(name, monkeypatch):
         assert torch.equal(output_of(converted, x), output_of(castle(copy.deepcopy(converted)), x))
 
 
+@pytest.mark.parametrize("name", ["attn_drop", "attention_dropout", "dropout", "dropout_prob"])
+@pytest.mark.parametrize("kind", [float, nn.Dropout])
+def test_conversion_keeps_attention_dropout(name, kind):
+    """By any of the names that libraries give it, as a number or a module."""
+    block = OlderBlock()
+    del block[0].dropout
+    setattr(block[0], name, kind(0.1))
+    convert.convert(block)
+    assert block[0].dropout == 0.1
+
+
 def test_converted_encoder_leaves_padding_out():
     """src_key_padding_mask: real tokens come out as if the padded ones were not there, in eval mode too."""
     model, x = foreign("torch fast path")
@@ -552,6 +577,8 @@ def deployed(name):
         model, _ = foreign("timm norms")
         convert.convert(model)
         return shaken(model)
+    if name == "mvit, softmax":
+        return tiny("mvit", "softmax", image_size=96)
     if name in FAMILIES:
         return tiny(name, image_size=96)
     return segment.Scores(tiny_segmenter(pixel_decoder=name, layers=1))
@@ -593,7 +620,7 @@ def test_exported_graphs_take_any_size_and_hold_no_softmax(name):
                 assert_close(ours, expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["deit", "detector"])
+@pytest.mark.parametrize("name", ["deit", "mvit, softmax", "detector"])
 def test_onnx_files_equal_the_model(tmp_path, name):
     """The file's outputs in ONNX Runtime at three sizes; the model is left as it was."""
     pytest.importorskip("onnxscript")
@@ -602,7 +629,7 @@ def test_onnx_files_equal_the_model(tmp_path, name):
     shapes, difference = convert.export(model, tmp_path / "model.onnx", 96)
     assert shapes == [(1, 3, 96, 96), (2, 3, 128, 160), (3, 3, 192, 128)] and difference < 1e-5
     assert (tmp_path / "model.onnx").stat().st_size > 10_000
-    assert all(core.auxiliary for core in attention.cores(model).values())
+    assert all(core.auxiliary == (core.kernel != "softmax") for core in attention.cores(model).values())
 
 
 def test_a_graph_takes_the_size_of_its_model(tmp_path):

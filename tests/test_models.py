@@ -223,7 +223,7 @@ def test_castling_mvit_is_what_section_6_says(downsample):
             y, out_grid = oracle_pooled_attention(block.attn, normed, grid, False, bias)
             if block.shortcut_proj_attn is not None:
                 x = block.shortcut_proj_attn(normed)
-            if block.stride == 2:
+            if block.attn.stride_q == 2:
                 x = F.max_pool2d(x.T.unflatten(1, grid)[None], 3, 2, 1)[0].flatten(1).T
             x, grid = x + y, out_grid
             y = block.mlp.fc1(block.norm2(x))
