@@ -13,9 +13,9 @@ Authors' block: `LinAngularAttention`, github.com/GATECH-EIC/Castling-ViT @ c7b7
     epsilon      mask_threshold          () or (B,)     0..1; at 1 the mask is empty        Eq. (10)
 
 B images, H heads, N tokens, D channels per head. Castling: train with the auxiliary branch
-M_sparse V, which costs O(N^2), and infer without it. `mask_threshold` computes the threshold from
-the share of training done, in every forward. So call set_threshold before every step, which stores
-that share, and after training remove the branch:
+M_sparse V, which costs O(N^2), and infer without it. Call set_threshold before every step: it
+stores the share of training done. Every forward computes the threshold from it (`mask_threshold`).
+After training remove the branch:
 
     block = LinearAngularAttention(dim=192, num_heads=3, sparse_reg=True)
     set_threshold(block, progress=step / total_steps)       # before every step
@@ -92,12 +92,12 @@ def look_up(table: Iterable[str], name: str, what: str) -> Any:
 def unit(x: Tensor) -> Tensor:
     """x / |x| over the last axis.
 
-    D2: a zero vector has no direction. It stays zero, and its gradient is 0.
+    D2: a zero vector has no direction. It stays zero, and its first gradient is 0.
     float32 cannot hold the squares of very long or very short vectors. If a tensor on a CPU has a
     vector above 1e18 or below 1e-18, all its vectors are first divided by their largest entries. A
     GPU would have to wait for this test, and a compiled graph cannot make it. There a vector above
     about 1e19 becomes NaN; one below about 1e-19 loses precision, and becomes zero at last. Under
-    vmap on a CPU vectors above 1e19 become zero too.
+    vmap on a CPU a vector above 1e19 becomes zero, not NaN.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -655,7 +655,8 @@ def castle(model: nn.Module) -> nn.Module:
 def set_threshold(model: nn.Module, progress: float) -> None:
     """Set every layer's mask threshold for `progress`, the share of training done, 0..1.
 
-    This also clears the mask statistics. Raises: ValueError for a progress outside 0..1.
+    This also clears the mask statistics. An averaged copy of the model needs its own call.
+    Raises: ValueError for a progress outside 0..1.
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress is the share of training done, 0..1, got {progress}")

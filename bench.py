@@ -281,9 +281,11 @@ def usable_device(text: str) -> torch.device:
 
 
 def new_file(text: str) -> Path:
-    """argparse type: a file in an existing folder."""
+    """argparse type: a file in an existing folder; no .png, which is the name of the plot."""
     if not Path(text).parent.is_dir():
         raise argparse.ArgumentTypeError(f"no folder {Path(text).parent} for {text}")
+    if Path(text).is_dir() or Path(text).suffix == ".png":
+        raise argparse.ArgumentTypeError(f"must be a JSON file, got {text}")
     return Path(text)
 
 

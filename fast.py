@@ -7,10 +7,13 @@
 Eq. (9) keeps q, k, v and its result for backward, half of what autograd would keep. Eq. (10)
 works on a few heads or rows at a time and computes their part of M_sparse again in backward. So it
 keeps nothing of size N x N. On a CPU, and without padding, it skips the heads whose mask is
-certainly empty. Gradients of any order and torch.func work as with the formulas. Without gradients,
-and under torch.compile, Eq. (9) runs as its formula. With dropout, and under torch.compile, Eq.
-(10) runs as its formula, and runs a second time in backward. The scripts and bench.py enable this
-file.
+certainly empty. Without gradients, and under torch.compile, Eq. (9) runs as its formula. With
+dropout, and under torch.compile, Eq. (10) runs as its formula, and runs a second time in backward.
+The scripts and bench.py enable this file.
+
+Gradients of any order and torch.func work as with the formulas, but for two limits of torch: a
+forward-mode derivative of a forward-mode derivative (jacfwd of jacfwd) is wrong, and with dropout
+torch.func.grad raises an error. Call `fast.disable()` for these.
 """
 
 import contextlib

@@ -76,7 +76,7 @@ MARKERS = "os^Dv"
 
 @contextlib.contextmanager
 def drawing(path: Path, width: float = 8.4, height: float = 3.5) -> Iterator:
-    """Context with a matplotlib figure, width x height inches, then written in 256 colours."""
+    """Context with a matplotlib figure, width x height inches. Lines are written in 256 colours."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -86,7 +86,8 @@ def drawing(path: Path, width: float = 8.4, height: float = 3.5) -> Iterator:
         figure = Figure((width, height), layout="constrained")
         yield figure
         figure.savefig(path, dpi=150)
-    Image.open(path).convert("RGB").quantize().save(path, optimize=True)
+    if not any(plot.images for plot in figure.axes):
+        Image.open(path).convert("RGB").quantize().save(path, optimize=True)
 
 
 # ---- the method ------------------------------------------------------------------------------------
@@ -674,10 +675,11 @@ def attention(path: Path, args: argparse.Namespace) -> None:
 
 RUNS = [RESULTS / "cifar10.jsonl", RESULTS / "scenes.jsonl"]
 METRICS = {"train.py": ("acc1", "top-1, %"), "detect.py": ("AP", "AP"), "segment.py": ("mIoU", "mIoU")}
-VARIED = {  # settings that may differ within a column
-    "attention", "mask_schedule", "dwconv", "dconv", "mlp_dwconv", "zero_dconv", "checkpoint", "seed", "output",
-    "environment", "workers", "save_minutes", "eval_every", "log_wandb", "resume", "overwrite", "early_drop",
+FREE = {  # settings that may differ between the runs of a row
+    "seed", "output", "environment", "workers", "save_minutes", "eval_every", "log_wandb", "resume", "overwrite",
+    "checkpoint",
 }  # fmt: skip
+VARIED = {"attention", "mask_schedule", "dconv", "mlp_dwconv", "zero_dconv", "early_drop"}  # between rows
 
 
 def read_runs(path: Path) -> list[dict]:
@@ -686,18 +688,21 @@ def read_runs(path: Path) -> list[dict]:
     path: a folder with one folder for each run, or a file that --collect wrote.
     Raises: ValueError for another file, an incomplete run, or no run.
     """
-    if path.is_dir():
-        runs = []
-        for config in sorted(path.glob("*/config.json")):
-            log = list(map(json.loads, config.with_name("log.jsonl").read_text().splitlines()))
-            runs.append(dict(run=config.parent.name, config=json.loads(config.read_text()), log=log))
-    else:
-        try:
-            runs = [dict(run=run["run"], config=run["config"], log=run["log"])
+    runs, place = [], path
+    try:
+        if path.is_dir():
+            for config in sorted(path.glob("*/config.json")):
+                place = config.parent
+                log = list(map(json.loads, (place / "log.jsonl").read_text().splitlines()))
+                runs.append(dict(run=place.name, config=json.loads(config.read_text()), log=log))
+        else:
+            runs = [{key: run[key] for key in ("run", "config", "log")}
                     for run in map(json.loads, path.read_text().splitlines())]  # fmt: skip
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{path} is no file of runs: expected a line of run, config and log for each") from None
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"cannot read runs in {place}: damaged, or not written by a script or --collect") from None
     for run in runs:
+        if not {"script", "model", "attention", "seed"} <= run["config"].keys():
+            raise ValueError(f"{path}: the config of {run['run']} is not that of a run")
         if not any("castling_report" in record for record in run["log"]):
             raise ValueError(f"{path}: run {run['run']} is not complete")
     if not runs:
@@ -768,9 +773,16 @@ def results_table(runs: list[dict], against: str = "softmax") -> str:
     with the same seed, and in brackets the number of such pairs. gap: points lost by castling.
     M MACs: of the castled model.
 
-    Raises: ValueError if runs of one model differ in settings that are not in VARIED, or if two
-        runs of one row have the same seed.
+    Raises: ValueError if runs of one row differ in settings that are not in FREE, or runs of one
+        model in others than FREE and VARIED, or if two runs of one row have the same seed.
     """
+
+    def comparable(runs: list[dict], name: str, allowed: set[str]) -> None:
+        first, *others = (renamed(run["config"]) for run in runs)
+        differing = {key for one in others for key in first.keys() | one if first.get(key) != one.get(key)} - allowed
+        if differing:
+            raise ValueError(f"runs of {name} are not comparable: they differ in {', '.join(sorted(differing))}")
+
     columns: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for run in sorted(runs, key=lambda run: run["config"]["seed"]):
         columns.setdefault(column_of(run), {}).setdefault(row_of(run), []).append(run)
@@ -778,10 +790,8 @@ def results_table(runs: list[dict], against: str = "softmax") -> str:
         for row, seeds in rows.items():
             if twice := [seed for seed, n in Counter(run["config"]["seed"] for run in seeds).items() if n > 1]:
                 raise ValueError(f"{model}, {row}: more than one run of seed {twice[0]}")
-        first, *others = (run["config"] for runs in rows.values() for run in runs)
-        for config in others:
-            if differing := {key for key in first.keys() | config if first.get(key) != config.get(key)} - VARIED:
-                raise ValueError(f"runs of {model} are not comparable: they differ in {', '.join(sorted(differing))}")
+            comparable(seeds, f"{model}, {row}", FREE)
+        comparable([run for seeds in rows.values() for run in seeds], model, FREE | VARIED)
     names = {row for rows in columns.values() for row in rows}
     names = sorted(names, key=lambda name: (name != "softmax", not name.startswith("castling"), name))
     heads, lines = ["attention"], {name: [name] for name in names}
@@ -872,9 +882,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     try:
-        if "attention" in args.names and not (args.checkpoint and args.image):
+        names = [*FIGURES] if args.names in ("all", ["all"]) else args.names
+        if "attention" in names and not (args.checkpoint and args.image):
             raise ValueError("attention needs --checkpoint and --image")
-        for name in FIGURES if "all" in args.names else args.names:
+        flags = dict.fromkeys(("runs", "against", "collect"), "table")
+        flags |= dict.fromkeys(("checkpoint", "image", "layer", "tokens", "progress"), "attention")
+        for flag, name in flags.items():
+            if name not in names and getattr(args, flag) != parser().get_default(flag):
+                raise ValueError(f"--{flag} is for {name}: give that name before the flags")
+        if "all" in names:
+            raise ValueError("all is given alone")
+        for name in names:
             if name == "table":
                 tables(args)
                 continue

@@ -7,8 +7,9 @@
 One MAC is one multiplication and one addition, so 2 FLOPs. All counts are MACs of one inference.
 The softmax branch is counted separately. Conventions: `macs` counts convolutions, linear layers
 and matrix products. `paper-cls` and `paper-det` count as the paper does for classifiers and for
-detectors, `fvcore-like` as fvcore. "weights only" are the weights of convolutions and linear
-layers, as the paper counts parameters. Models are on the meta device: no values are computed.
+detectors. `fvcore-like` adds norms, as fvcore does, but not its pooling and resampling. "weights
+only" are the weights of convolutions and linear layers, as the paper counts parameters. Models are
+on the meta device: no values are computed.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import functools
 import json
 import re
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -126,8 +128,8 @@ CONVENTIONS: dict[str, dict[str, Callable]] = {
     # That of mobile-vision, which fits the paper's classifiers. It counts the same.
     "paper-cls": {},
     # That of mmcv 1.4, get_flops.py, which fits the paper's detectors. It adds biases of
-    # convolutions, norms, some activations and pooling. mmcv counts only modules. The paper's
-    # matrix products are modules (MatMul), so all products count here.
+    # convolutions, norms, some activations (its Hardswish holds a ReLU6) and pooling. mmcv counts
+    # only modules. The paper's matrix products are modules (MatMul), so all products count here.
     "paper-det": norm_terms(2, 2) | {
         "convolution": lambda a, o: o.numel() if a[2] is not None else 0,
         # _unsafe_index: nearest-neighbour upsampling arrives here as this operation
@@ -136,7 +138,8 @@ CONVENTIONS: dict[str, dict[str, Callable]] = {
         **dict.fromkeys(("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d"), lambda a, o: a[0].numel()),
         "mean": global_pool,
     },
-    # That of fvcore, FlopCountAnalysis. It adds norms. fvcore omits fused attention; we count it.
+    # It adds norms, as fvcore's FlopCountAnalysis does. fvcore omits fused attention, which counts
+    # here. It counts pooling and resampling, which are free here.
     "fvcore-like": norm_terms(2, 5),
 }  # fmt: skip
 
@@ -198,9 +201,8 @@ def count(model: nn.Module, *inputs: Tensor, convention: str = "macs", strict: b
     flops = counter.get_flop_counts()
     modules = {name.removeprefix(root).removeprefix("."): ops for name, ops in flops.items() if name != "Global"}
     layers = {aten.mm, aten.addmm, aten.convolution}  # other products in a core are of q, k and v
-    between = sum(
-        value // 2 for name in attention.cores(model) for op, value in modules.get(name, {}).items() if op not in layers
-    )
+    within = [modules.get(name, {}) for name, m in model.named_modules() if isinstance(m, attention.AttentionCore)]
+    between = sum(value // 2 for ops in within for op, value in ops.items() if op not in layers)
     return Cost(
         params=sum(p.numel() for p in model.parameters()),
         params_weights=sum(
@@ -539,7 +541,10 @@ def compare(name: str, attentions: list[str], image_size: int, convention: str) 
             image = torch.empty(1, 3, image_size, image_size)
         with_branch = count(model, image, convention=convention)
         cost = count(castle(model), image, convention=convention)
-        parts = {part: macs for part, macs in cost.by_module.items() if re.fullmatch(r"\w+(\.\d+)?", part)}
+        parts = Counter()  # of modules in no other module that was called: blocks.3, stages.0, head
+        for module, macs in cost.by_module.items():
+            if module and not any(module.startswith(f"{other}.") for other in cost.by_module if other):
+                parts[re.match(r"\w+(\.\d+)?", module)[0]] += macs
         rows.append(dict(
             model=name,
             attention=attention_name,

@@ -85,6 +85,8 @@ def test_branch_and_parts_are_counted(family):
         model.eval()(x)
     frozen = list(model.train().modules())[-1].eval()
     before = attention.mask_statistics(model)
+    wrapped = torch.optim.swa_utils.AveragedModel(model)
+    assert flops.count(wrapped, x).attention == flops.count(model, x).attention > 0
     whole, castled = flops.count(model, x), flops.count(castle(copy.deepcopy(model)), x)
     flops.peak_activation_bytes(model, x)
     assert model.training and not frozen.training and attention.mask_statistics(model) == before
@@ -140,7 +142,9 @@ def test_tables_are_printed(table_2, capsys, monkeypatch):
     rows = json.loads(capsys.readouterr().out)
     assert [r["note"] for r in rows] == ["castled", "", ""]
     assert rows[1]["params_m"] == pytest.approx(parameters(build_model("levit128", "softmax", image_size=64)) / 1e6)
-    assert all(sum(r["by_module_g"].values()) == pytest.approx(r["macs_g"]) for r in rows)
+    for name in ("levit128", "mvitv2_tiny", "esnet_vit_s", "lcnet_vit_s", "deit_tiny", "vit_mini_dense"):
+        parts = flops.compare(name, ["castling", "softmax"], 64, "macs")
+        assert all(sum(r["by_module_g"].values()) == pytest.approx(r["macs_g"]) for r in parts)
     with monkeypatch.context() as patched:  # counted once
         patched.setattr(flops, "compare", lambda *given: rows)
         flops.main(flops.parser().parse_args(compared))
