@@ -677,7 +677,7 @@ RUNS = [RESULTS / "cifar10.jsonl", RESULTS / "scenes.jsonl"]
 METRICS = {"train.py": ("acc1", "top-1, %"), "detect.py": ("AP", "AP"), "segment.py": ("mIoU", "mIoU")}
 FREE = {  # settings that may differ between the runs of a row
     "seed", "output", "environment", "workers", "save_minutes", "eval_every", "log_wandb", "resume", "overwrite",
-    "checkpoint",
+    "checkpoint", "json",
 }  # fmt: skip
 VARIED = {"attention", "mask_schedule", "dconv", "mlp_dwconv", "zero_dconv", "early_drop"}  # between rows
 

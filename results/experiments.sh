@@ -59,8 +59,9 @@ for seed in $SEEDS; do
     scratch anneal --attention castling --mask-schedule anneal
 done
 
-# 3. Does the kernel matter? 100,000 images. `identity` mixes tokens by its DWConvs alone.
-# 4. Which DWConv does it? On V and in the MLPs, each with and without. Both on is in 3.
+# 3. Does the kernel matter? 100,000 images. `identity` mixes tokens by its DWConvs alone. softmax_normed is softmax in
+#    the castling architecture.
+# 4. What of the castling architecture does it? Either DWConv, or the normalised output? All together is in 3.
 # 5. Accuracy against the number of tokens: patches of 8, 4 and 2 pixels are 17, 65 and 257 tokens. 65 is in 3.
 for seed in $SEEDS; do
     kernels() { run "kernels/$1-$seed" $small --epochs 2 --lr 0.008 --seed "$seed" "${@:2}"; }
@@ -71,6 +72,8 @@ for seed in $SEEDS; do
     kernels linear_angular-no_mlp_dwconv --attention linear_angular --mlp-dwconv 0
     kernels linear_angular-no_dwconvs --attention linear_angular --dconv 0 --mlp-dwconv 0
     kernels softmax-mlp_dwconv --attention softmax --mlp-dwconv 5
+    kernels softmax_normed --attention softmax_normed
+    kernels softmax_normed-no_dwconvs --attention softmax_normed --dconv 0 --mlp-dwconv 0
     for patch in 8 2; do
         for kernel in linear_angular softmax identity; do
             kernels "$kernel-patch$patch" --attention "$kernel" --patch-size "$patch"
