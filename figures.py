@@ -820,9 +820,10 @@ def tables(args: argparse.Namespace) -> None:
     every = [read_runs(path) for path in args.runs]
     if args.against != "softmax":
         look_up(dict.fromkeys(row_of(run) for runs in every for run in runs), args.against, "row")
+    printed = [results_table(runs, args.against) for runs in every]
     if args.collect:
         args.collect.write_text("".join(json.dumps(run) + "\n" for runs in every for run in runs))
-    print(*(results_table(runs, args.against) for runs in every), sep="\n\n")
+    print(*printed, sep="\n\n")
 
 
 def learning(path: Path) -> None:

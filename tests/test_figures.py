@@ -311,6 +311,9 @@ def test_table_of_runs(tmp_path, capsys):
     both = printed(kept, tmp_path / "other.jsonl", "--against=mc").split("\n\n")
     assert "| +41.0 (1) |" in both[0] and "| 1.0 | – | 0.50 | 2.0 |" in both[1]  # 50 - 9; a table without the row
     assert "unknown row 'ramp'" in refused(capsys, 2, printed, kept, "--against=ramp")
+    (tmp_path / "twice.jsonl").write_text(2 * (json.dumps(run_of(1)) + "\n"))
+    assert "more than one run" in refused(capsys, 2, printed, tmp_path / "twice.jsonl", f"--collect={tmp_path}/none")
+    assert not (tmp_path / "none").exists()
     (folder / "log.jsonl").write_text('{"epoch": 0, "step": 1}\n')
     (tmp_path / "a.png").write_bytes(b"\x89PNG")
     (tmp_path / "log.jsonl").write_text('{"epoch": 0}\n')
