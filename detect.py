@@ -478,7 +478,7 @@ COCO_FIELDS = {  # the lists of an annotation file, and the fields of their reco
     "annotations": dict(id=AN_ID, image_id=AN_ID, category_id=AN_ID, bbox=A_BOX, area=AN_AREA, iscrowd=A_SWITCH),
 }
 # Values of fields that a record may lack
-OPTIONAL = {"area": lambda row: row["bbox"][2] * row["bbox"][3], "iscrowd": lambda row: 0}
+OPTIONAL = {"area": lambda row: max(0, row["bbox"][2]) * max(0, row["bbox"][3]), "iscrowd": lambda row: 0}
 
 
 def read_annotations(path: Path) -> dict:
@@ -500,10 +500,10 @@ def read_annotations(path: Path) -> dict:
             for name, (fits, expected) in fields.items():
                 if name not in row and name in OPTIONAL:
                     row[name] = OPTIONAL[name](row)
-                elif name not in row:
+                if name not in row:
                     hint = ", only a segmentation, but detection needs boxes" if "segmentation" in row else ""
                     raise ValueError(f"{path}: {part}[{i}] has no {name!r}{hint}")
-                elif not fits(row[name]):
+                if not fits(row[name]):
                     found = reprlib.repr(row[name])  # shortened
                     raise ValueError(f"{path}: in {part}[{i}] {name!r} is {found}, expected {expected}")
         key, times = Counter(row["id"] for row in rows).most_common(1)[0] if rows else (None, 1)
@@ -986,9 +986,9 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
         resolve(args, run.settings_for(args))
         val_set = open_split(args, args.split)
         model, classes = load(args, val_set.classes)
+        run.same_classes(classes, val_set.classes, f"{args.checkpoint} and {args.data}")
         Path(args.output).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output).close()  # can `evaluate` write its boxes there?
-        run.same_classes(classes, val_set.classes, f"{args.checkpoint} and {args.data}")
         loader = validation_loader(args, val_set)
     record = run.evaluate_castling(lambda m: evaluate(m, loader, args, device), model.to(device), "AP")
     run.print_evaluation(args, record, METRICS)

@@ -1218,7 +1218,8 @@ def drawing_paths(args: argparse.Namespace, suffix: str) -> dict[Path, Path]:
         targets = [Path(args.checkpoint).with_name(f"{path.stem}_{suffix}.png") for path in paths]
     elif len(paths) == 1:
         targets = [Path(output)]
-        if targets[0].suffix.lower() not in Image.registered_extensions() or not targets[0].parent.is_dir():
+        written = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+        if targets[0].suffix.lower() not in written or not targets[0].parent.is_dir():
             raise ValueError(f"--output {output} is no image file in an existing folder")
     else:
         targets = [Path(output) / f"{path.stem}.png" for path in paths]

@@ -1083,10 +1083,10 @@ def make_model(args: argparse.Namespace, num_classes: int, image_size: int) -> S
     Raises: ValueError as `build_segmenter` does, and if a GroupNorm would normalise single numbers.
     """
     coarsest = 2 * args.patch_size  # stride of the coarsest map, pixels
-    if args.width == 32 and image_size <= coarsest:
+    if args.width == 32 and args.image_size <= coarsest:
         raise ValueError(
             f"--width 32 with --patch-size {args.patch_size} needs an --image-size above "
-            f"{coarsest}, got {image_size}: a GroupNorm would normalise single numbers"
+            f"{coarsest}, got {args.image_size}: a GroupNorm would normalise single numbers"
         )
     named = ("width", "queries", "layers", "encoder_layers", "patch_size", "drop_path")
     options = {name: getattr(args, name) for name in named} | run.core_options(args)

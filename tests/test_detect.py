@@ -178,7 +178,7 @@ def test_coco_folder_is_read(coco, capsys):
     coco(lambda c: c["annotations"].extend([
         dict(id=1, image_id=102, category_id=3, bbox=[50, 60, 500, 500]),     # partly outside
         dict(id=2, image_id=102, category_id=3, bbox=[500, 60, 5, 5]),        # wholly
-        dict(id=3, image_id=102, category_id=3, bbox=[5, 6, 0, 5]),           # no area
+        dict(id=3, image_id=102, category_id=3, bbox=[5, 6, -1, 5]),          # no area
     ]))  # fmt: skip
     args = detect_flags(f"--data={coco.root}")
     train_set, val_set = detect.open_split(args, "train"), detect.open_split(args, "val")
@@ -216,6 +216,7 @@ ERRORS = [  # a change of the training annotations, or flags; what is said
     (lambda c: c["annotations"][1].update(iscrowd="0"), "'iscrowd' is '0', expected 0 or 1"),
     (lambda c: c["annotations"][1].update(area=-1), "'area' is -1, expected a number within 0..1e10"),
     (lambda c: c["annotations"][1].update(area=None), "'area' is None, expected a number"),
+    (lambda c: c["annotations"].append(dict(id=1, image_id=102, category_id=3, bbox=[1, 2, 1e6, 1e6])), "'area' is 1"),
     (lambda c: c["categories"][0].update(name="cat"), "different classes, 2 and 2: .*'cat'"),
     (("--model=lcnet_vit_x",), "lcnet_vit_s"),
     (("--data=nowhere",), "unknown data 'nowhere'"),
@@ -552,6 +553,7 @@ def test_detection_draws_and_prints(tmp_path, capsys):
         ((a, c), "d.png", "is a file"),
         ((a,), "drawn", "no image file in an existing folder"),
         ((a,), "nowhere/x.png", "no image file in an existing folder"),
+        ((a,), "x.psd", "no image file in an existing folder"),  # Pillow reads it, and does not write it
         ((str(tmp_path),), "x.png", "no image file"),
     ):
         assert message in refused(capsys, 2, run_detect_with, *common, *images, f"--output={tmp_path}/{output}")

@@ -274,6 +274,9 @@ def test_a_norm_has_more_than_one_number(tmp_path, capsys, pixel_decoder):
     said = refused(capsys, 2, run_segment, tmp_path / "no", *options, "--image-size=32")
     assert "--width 32 with --patch-size 16 needs an --image-size above 32" in said and not (tmp_path / "no").exists()
     run_segment(tmp_path / "yes", *options, "--image-size=48")
+    ask = [f"--checkpoint={tmp_path}/yes/best.pt", f"--image={tmp_path}/yes/example.png", "--image-size=32"]
+    asked = segment.parser().parse_args(ask)
+    assert "needs an --image-size above 32" in refused(capsys, 2, segment.main, asked)
     run_segment(tmp_path / "wider", *options, "--image-size=32", "--width=64")
 
 
