@@ -529,9 +529,9 @@ def read_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-# Names of a classifier's weights, (classes, C); the second line is of official files.
+# Names of a classifier's weights, (classes, C); the second line is of official files and timm's ResNets.
 HEADS = ("classifier.weight", "head.weight", "head.linear.weight", "head.fc.weight",
-         "head.l.weight", "head.projection.weight")  # fmt: skip
+         "head.l.weight", "head.projection.weight", "fc.weight")  # fmt: skip
 
 
 def weights_in(checkpoint: dict) -> dict[str, Tensor]:

@@ -243,7 +243,7 @@ KEPT_BYTES = 2**30  # a set of images that takes more memory than this, decoded,
 
 
 class Folder(torchvision.datasets.ImageFolder):
-    """ImageNet-style folders: (RGB image, class). Images of a small set are read only once.
+    """ImageNet-style folders: (RGB image, class). A small set of one size is read only once.
 
     A set is small if it fits in KEPT_BYTES when all images are as large as the first one. Then each
     image of that size is kept in memory. Others are read every time.

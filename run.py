@@ -731,9 +731,9 @@ class Run:
         self.loss_sum, self.curve, self.records = state["loss_sum"], state["curve"], state["records"]
         self.lr = self.trained["train_lr"] if self.trained else 0.0
 
-        # The result stays the same bit for bit unless one of these changed.
+        # The result stays the same bit for bit unless one of these changed. A teacher's file may have moved.
         then, now = then | {"processes": state["processes"]}, now | {"processes": world_size()}
-        inexact = [key for key in ("processes", *INEXACT) if now.get(key) != then.get(key)]
+        inexact = [key for key in ("processes", "teacher_checkpoint", *INEXACT) if now.get(key) != then.get(key)]
         changed = [f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in inexact]
         if changed:
             say(f"from here on the run is not bit for bit what it would have been ({', '.join(changed)}): BatchNorm, "
@@ -1142,9 +1142,12 @@ def start_from(model: nn.Module, args: argparse.Namespace, load: Callable) -> No
 
     A run that continues takes all weights from its own checkpoint later.
     """
-    for core in cores(model).values() if args.zero_dconv else ():
-        if core.dconv is not None:
-            nn.init.zeros_(core.dconv.weight)
+    if args.zero_dconv:
+        found = [core.dconv.weight for core in cores(model).values() if core.dconv is not None]
+        if not found:
+            raise ValueError("--zero-dconv, but this model has no DWConv on V")
+        for weight in found:
+            nn.init.zeros_(weight)
     if args.checkpoint and begins_anew(args):
         say(f"{args.checkpoint}\n{load(model, args.checkpoint)}")
 

@@ -14,7 +14,8 @@
 
 If a run was stopped, the same command continues it. The training loop is the function `train`. The
 file run.py has what it calls. The recipe is section 4.1 of the paper (arXiv:2211.10526v4), with
-SGD. The paper does not give the augmentation, so it is DeiT's (arXiv:2012.12877, Table 9).
+SGD. The paper does not give the augmentation, so it has the values of DeiT's (arXiv:2012.12877,
+Table 9), and torchvision's operations.
 """
 
 import argparse
@@ -42,7 +43,8 @@ from run import at_least, autocast, ema_decay_for, rank, say, share, world_size
 
 METRICS = {"acc1": "Acc@1", "acc5": "Acc@5"}  # scores of `evaluate`; the first one chooses best.pt
 
-# DeiT's, without its repeated augmentation. Its RandAugment of magnitude 9 of 10 is 27 of 30 here.
+# DeiT's values; its magnitude 9 of 10 in RandAugment is 27 of 30 here. Not as in DeiT: no repeated
+# augmentation; RandAugment always applies both operations, with one magnitude; erased areas get the mean colour.
 AUGMENTATION = dict(randaugment=27, mixup=0.8, cutmix=1.0, erasing=0.25, smoothing=0.1)
 
 # Defaults for each kind of data. A folder gets the paper's epochs and batch (`batch_per_gpu`). The
@@ -207,11 +209,17 @@ def timm_model(args: argparse.Namespace, num_classes: int, image_size: int) -> n
         raise ValueError(f"timm's models have --attention softmax or castling, not {args.attention}")
     if args.distilled is not None or args.mlp_dwconv:
         raise ValueError("--distilled and --mlp-dwconv are for this project's models, not for timm's")
-    options = dict(num_classes=num_classes, drop_path_rate=args.drop_path or 0.0)
-    try:
-        model = timm.create_model(name, img_size=image_size, **options)
-    except TypeError:  # this model has no argument img_size
-        model = timm.create_model(name, **options)
+    rate = dict(drop_path_rate=args.drop_path or 0.0)
+    for options in (rate | dict(img_size=image_size), rate, {}):  # some models lack these arguments
+        try:
+            model = timm.create_model(name, num_classes=num_classes, **options)
+            break
+        except TypeError as error:
+            unfit = error
+    else:
+        raise ValueError(f"cannot build --model {args.model} with {num_classes} classes: {unfit}")
+    if args.drop_path and not options:
+        raise ValueError(f"--model {args.model} takes no --drop-path")
     if args.attention == "castling":
         dconv = 9 if args.dconv is None else args.dconv
         convert(model, epsilon=args.epsilon, schedule=args.mask_schedule, dconv=dconv)
@@ -323,7 +331,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         torch.manual_seed(args.seed)  # the same first weights on every rank
         model = make_model(args, len(train_set.classes), args.image_size)
         check_batch_norm(args, model)
-        run.start_from(model, args, partial(load_pretrained, class_layers=("head", "classifier.")))
+        run.start_from(model, args, partial(load_pretrained, class_layers=("head", "classifier.", "fc.")))
         model.to(device)
         ema = run.averaged(model, args.ema_decay)
         groups = parameter_groups(model, args.weight_decay)

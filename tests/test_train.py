@@ -168,7 +168,7 @@ def test_the_two_dwconvs_are_switched_apart(name, attention_name, dconv, mlp_dwc
     assert any("mlp.dwconv." in n for n in names) == (mlp_dwconv > 0)
 
 
-def test_softmax_weights_start_a_castling_run_without_its_dconv(tmp_path):
+def test_softmax_weights_start_a_castling_run_without_its_dconv(tmp_path, capsys):
     """--zero-dconv: a run from a softmax checkpoint starts with DWConv(V) = 0; without the flag it starts at random.
     What the checkpoint holds is taken."""
     run_train(tmp_path / "softmax", "--model=deit_mini", "--image-size=32", "--attention=softmax", "--max-steps=1")
@@ -181,6 +181,8 @@ def test_softmax_weights_start_a_castling_run_without_its_dconv(tmp_path):
         assert (weights["blocks.0.attn.dconv.weight"].abs().max() == 0) == zero
         theirs = torch.load(tmp_path / "softmax" / "best.pt")["ema"]
         assert_close(weights["blocks.0.attn.qkv.weight"], theirs["blocks.0.attn.qkv.weight"])
+    none = ("--model=deit_mini", "--image-size=32", "--max-steps=1", "--dconv=0", "--zero-dconv")
+    assert "no DWConv on V" in refused(capsys, 2, run_train, tmp_path / "none", *none)
 
 
 def test_settings_of_the_first_version_are_understood():
@@ -253,7 +255,7 @@ def test_a_teacher_of_another_image_size_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
-def test_distillation_trains(tmp_path, kind):
+def test_distillation_trains(tmp_path, capsys, kind):
     """From a torchvision model, and from a run of this script, each loaded from a local file."""
     import torchvision
 
@@ -261,6 +263,10 @@ def test_distillation_trains(tmp_path, kind):
     torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
     source = (f"--distillation={kind}", "--teacher=mobilenet_v3_small", f"--teacher-checkpoint={tmp_path}/teacher.pt")
     run_train(tmp_path / "a", "--max-steps=1", *source, "--distilled")
+    (tmp_path / "teacher.pt").rename(tmp_path / "moved.pt")  # a run continues with it, and says so
+    capsys.readouterr()
+    run_train(tmp_path / "a", "--max-steps=1", *source[:2], f"--teacher-checkpoint={tmp_path}/moved.pt", "--distilled")
+    assert "not bit for bit" in (said := capsys.readouterr().out) and "moved.pt" in said
     own = (f"--distillation={kind}", "--teacher=deit_mini", f"--teacher-checkpoint={tmp_path}/a/best.pt")
     run_train(tmp_path / "b", "--max-steps=1", *own)  # a teacher with two heads, as its checkpoint says
     teacher = teacher_of(*own)
@@ -343,6 +349,7 @@ def test_a_mistake_is_answered_in_two_lines(tmp_path, capsys, options, message):
     (["--model=timm:swin_tiny_patch4_window7_224"], "relative_position_bias_table"),
     (["--model=timm:vit_tiny_patch16_224", "--attention=cosine"], "castling, not cosine"),
     (["--model=timm:vit_tiny_patch16_224", "--distilled"], "--distilled"),
+    (["--model=timm:vgg11", "--attention=softmax", "--drop-path=0.1"], "--model timm:vgg11 takes no --drop-path"),
 ])  # fmt: skip
 def test_timm_arguments_are_checked(tmp_path, capsys, options, message):
     """What timm does not have, `convert` cannot take or a flag does not fit is named."""
@@ -362,6 +369,17 @@ def test_non_finite_loss_stops(tmp_path, capsys):
     assert not (tmp_path / "last.pt").exists()
     refused(capsys, 1, run_train, tmp_path, "--lr=1e30", "--max-steps=2")  # in the last step: seen by the evaluation
     assert not (tmp_path / "castled.pt").exists()
+
+
+def test_a_model_of_timm_without_drop_path_or_image_size(tmp_path):
+    """It is built without them. A head `fc` for other classes is new, and a file with it is a model of the script."""
+    timm = pytest.importorskip("timm")
+    args = flags("--model=timm:densenet121", "--attention=softmax")
+    assert not any("drop_path" in type(m).__name__.lower() for m in train.make_model(args, 3, 32).modules())
+    torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), tmp_path / "five.pth")
+    options = ("--model=timm:test_resnet", "--attention=softmax", f"--checkpoint={tmp_path}/five.pth", "--max-steps=1")
+    run_train(tmp_path / "x", *options)
+    assert run.count_classes(f"{tmp_path}/five.pth", train.HEADS) == 5
 
 
 def test_train_export(tmp_path, capsys):
