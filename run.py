@@ -731,13 +731,16 @@ class Run:
         self.loss_sum, self.curve, self.records = state["loss_sum"], state["curve"], state["records"]
         self.lr = self.trained["train_lr"] if self.trained else 0.0
 
-        # The result stays the same bit for bit unless one of these changed. A teacher's file may have moved.
+        # The result stays the same bit for bit unless one of these changed.
         then, now = then | {"processes": state["processes"]}, now | {"processes": world_size()}
-        inexact = [key for key in ("processes", "teacher_checkpoint", *INEXACT) if now.get(key) != then.get(key)]
+        inexact = [key for key in ("processes", *INEXACT) if now.get(key) != then.get(key)]
         changed = [f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in inexact]
         if changed:
             say(f"from here on the run is not bit for bit what it would have been ({', '.join(changed)}): BatchNorm, "
                 "mixing and dropout depend on the processes and their batches, and rounding changes")  # fmt: skip
+        key = "teacher_checkpoint"  # the file may have moved
+        if now.get(key) != then.get(key):
+            say(f"the teacher is now in {now.get(key)}, and was in {then.get(key)}: another one changes the result")
 
 
 def span(shares: list[float]) -> str:
