@@ -6,6 +6,7 @@
 #   SEEDS   default "0 1 2"
 #   ONLY    a pattern of run names, such as 'segmentation/*' (default all)
 set -euo pipefail
+shopt -s extglob  # @(a|b) in ONLY, for old versions of bash
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/experiments} CIFAR=${CIFAR:-data/cifar10} SEEDS=${SEEDS:-0 1 2} ONLY=${ONLY:-*}
 export OMP_NUM_THREADS=1
