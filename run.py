@@ -1143,7 +1143,8 @@ def count_classes(path: str, heads: Iterable[str]) -> int:
 def start_from(model: nn.Module, args: argparse.Namespace, load: Callable) -> None:
     """Set the first weights of a run: zeros for --zero-dconv, then those of --checkpoint.
 
-    A run that continues takes all weights from its own checkpoint later.
+    A run that continues takes all weights from its own checkpoint later. Raises: ValueError for
+    --zero-dconv if the model has no DWConv on V, and what `load` raises.
     """
     if args.zero_dconv:
         found = [core.dconv.weight for core in cores(model).values() if core.dconv is not None]
