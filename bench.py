@@ -66,17 +66,16 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def interleaved(forms: dict[str, Callable], device: torch.device, rounds: int, least: float) -> dict[str, list[float]]:
-    """{form: seconds per call, one entry per round}; every round runs all forms, in random order.
-
-    least: seconds for which a form is repeated within a round.
+def interleaved(forms: dict[str, Callable], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """{form: seconds per call, one entry per round}; every round runs all forms, in random order,
+    and repeats each for about 4 ms.
     """
     repeats, times = {}, {name: [] for name in forms}
     for name, form in forms.items():
         form()
         start = clock(device)
         form()
-        repeats[name] = max(1, math.ceil(least / max(clock(device) - start, 1e-6)))
+        repeats[name] = max(1, math.ceil(4e-3 / max(clock(device) - start, 1e-6)))
     for _ in range(rounds):
         for name in random.sample(list(forms), len(forms)):
             start = clock(device)
@@ -105,7 +104,7 @@ def peak_bytes(form: Callable, device: torch.device) -> int:
 
 def measured(row: dict, forms: dict[str, Callable], args: argparse.Namespace) -> dict:
     """Add each form's ms, MiB and ratio (its time / the first form's), with quartiles, to `row`."""
-    times = interleaved(forms, args.device, args.rounds, args.least)
+    times = interleaved(forms, args.device, args.rounds)
     base = next(iter(forms))
     for name, form in forms.items():
         ratios = [other / own for own, other in zip(times[base], times[name], strict=True)]
@@ -255,17 +254,6 @@ def print_row(row: dict, first: bool) -> None:
     print(line, flush=True)
 
 
-def settings(args: argparse.Namespace) -> dict:
-    """The machine and the options, which a reader needs to judge the numbers."""
-    return environment(args.device) | dict(
-        dtype=str(args.dtype).removeprefix("torch."),
-        clock="CPU time" if args.device.type == "cpu" and torch.get_num_threads() == 1 else "wall clock",
-        compiled=args.compile,
-        load_average=os.getloadavg()[0],
-        tuned_malloc="MALLOC_MMAP_MAX_" in os.environ,
-    )
-
-
 # ---- command line --------------------------------------------------------------------------------
 
 
@@ -309,12 +297,17 @@ def main(args: argparse.Namespace) -> None:
     if not args.formulas:
         fast.enable()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
-    args.dtype, args.least = getattr(torch, args.dtype), 4e-3
+    args.dtype = getattr(torch, args.dtype)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     random.seed(0)
-    result = dict(environment=settings(args))
-    print("  ".join(f"{key} {value}" for key, value in result["environment"].items()))
+    about = environment(args.device) | dict(
+        dtype=str(args.dtype).removeprefix("torch."), rounds=args.rounds, compiled=args.compile,
+        clock="CPU time" if args.device.type == "cpu" and torch.get_num_threads() == 1 else "wall clock",
+        load_average=os.getloadavg()[0], tuned_malloc="MALLOC_MMAP_MAX_" in os.environ,
+    )  # fmt: skip
+    print("  ".join(f"{key} {value}" for key, value in about.items()))
+    result = dict(environment=about)
     for name in TABLES if args.table == "all" else [args.table]:
         function, rows, title = TABLES[name]
         print(f"\n{name}: {title}; ratios are medians with quartiles")

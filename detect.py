@@ -732,20 +732,12 @@ STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def coco_library() -> tuple[type, type]:
-    """The classes COCO and COCOeval of faster-coco-eval, or else of pycocotools.
-
-    Both give the same numbers. pycocotools is slower. Raises ValueError if neither is installed.
-    """
-    with contextlib.suppress(ImportError):
+    """The classes COCO and COCOeval of faster-coco-eval. ValueError if it is not installed."""
+    try:
         from faster_coco_eval import COCO, COCOeval_faster
-
-        return COCO, COCOeval_faster
-    with contextlib.suppress(ImportError):
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-
-        return COCO, COCOeval
-    raise ValueError("evaluation needs faster-coco-eval or pycocotools: pip install faster-coco-eval")
+    except ImportError:
+        raise ValueError("evaluation needs faster-coco-eval: pip install faster-coco-eval") from None
+    return COCO, COCOeval_faster
 
 
 def coco_metrics(ground_truth: dict, results: list[dict]) -> dict:

@@ -154,11 +154,6 @@ def sine_positions(grid: tuple[int, int], dim: int, device: torch.device | None 
     return torch.cat([y.expand(*grid, -1), x.expand(*grid, -1)], dim=-1).flatten(0, 1)
 
 
-def tokens_of(x: Tensor) -> Tensor:
-    """(B, C, y, x) -> (B, N, C)."""
-    return rearrange(x, "b c y x -> b (y x) c")
-
-
 def init_xavier(module: nn.Module) -> None:
     """Initialise matrices as Xavier-uniform, and leave vectors as they are, as in Mask2Former."""
     for parameter in module.parameters():
@@ -248,7 +243,7 @@ class FPNTransformer(nn.Module):
         # Encoder on the tokens of the coarsest map
         *finer, coarsest = maps
         grid = tuple(coarsest.shape[2:])
-        x = tokens_of(self.input(coarsest))
+        x = rearrange(self.input(coarsest), "b c y x -> b (y x) c")
         position = sine_positions(grid, x.shape[2], x.device).to(x.dtype)
         for layer in self.encoder:
             x = layer(x, position)
@@ -372,7 +367,7 @@ class DeformableEncoder(nn.Module):
             finest, *coarser = (widened(x) for x in maps)
             levels = [conv(x) for conv, x in zip(self.input, reversed(coarser), strict=True)]
             grids = [tuple(x.shape[2:]) for x in levels]
-            x = torch.cat([tokens_of(level) for level in levels], dim=1)              # (B, T, C)
+            x = torch.cat([rearrange(level, "b c y x -> b (y x) c") for level in levels], dim=1)  # (B, T, C)
             # Their positions, and a learned vector for each map
             position = torch.cat([
                 sine_positions(grid, x.shape[2], x.device) + embed
@@ -463,7 +458,7 @@ class MaskedDecoder(nn.Module):
         # Keys and values of each map. Keys have positions, values have none.
         memories = []
         for level, embed in zip(levels, self.level_embed.weight, strict=True):
-            grid, value = tuple(level.shape[2:]), tokens_of(level) + embed
+            grid, value = tuple(level.shape[2:]), rearrange(level, "b c y x -> b (y x) c") + embed
             memories.append((grid, value + sine_positions(grid, value.shape[2], value.device).to(value.dtype), value))
         # Layer by layer, one map each, within the masks predicted before
         x = self.query_feat.weight.repeat(len(mask_features), 1, 1)                    # (B, Q, C)
