@@ -679,7 +679,7 @@ FREE = {  # settings that may differ between the runs of a row
     "seed", "output", "environment", "workers", "save_minutes", "eval_every", "log_wandb", "resume", "overwrite",
     "checkpoint", "json",
 }  # fmt: skip
-VARIED = {"attention", "mask_schedule", "dconv", "mlp_dwconv", "zero_dconv", "early_drop"}  # between rows
+VARIED = {"attention", "mask_schedule", "dconv", "mlp_dwconv", "zero_dconv", "backbone_lr"}  # between rows
 
 
 def read_runs(path: Path) -> list[dict]:
@@ -725,7 +725,10 @@ def row_of(run: dict) -> str:
         name += ", DWConv in MLPs"
     if config.get("checkpoint"):
         name += ", converted"
-    return name + (", DWConv from 0" if config.get("zero_dconv") else "")
+    if config.get("zero_dconv"):
+        name += ", DWConv from 0"
+    factor = config.get("backbone_lr", 1)
+    return name if factor == 1 else f"{name}, backbone lr x {factor:g}"
 
 
 @functools.cache

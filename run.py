@@ -1119,8 +1119,9 @@ def settings_for(args: argparse.Namespace) -> dict:
 
 
 def renamed(settings: dict) -> dict:
-    """Settings of any version, with today's names for the DWConvs: `dconv` and `mlp_dwconv`."""
+    """Settings of any version under today's names."""
     settings = dict(settings)
+    settings.pop("early_drop", None)  # whether to skip a branch that keeps nothing: today always
     if settings.pop("dwconv", None) is False:
         settings |= dict(dconv=0, mlp_dwconv=0)
     if settings.pop("v_dconv", None) is False:

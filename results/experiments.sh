@@ -23,7 +23,7 @@ run() {  # name, then the command
 
 # 1. Why is segmentation behind softmax? softmax_normed without DWConvs differs from softmax in the normalised output
 #    alone, linear_angular without DWConvs from that in the kernel alone. Others add the DWConv on V, that in the MLPs,
-#    and the global constant of Eq. (8) that Eq. (9) replaces (`angular` has it).
+#    and the global constant of Eq. (8) that Eq. (9) replaces (`angular` has it). Then the backbone's learning rate.
 for seed in $SEEDS; do
     segment() { run "segmentation/$1-$seed" segment.py --seed "$seed" "${@:2}"; }
     segment softmax --attention softmax
@@ -34,6 +34,11 @@ for seed in $SEEDS; do
     segment linear_angular-no_mlp_dwconv --attention linear_angular --mlp-dwconv 0
     segment angular --attention angular
     segment relu_e --attention relu_e
+    for factor in 0.3 3; do
+        segment "softmax-backbone_lr$factor" --attention softmax --backbone-lr "$factor"
+        segment "linear_angular-no_dwconvs-backbone_lr$factor" --attention linear_angular --dconv 0 --mlp-dwconv 0 \
+            --backbone-lr "$factor"
+    done
 done
 
 # DeiT-mini on CIFAR-10: 65 tokens in every layer. An epoch is 50,000 images.
