@@ -496,7 +496,8 @@ def test_half_precision_stays_finite(script, dtype, tmp_path, monkeypatch):
     assert all(value.isfinite().all() for value in state["model"].values())
     taken = [norm for norm in norms if math.isfinite(norm)]  # a step of float16 that overflows is left out
     assert len(norms) == 8 and 0 < len(taken) >= 8 - 7 * bool(state["scaler"])
-    assert taken == pytest.approx([0.01] * len(taken), rel=1e-3)
+    # Gradients shorter than the limit stay as they are; on some CPUs one step of the detector has such.
+    assert [np.median(taken), max(taken)] == pytest.approx([0.01, 0.01], rel=1e-3)
     expected = {}
     for n, after in enumerate([*weights[1:], state["model"]]):
         n = n % 4 if script == "detect" else n  # its tiny run resets the average in each epoch
